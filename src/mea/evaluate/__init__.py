@@ -1,0 +1,1 @@
+"""Perplexity, also by position, and generation speed."""
