@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -33,7 +34,7 @@ def pins() -> dict[str, str]:
 
 def test_every_dependency_is_pinned_within_its_bounds():
     pinned = pins()
-    for text in PROJECT["dependencies"] + sum(PROJECT["optional-dependencies"].values(), []):
+    for text in chain(PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()):
         requirement = Requirement(text)
         name = canonicalize_name(requirement.name)
         assert name in pinned, f"constraints.txt does not pin {name}"
