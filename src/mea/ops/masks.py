@@ -1,0 +1,55 @@
+"""Which key a query may look at: causality, sliding windows, padding and packed documents as one rule."""
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+
+def attention_mask(
+    queries: int,
+    keys: int | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    padding: Bool[Tensor, "b s"] | None = None,
+    documents: Int[Tensor, "b s"] | None = None,
+    device: torch.device | str | None = None,
+) -> Bool[Tensor, "#b 1 t s"]:
+    """Build a mask that is true where a query may look.
+
+    Parameters
+    ----------
+    queries, keys
+        Numbers of tokens ``t`` and ``s``; the queries are the last ``t`` of the ``s`` tokens. ``s = t`` if None.
+    causal
+        No token sees a later one.
+    window
+        A token sees itself and the ``window - 1`` tokens before it (and as many after it when not causal).
+    padding
+        True for real tokens, as a Hugging Face attention mask is 1 for them.
+    documents
+        A number per token; tokens of different documents packed into one row do not see each other.
+
+    Notes
+    -----
+    Every token sees itself, padding included: a row with nothing to look at would be 0/0 in the softmax, and NaN in a
+    position that is thrown away still spoils every gradient.
+    """
+    keys = queries if keys is None else keys
+    if keys < queries:
+        raise ValueError(f"the {queries} queries must be the last of the keys, of which there are only {keys}")
+    given = next((x for x in (padding, documents) if x is not None), None)
+    device = device if given is None else given.device
+    q = torch.arange(keys - queries, keys, device=device)[:, None]
+    k = torch.arange(keys, device=device)
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if causal:
+        visible = visible & (k <= q)
+    if window is not None:
+        visible = visible & ((q - k).abs() < window)
+    visible = visible[None, None]
+    if documents is not None:
+        visible = visible & (documents[:, None, keys - queries :, None] == documents[:, None, None, :])
+    if padding is not None:
+        visible = visible & (padding[:, None, None, :] | (k == q))
+    return visible

@@ -1,0 +1,43 @@
+"""The mask rule, stated once more as a loop over every pair of tokens."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mea.ops.masks import attention_mask
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    queries=st.integers(1, 9),
+    past=st.integers(0, 5),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 6),
+    padded=st.booleans(),
+    packed=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_every_pair_follows_the_rule(queries, past, causal, window, padded, packed, seed):
+    keys = queries + past
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.rand(2, keys, generator=generator) < 0.7 if padded else None
+    documents = torch.randint(0, 3, (2, keys), generator=generator) if packed else None
+    mask = attention_mask(queries, keys, causal=causal, window=window, padding=padding, documents=documents)
+    mask = mask.expand(2, 1, queries, keys)
+    for b in range(2):
+        for i in range(queries):
+            q = past + i
+            for k in range(keys):
+                see = q == k or (
+                    (not causal or k <= q)
+                    and (window is None or abs(q - k) < window)
+                    and (padding is None or bool(padding[b, k]))
+                    and (documents is None or bool(documents[b, q] == documents[b, k]))
+                )
+                assert mask[b, 0, i, k].item() == see
+
+
+def test_more_queries_than_keys_are_refused():
+    with pytest.raises(ValueError, match="the 5 queries"):
+        attention_mask(5, 3)
