@@ -1,1 +1,46 @@
-"""One ``nn.Module`` per attention method, one file each, one signature."""
+"""One ``nn.Module`` per attention method, one file each, one signature: usable alone, or by name through `by_name`."""
+
+import difflib
+
+from mea.attention.base import Attention, KVCache
+from mea.attention.differential import DifferentialAttention, DifferentialAttentionV2
+from mea.attention.gqa import GroupedQueryAttention
+from mea.attention.mea import MultiheadExplicitAttention
+from mea.attention.talking_heads import ModifiedTalkingHeadsAttention, TalkingHeadsAttention
+
+__all__ = [
+    "METHODS",
+    "Attention",
+    "DifferentialAttention",
+    "DifferentialAttentionV2",
+    "GroupedQueryAttention",
+    "KVCache",
+    "ModifiedTalkingHeadsAttention",
+    "MultiheadExplicitAttention",
+    "TalkingHeadsAttention",
+    "by_name",
+]
+
+METHODS: dict[str, type[Attention]] = {
+    "gqa": GroupedQueryAttention,
+    "mea": MultiheadExplicitAttention,
+    "differential_v1": DifferentialAttention,
+    "differential_v2": DifferentialAttentionV2,
+    "talking_heads": TalkingHeadsAttention,
+    "modified_talking_heads": ModifiedTalkingHeadsAttention,
+}
+
+
+def by_name(name: str) -> type[Attention]:
+    """The attention class called `name` in a configuration.
+
+    Raises
+    ------
+    ValueError
+        If there is none; the message names the nearest.
+    """
+    if name not in METHODS:
+        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"no attention method is called {name!r}; there are {', '.join(METHODS)}.{hint}")
+    return METHODS[name]

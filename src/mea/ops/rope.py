@@ -101,37 +101,44 @@ def rotate(x: Float[Tensor, "b t h d"], turn: Rotary) -> Float[Tensor, "b t h d"
     return torch.cat([(re * cos - im * sin).to(x.dtype), (im * cos + re * sin).to(x.dtype), rest], dim=-1)
 
 
-def to_complex(x: Float[Tensor, "*lead d"], rotary_dim: int | None = None) -> Complex[Tensor, "*lead p"]:
-    """View channel pairs as complex numbers, so that rotation is multiplication by ``exp(i theta_f t)``.
+def split_pairs(
+    x: Float[Tensor, "*lead d"], rotary_dim: int | None = None
+) -> tuple[Float[Tensor, "*lead p"], Float[Tensor, "*lead p"]]:
+    """Split channels into the first and the second of every pair: first the ``f`` rotating pairs, then those at rest.
 
     Parameters
     ----------
     x
-        Real channels in the half-split layout, last axis ``d`` even, fp32 or fp64.
+        Channels in the half-split layout, last axis ``d`` even.
     rotary_dim
         ``2 f``, the number of leading channels that rotate; all of them if None. The rest is paired by halves likewise.
-
-    Returns
-    -------
-    ``d / 2`` complex numbers: the ``f`` rotating pairs, then the pairs that stand still.
     """
-    f, d = _pairs(x.shape[-1], rotary_dim)
-    middle = 2 * f + (d - 2 * f) // 2
-    re = torch.cat([x[..., :f], x[..., 2 * f : middle]], dim=-1)
-    im = torch.cat([x[..., f : 2 * f], x[..., middle:]], dim=-1)
-    return torch.complex(re, im)
+    d = x.shape[-1]
+    moving = d if rotary_dim is None else rotary_dim
+    if d % 2 or moving % 2 or not 0 <= moving <= d:
+        raise ValueError(f"head dimension and rotary_dim must be even, rotary_dim <= d; got d={d}, rotary_dim={moving}")
+    f, middle = moving // 2, (d + moving) // 2
+    first = torch.cat([x[..., :f], x[..., moving:middle]], dim=-1)
+    second = torch.cat([x[..., f:moving], x[..., middle:]], dim=-1)
+    return first, second
+
+
+def join_pairs(
+    first: Float[Tensor, "*lead p"], second: Float[Tensor, "*lead p"], rotary_dim: int | None = None
+) -> Float[Tensor, "*lead d"]:
+    """Undo `split_pairs`."""
+    f = first.shape[-1] if rotary_dim is None else rotary_dim // 2
+    return torch.cat([first[..., :f], second[..., :f], first[..., f:], second[..., f:]], dim=-1)
+
+
+def to_complex(x: Float[Tensor, "*lead d"], rotary_dim: int | None = None) -> Complex[Tensor, "*lead p"]:
+    """View channel pairs (`split_pairs`) as complex numbers: rotation multiplies the first ``f`` by exp(i theta_f t).
+
+    `x` is fp32 or fp64; there is no complex bf16.
+    """
+    return torch.complex(*split_pairs(x, rotary_dim))
 
 
 def from_complex(z: Complex[Tensor, "*lead p"], rotary_dim: int | None = None) -> Float[Tensor, "*lead d"]:
     """Undo `to_complex`."""
-    f, _ = _pairs(2 * z.shape[-1], rotary_dim)
-    moving, still = z[..., :f], z[..., f:]
-    return torch.cat([moving.real, moving.imag, still.real, still.imag], dim=-1)
-
-
-def _pairs(d: int, rotary_dim: int | None) -> tuple[int, int]:
-    """Number of rotating pairs, and `d`, after checking that both parts of the head split into halves."""
-    moving = d if rotary_dim is None else rotary_dim
-    if d % 2 or moving % 2 or not 0 <= moving <= d:
-        raise ValueError(f"head dimension and rotary_dim must be even, rotary_dim <= d; got d={d}, rotary_dim={moving}")
-    return moving // 2, d
+    return join_pairs(z.real, z.imag, rotary_dim)

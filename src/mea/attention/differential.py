@@ -1,0 +1,122 @@
+"""Differential attention: two attention maps subtracted. Version 1 (arXiv 2410.05258), and its authors' version 2.
+
+Both call stock softmax attention and subtract its outputs, which equals subtracting the maps: no score matrix is made.
+"""
+
+from typing import Unpack
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mea.attention.backends import AttentionMask
+from mea.attention.base import Attention, AttentionOptions, Cache
+from mea.attention.mixing import HeadNorm
+from mea.ops import reference
+from mea.ops.rope import Rotary
+
+
+class DifferentialAttention(Attention):
+    """Version 1: pairs of heads, a learnt lambda per layer, values of double width, a norm per pair.
+
+    Parameters
+    ----------
+    hidden_size, num_heads, num_kv_heads, options
+        As in `Attention`, counted in single heads as in a plain Transformer of the same size: ``num_heads / 2`` pairs
+        (the paper's h) read ``num_kv_heads / 2`` pairs of keys and values. Both must be even. `layer_index`, from 0,
+        sets lambda_init.
+
+    Notes
+    -----
+    Head ``2 m`` of the queries meets head ``2 g`` of the keys and ``2 m + 1`` meets ``2 g + 1``, ``g`` being the group
+    of pair ``m``, as in the paper's formulas and its fused implementation.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, **options)
+        if num_heads % 2 or self.num_kv_heads % 2:
+            raise ValueError(
+                f"heads come in pairs: num_heads ({num_heads}) and num_kv_heads ({self.num_kv_heads}) must be even"
+            )
+        self.lambda_init = reference.differential_lambda_init(self.layer_index)
+        self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
+            nn.Parameter(torch.empty(self.head_dim)) for _ in range(4)
+        )
+        self.head_norm = HeadNorm(num_heads // 2, 2 * self.head_dim, "shared_gain", self.eps)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the four vectors of lambda as the paper does."""
+        for vector in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2):
+            nn.init.normal_(vector, std=0.1)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t D"],
+        *,
+        mask: AttentionMask | None = None,
+        positions: Int[Tensor, "#b t"] | Rotary | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b t D"]:
+        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
+        k, v = self.remember(k, v, cache)
+        # One call for both maps. Heads are (pair group g, pair in group i, which map j); a kernel wants those that read
+        # one key head (g, j) side by side, and each key head needs its pair's double value.
+        pairs = self.num_kv_heads // 2
+        q = q.unflatten(2, (pairs, -1, 2)).transpose(3, 4).flatten(2, 4)
+        double = torch.cat([v[:, 0::2], v[:, 1::2]], dim=-1).repeat_interleave(2, dim=1)
+        first, second = self.attend(q, k, double, mask).unflatten(2, (pairs, 2, -1)).unbind(3)
+        out = (first - self.lam().to(x.dtype) * second).flatten(2, 3)
+        return self.output(self.head_norm(out) * (1.0 - self.lambda_init))
+
+    def lam(self) -> Float[Tensor, ""]:
+        """The present value of lambda, in fp32 or wider."""
+        vectors = (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
+        wide = torch.promote_types(self.lambda_q1.dtype, torch.float32)
+        return reference.differential_lambda(*(x.to(wide) for x in vectors), layer=self.layer_index)
+
+
+class DifferentialAttentionV2(Attention):
+    """Version 2: twice the query heads over the same key/value heads, a lambda per token and head, no norm.
+
+    Parameters
+    ----------
+    hidden_size, num_heads, num_kv_heads, options
+        As in `Attention`: `num_heads` heads come out, from ``2 num_heads`` query heads. The query projection is twice
+        as wide as a plain Transformer's.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        h_kv = num_heads if num_kv_heads is None else num_kv_heads
+        super().__init__(hidden_size, num_heads, h_kv, projections=(2 * num_heads, h_kv, h_kv), **options)
+        self.lambda_proj = nn.Linear(hidden_size, num_heads, bias=False)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t D"],
+        *,
+        mask: AttentionMask | None = None,
+        positions: Int[Tensor, "#b t"] | Rotary | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b t D"]:
+        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
+        k, v = self.remember(k, v, cache)
+        heads = self.attend(q, k, v, mask)
+        gate = self.lambda_proj(x).sigmoid()[..., None]
+        return self.output(heads[:, :, 0::2] - gate * heads[:, :, 1::2])

@@ -1,0 +1,66 @@
+"""Grouped-query attention (arXiv 2305.13245), with an optional norm of each head's output.
+
+Multi-head attention is ``num_kv_heads = num_heads``, multi-query attention ``num_kv_heads = 1``. With a head norm it is
+the paper's "+GroupNorm" baseline, and what a square `MultiheadExplicitAttention` folds to.
+"""
+
+from typing import Unpack
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mea.attention.backends import AttentionMask
+from mea.attention.base import Attention, AttentionOptions, Cache
+from mea.attention.mixing import HeadNormGain, make_head_norm
+from mea.ops.rope import Rotary
+
+
+class GroupedQueryAttention(Attention):
+    """Softmax attention in which groups of query heads share a key and value head.
+
+    Parameters
+    ----------
+    hidden_size, num_heads, num_kv_heads, options
+        As in `Attention`.
+    head_norm
+        ``"off"``, or RMSNorm of every head before the output projection with ``"no_gain"``, ``"shared_gain"`` or
+        ``"per_head_gain"``.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        head_norm: HeadNormGain = "off",
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        super().__init__(hidden_size, num_heads, num_kv_heads, **options)
+        self.head_norm = make_head_norm(num_heads, self.head_dim, head_norm, self.eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t D"],
+        *,
+        mask: AttentionMask | None = None,
+        positions: Int[Tensor, "#b t"] | Rotary | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b t D"]:
+        """Attend within `x` and to what `cache` holds.
+
+        Parameters
+        ----------
+        x
+            Hidden states of the new tokens.
+        mask
+            True where a query may look; None for this module's own `causal` and `window`.
+        positions
+            Of the new tokens, or their angles; None to count on from the cache.
+        cache
+            Holds the past tokens; the new ones are appended.
+        """
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
+        k, v = self.remember(k, v, cache)
+        return self.output(self.head_norm(self.attend(q, k, v, mask)))

@@ -1,0 +1,186 @@
+"""Multi-head explicit attention (MEA, arXiv 2601.19611): key and value heads are linear combinations of components.
+
+The paper's steps, and where they are: ``k_comp = x W_K`` and ``v_comp = x W_V`` are `k_proj` and `v_proj`;
+``W_lc^K`` and ``W_lc^V`` are `key_mixing` and `value_mixing`; the GroupNorm is `head_norm`; ``W_O`` is `o_proj`.
+"""
+
+from typing import Literal, Unpack, get_args
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mea.attention.backends import AttentionMask
+from mea.attention.base import Attention, AttentionOptions, Cache
+from mea.attention.gqa import GroupedQueryAttention
+from mea.attention.mixing import FrequencyMixing, HeadMixing, HeadNormGain, MixingInit, check_name, make_head_norm
+from mea.ops.rope import Rotary
+
+Mix = Literal["both", "keys", "values", "neither"]
+KeyMixing = Literal["scalar", "frequency"]
+Fold = Literal["auto", "always", "never"]
+
+
+class MultiheadExplicitAttention(Attention):
+    """Grouped attention whose key and value heads are mixed from component heads, normalised per head.
+
+    Parameters
+    ----------
+    hidden_size, num_heads, num_kv_heads, options
+        As in `Attention`. With `qk_norm` the keys are normalised after a square mixing (which then still folds into the
+        weights), and before one that has fewer components (so that what is cached are components).
+    num_component_heads
+        ``h_c``, the paper's h', at most ``h_kv`` (and that if None). With fewer, a cache holds the components, as one
+        head of width ``h_c d``: that much less memory than ``h_kv d``.
+    mix
+        Which of keys and values are mixed. What is not mixed has ``h_kv`` heads.
+    head_norm
+        ``"off"``, ``"no_gain"``, ``"shared_gain"`` (the paper's) or ``"per_head_gain"``.
+    init
+        Of the mixing, by name: see `HeadMixing`.
+    key_mixing
+        ``"scalar"``, one number per pair of heads (the paper's), or ``"frequency"``, a complex one for each frequency.
+    fold
+        Mix activations (``"never"``), or the rows of ``W_K`` and ``W_V`` at each step (``"always"``): the same result.
+        ``"auto"`` takes what costs fewer multiplications at the number of tokens at hand.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int | None = None,
+        *,
+        num_component_heads: int | None = None,
+        mix: Mix = "both",
+        head_norm: HeadNormGain = "shared_gain",
+        init: MixingInit = "identity",
+        key_mixing: KeyMixing = "scalar",
+        fold: Fold = "auto",
+        **options: Unpack[AttentionOptions],
+    ) -> None:
+        h_kv = num_heads if num_kv_heads is None else num_kv_heads
+        h_c = h_kv if num_component_heads is None else num_component_heads
+        if not 1 <= h_c <= h_kv:
+            raise ValueError(f"num_component_heads ({h_c}) must be between 1 and num_kv_heads ({h_kv})")
+        check_name("mix", mix, get_args(Mix))
+        check_name("key_mixing", key_mixing, get_args(KeyMixing))
+        check_name("fold", fold, get_args(Fold))
+        mix_keys, mix_values = mix in ("both", "keys"), mix in ("both", "values")
+        if h_c < h_kv and mix == "neither":
+            raise ValueError("fewer component heads than key/value heads need a mixing; mix is 'neither'")
+        heads = (num_heads, h_c if mix_keys else h_kv, h_c if mix_values else h_kv)
+        super().__init__(hidden_size, num_heads, h_kv, projections=heads, **options)
+        self.num_component_heads, self.fold = h_c, fold
+        self.compressed = h_c < h_kv
+        self.key_mixing: HeadMixing | FrequencyMixing | None = None
+        if mix_keys and key_mixing == "frequency":
+            self.key_mixing = FrequencyMixing(h_c, h_kv, self.head_dim, self.rotary_dim, init)
+        elif mix_keys:
+            self.key_mixing = HeadMixing(h_c, h_kv, init)
+        self.value_mixing = HeadMixing(h_c, h_kv, init) if mix_values else None
+        self.head_norm = make_head_norm(num_heads, self.head_dim, head_norm, self.eps)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b t D"],
+        *,
+        mask: AttentionMask | None = None,
+        positions: Int[Tensor, "#b t"] | Rotary | None = None,
+        cache: Cache | None = None,
+    ) -> Float[Tensor, "b t D"]:
+        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        q = self.q_norm(self.heads(self.q_proj(x)))
+        if self.compressed and cache is not None:
+            return self.output(self.head_norm(self._attend_to_components(x, q, mask, positions, cache)))
+        if self.compressed and self.key_mixing is not None and not isinstance(self.k_norm, nn.Identity):
+            k = self.key_mixing(self.k_norm(self.heads(self.k_proj(x))))
+        else:
+            k = self.k_norm(self._mixed(x, self.k_proj, self.key_mixing))
+        v = self._mixed(x, self.v_proj, self.value_mixing)
+        q, k = self.rotate(q, k, positions, cache)
+        k, v = self.remember(k, v, cache)
+        return self.output(self.head_norm(self.attend(q, k, v, mask)))
+
+    def _attend_to_components(
+        self,
+        x: Float[Tensor, "b t D"],
+        q: Float[Tensor, "b t h d"],
+        mask: AttentionMask | None,
+        positions: Int[Tensor, "#b t"] | Rotary | None,
+        cache: Cache,
+    ) -> Float[Tensor, "b t h d"]:
+        """Cache rotated components; recombine them when many queries read, else take the mixing to the one query."""
+        k = self.k_norm(self.heads(self.k_proj(x)))
+        q, k = self.rotate(q, k, positions, cache)
+        k, v = k.flatten(2)[:, :, None], self.v_proj(x)[:, :, None]
+        k, v = self.remember(k, v, cache)
+        if x.shape[1] == 1 and self.key_mixing is not None and self.value_mixing is not None:
+            return self.value_mixing.unmix(self.attend(self.key_mixing.absorb(q), k, v, mask))
+        return self.attend(q, self._recombined(k, self.key_mixing), self._recombined(v, self.value_mixing), mask)
+
+    def _recombined(
+        self, latent: Float[Tensor, "b 1 s r"], mixing: HeadMixing | FrequencyMixing | None
+    ) -> Float[Tensor, "b h_kv s d"]:
+        """All key or value heads from what the cache holds of them."""
+        components = self.heads(latent[:, 0])
+        return (components if mixing is None else mixing(components)).transpose(1, 2)
+
+    def _mixed(
+        self, x: Float[Tensor, "b t D"], proj: nn.Linear, mixing: HeadMixing | FrequencyMixing | None
+    ) -> Float[Tensor, "b t h_kv d"]:
+        """Project and mix, in the order that is cheaper or asked for."""
+        if mixing is None:
+            return self.heads(proj(x))
+        if not self._folds(x.shape[0] * x.shape[1]):
+            return mixing(self.heads(proj(x)))
+        bias = None if proj.bias is None else mixing.fold(proj.bias[:, None])[:, 0]
+        return self.heads(F.linear(x, mixing.fold(proj.weight), bias))
+
+    def _folds(self, tokens: int) -> bool:
+        """Whether to mix weights: multiplications per channel of a head, mixing included, on either path."""
+        if self.fold != "auto":
+            return self.fold == "always"
+        h_c, h_kv, width = self.num_component_heads, self.num_kv_heads, self.hidden_size
+        return width * h_c * h_kv + tokens * width * h_kv < tokens * width * h_c + tokens * h_c * h_kv
+
+    @torch.no_grad()
+    def folded(self) -> GroupedQueryAttention:
+        """The same function without mixing: grouped attention, head norm kept, with ``W_lc`` inside ``W_K``, ``W_V``.
+
+        Raises
+        ------
+        ValueError
+            With fewer component than key/value heads: folding would give up the smaller cache.
+        """
+        if self.compressed:
+            raise ValueError(
+                f"{self.num_component_heads} component heads for {self.num_kv_heads} key/value heads do not fold into "
+                "grouped attention without losing the smaller cache; only a square mixing folds"
+            )
+        gain: HeadNormGain = getattr(self.head_norm, "gain", "off")
+        plain = GroupedQueryAttention(
+            self.hidden_size,
+            self.num_heads,
+            self.num_kv_heads,
+            head_norm=gain,
+            head_dim=self.head_dim,
+            rope=self.rope,
+            qk_norm=not isinstance(self.q_norm, nn.Identity),
+            causal=self.causal,
+            window=self.window,
+            bias=self.q_proj.bias is not None,
+            backend=self.backend,  # pyright: ignore[reportArgumentType]
+            eps=self.eps,
+            layer_index=self.layer_index,
+        )
+        plain = plain.to(self.q_proj.weight.device, self.q_proj.weight.dtype).train(self.training)
+        state = {name: x for name, x in self.state_dict().items() if "_mixing." not in name}
+        for name, mixing in (("k_proj", self.key_mixing), ("v_proj", self.value_mixing)):
+            if mixing is not None:
+                state[f"{name}.weight"] = mixing.fold(state[f"{name}.weight"])
+                if f"{name}.bias" in state:
+                    state[f"{name}.bias"] = mixing.fold(state[f"{name}.bias"][:, None])[:, 0]
+        plain.load_state_dict(state)
+        return plain

@@ -1,0 +1,68 @@
+"""Attention over a compressed KV cache: one latent vector per token for the keys of all heads, one for the values.
+
+Per token a layer caches ``c_k = E_k k`` (width ``r_k``, from the *rotated* keys of all heads) and ``c_v = E_v v`` (width
+``r_v``), where ordinary attention caches ``h_kv * d`` numbers each. Decoders ``D_k[g]``, ``D_v[g]`` give back the keys
+and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. There are two ways to read such a cache, equal up to rounding:
+
+- *absorbed* (decoding): ``q^T D_k[g] c_k = (D_k[g]^T q)^T c_k``. The query is multiplied by its group's decoder, attention
+  runs over the latents **as one kv head shared by all queries**, and the output is un-mixed by ``D_v[g]``. Nothing of
+  the size of the uncompressed cache is ever made.
+- *materialised* (prefill): rebuild keys and values, then attend as usual.
+
+The paper's virtual heads (arXiv 2601.19611, section on KV-cache compression) are the case ``D_k[g] = w_g ⊗ I_d``.
+
+Tensors here are head-major, as caches and attention backends want them: ``b`` batch, ``h`` query heads, ``g`` kv heads,
+``q`` query tokens, ``t`` cached tokens, ``d`` head dimension, ``r`` latent width.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+def absorb(queries: Float[Tensor, "b h q d"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b h q r"]:
+    """Multiply each query by the transposed key decoder of its group: scores against latents equal scores against keys.
+
+    Query heads are grouped as in GQA: head ``i`` reads kv head ``i // (h / g)``.
+    """
+    b, h, q, d = queries.shape
+    g, _, r = decoder.shape
+    grouped = queries.reshape(b, g, h // g * q, d)
+    return torch.matmul(grouped, decoder).reshape(b, h, q, r)
+
+
+def unmix(outputs: Float[Tensor, "b h q r"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b h q d"]:
+    """Turn attention-weighted value latents into each head's output: ``A_i D_v c_v = D_v (A_i c_v)``."""
+    b, h, q, r = outputs.shape
+    g, d, _ = decoder.shape
+    grouped = outputs.reshape(b, g, h // g * q, r)
+    return torch.matmul(grouped, decoder.transpose(1, 2)).reshape(b, h, q, d)
+
+
+def materialise(latents: Float[Tensor, "b 1 t r"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b g t d"]:
+    """Rebuild the keys or values of all kv heads from their latents."""
+    b, _, t, r = latents.shape
+    g, d, _ = decoder.shape
+    rebuilt = torch.matmul(latents[:, 0], decoder.reshape(g * d, r).T)
+    return rebuilt.view(b, t, g, d).transpose(1, 2)
+
+
+def encode(heads: Float[Tensor, "b g t d"], encoder: Float[Tensor, "r g*d"]) -> Float[Tensor, "b 1 t r"]:
+    """The latents of all heads' vectors: what is cached, token-major."""
+    b, g, t, d = heads.shape
+    return torch.matmul(heads.transpose(1, 2).reshape(b, t, g * d), encoder.T)[:, None]
+
+
+def absorbed_is_cheaper(query_tokens: int, cached_tokens: int, query_heads: int, decoder_shape: torch.Size) -> bool:
+    """Whether reading the latents directly takes fewer multiplications than rebuilding keys and values first.
+
+    Rebuilding costs ``t r g d`` per cache, then each query costs ``h t d``; absorbed each query costs ``h t r`` and the
+    two products at its ends ``2 h d r``. A single query is always absorbed: rebuilding would write the whole
+    uncompressed cache at every step, which costs memory traffic that multiplications do not show.
+    """
+    if query_tokens == 1:
+        return True
+    g, d, r = decoder_shape
+    rebuilt = cached_tokens * r * g * d + query_tokens * query_heads * cached_tokens * d
+    absorbed = query_tokens * query_heads * (cached_tokens * r + 2 * d * r)
+    return absorbed < rebuilt
