@@ -22,6 +22,16 @@ KeyMixing = Literal["scalar", "frequency"]
 Fold = Literal["auto", "always", "never"]
 
 
+def folding_is_cheaper(tokens: int, width: int, components: int, heads: int) -> bool:
+    """Whether to mix the rows of a projection from `width` channels, and not the activations of so many tokens.
+
+    Multiplications per channel of a head, the projection itself included; both orders give the same result.
+    """
+    mix_weights = width * components * heads + tokens * width * heads
+    mix_activations = tokens * width * components + tokens * components * heads
+    return mix_weights < mix_activations
+
+
 class MultiheadExplicitAttention(Attention):
     """Grouped attention whose key and value heads are mixed from component heads, normalised per head.
 
@@ -133,17 +143,12 @@ class MultiheadExplicitAttention(Attention):
         """Project and mix, in the order that is cheaper or asked for."""
         if mixing is None:
             return self.heads(proj(x))
-        if not self._folds(x.shape[0] * x.shape[1]):
+        tokens = x.shape[0] * x.shape[1]
+        cheaper = folding_is_cheaper(tokens, self.hidden_size, self.num_component_heads, self.num_kv_heads)
+        if self.fold == "never" or (self.fold == "auto" and not cheaper):
             return mixing(self.heads(proj(x)))
         bias = None if proj.bias is None else mixing.fold(proj.bias[:, None])[:, 0]
         return self.heads(F.linear(x, mixing.fold(proj.weight), bias))
-
-    def _folds(self, tokens: int) -> bool:
-        """Whether to mix weights: multiplications per channel of a head, mixing included, on either path."""
-        if self.fold != "auto":
-            return self.fold == "always"
-        h_c, h_kv, width = self.num_component_heads, self.num_kv_heads, self.hidden_size
-        return width * h_c * h_kv + tokens * width * h_kv < tokens * width * h_c + tokens * h_c * h_kv
 
     @torch.no_grad()
     def folded(self) -> GroupedQueryAttention:

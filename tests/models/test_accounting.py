@@ -1,0 +1,107 @@
+"""Closed forms against counts of the real thing, and the presets' promise of equal parameters."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mea.models.accounting import cache_bytes_per_token, decode_flops, parameters, training_flops
+from mea.models.config import MeaConfig
+from mea.models.decoder import MeaForCausalLM
+from mea.models.presets import SHAPES, VARIANTS, parameter_table, preset
+
+# What the variants leave out: every option that changes a count.
+OTHERS = {
+    "bias": MeaConfig(attention="mea", attention_bias=True, attention_options={"fold": "always"}),
+    "qk_norm": MeaConfig(attention="gqa", attention_options={"qk_norm": True, "head_norm": "per_head_gain"}),
+    "fewer-qk_norm": MeaConfig(attention="mea", attention_options={"qk_norm": True, "num_component_heads": 2}),
+    "fewer-keys": MeaConfig(attention="mea", attention_options={"mix": "keys", "num_component_heads": 2}),
+    "fewer-values": MeaConfig(attention="mea", attention_options={"mix": "values", "num_component_heads": 3}),
+    "fewer-frequency": MeaConfig(
+        attention="mea", attention_options={"key_mixing": "frequency", "num_component_heads": 2, "fold": "never"}
+    ),
+    "fewer-frequency-keys": MeaConfig(
+        attention="mea", attention_options={"key_mixing": "frequency", "num_component_heads": 2, "mix": "keys"}
+    ),
+}
+SMALL = {"vocab_size": 97, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 12}
+
+
+def small(config: MeaConfig) -> MeaConfig:
+    fields = {**SMALL, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
+    for name, value in fields.items():
+        setattr(config, name, value)
+    return config
+
+
+CONFIGS = {
+    **{variant: small(preset("1m", variant)) for variant in VARIANTS},
+    **{name: small(config) for name, config in OTHERS.items()},
+}
+
+
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS.keys())
+def config(request: pytest.FixtureRequest) -> MeaConfig:
+    request.param._attn_implementation = "eager"  # the counter knows no fused attention on a CPU
+    return request.param
+
+
+def test_parameters(config):
+    assert parameters(config) == sum(p.numel() for p in MeaForCausalLM(config).parameters())
+
+
+@pytest.mark.parametrize("tokens", [31, 120], ids=["few tokens", "many tokens"])  # either side of where mixing folds
+def test_training_flops(config, tokens):
+    ids = torch.randint(0, 97, (2, tokens))
+    model = MeaForCausalLM(config)
+    with FlopCounterMode(display=False) as counter:
+        model(ids, labels=ids).loss.backward()
+    assert training_flops(config, 2, tokens) == counter.get_total_flops()
+
+
+@torch.no_grad()
+def test_cache_bytes_and_decode_flops(config):
+    model = MeaForCausalLM(config).eval()
+    ids = torch.randint(0, 97, (1, 50))
+    cache = model(ids, use_cache=True).past_key_values
+    held = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
+    assert held == 50 * cache_bytes_per_token(config, bytes_per_number=4)
+    with FlopCounterMode(display=False) as counter:
+        model(ids[:, :1], past_key_values=cache)
+    assert decode_flops(config, 51) == counter.get_total_flops()
+
+
+def test_every_variant_of_a_shape_has_the_same_parameters_within_one_percent():
+    rows = parameter_table()
+    assert len(rows) == len(SHAPES) * len(VARIANTS)
+    for shape, variant, _, count, relative in rows:
+        assert abs(relative) < 0.01, f"{shape} {variant}: {count:,} parameters, {relative:+.2%}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "millions"), [("1m", 1), ("3m", 3), ("10m", 10), ("30m", 30), ("125m", 125), ("paper", 1498)]
+)
+def test_shapes_are_as_large_as_their_names(shape, millions):
+    assert parameters(preset(shape)) == pytest.approx(millions * 1e6, rel=0.06)
+
+
+def test_the_papers_shape_is_llama_1b_with_both_embeddings():
+    """Llama 3.2 1B has 1,235,814,400 parameters with one embedding of 128,256 × 2048."""
+    assert parameters(preset("paper")) == 1_235_814_400 + 128_256 * 2048
+
+
+def test_half_the_components_are_half_the_cache():
+    for shape in SHAPES:
+        half, full = (cache_bytes_per_token(preset(shape, variant)) for variant in ("mea_half", "mea"))
+        assert 2 * half == full
+
+
+def test_a_change_of_vocabulary_keeps_the_variants_together():
+    plain = parameters(preset("3m", vocab_size=256))
+    assert all(abs(parameters(preset("3m", variant, vocab_size=256)) / plain - 1) < 0.01 for variant in VARIANTS)
+
+
+def test_wrong_names_get_a_hint():
+    with pytest.raises(ValueError, match=r"no shape is called '30M'.*Did you mean '30m'"):
+        preset("30M")
+    with pytest.raises(ValueError, match=r"no variant is called 'transfomer'.*Did you mean 'transformer'"):
+        preset("3m", "transfomer")
