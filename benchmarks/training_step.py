@@ -1,0 +1,184 @@
+"""Throughput and peak memory of one training step, each attention variant beside the plain Transformer.
+
+All variants live in one process and take turns, in a new random order every round, so that whatever else the machine
+does hits all of them alike; ratios are formed within a round. A step is forward, backward and AdamW, on random tokens.
+Peak memory on a CPU is that of a process of its own for each variant.
+
+    python benchmarks/training_step.py --preset 30m --out record.json
+"""
+
+import argparse
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mea.models.accounting import parameters, training_flops
+from mea.models.decoder import MeaForCausalLM
+from mea.models.presets import SHAPES, VARIANTS, preset
+
+BASELINE = "transformer"
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="30m", choices=list(SHAPES))
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--batch", type=int, default=16, help="sequences a step")
+    parser.add_argument("--tokens", type=int, default=512, help="tokens a sequence")
+    parser.add_argument("--rounds", type=int, default=12, help="timed steps of each variant")
+    parser.add_argument("--warmup", type=int, default=2, help="untimed steps of each variant, compilation included")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of autocast")
+    parser.add_argument("--eager", action="store_true", help="do not compile")
+    parser.add_argument("--skip-memory", action="store_true", help="time only")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="where the record goes; standard output if absent")
+    parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_step(args: argparse.Namespace, variant: str) -> Callable[[], float]:
+    """A function that takes one training step of `variant` and returns its seconds."""
+    torch.manual_seed(args.seed)
+    config = preset(args.preset, variant)
+    model = MeaForCausalLM(config).to(args.device).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    ids = torch.randint(0, config.vocab_size, (args.batch, args.tokens), device=args.device)
+    run = model if args.eager else torch.compile(model, fullgraph=True)
+    low = args.dtype != "float32"
+
+    def step() -> float:
+        start = time.perf_counter()
+        with torch.autocast(args.device, dtype=torch.bfloat16) if low else nullcontext():
+            loss = run(ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if args.device == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    return step
+
+
+def time_in_turns(args: argparse.Namespace, variants: list[str]) -> dict[str, list[float]]:
+    """Seconds of every timed step; the k-th sample of each variant belongs to round k."""
+    steps = {}
+    for variant in variants:
+        steps[variant] = make_step(args, variant)
+        for _ in range(args.warmup):
+            steps[variant]()
+        print(f"{variant}: ready", file=sys.stderr)
+    order, samples = random.Random(args.seed), {variant: [] for variant in variants}
+    for i in range(args.rounds):
+        for variant in order.sample(variants, len(variants)):
+            samples[variant].append(steps[variant]())
+        print(f"round {i + 1} of {args.rounds}", file=sys.stderr)
+    return samples
+
+
+def peak_memory(args: argparse.Namespace, variant: str) -> int:
+    """Most bytes in use during a few steps of one variant alone: of the GPU, or of this process."""
+    gc.collect()
+    if args.device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    step = make_step(args, variant)
+    for _ in range(max(2, args.warmup)):
+        step()
+    if args.device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def peak_memory_apart(args: argparse.Namespace, variant: str) -> int:
+    """`peak_memory` in a process of its own: a CPU keeps no count of tensors, and a process does not shrink."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", variant]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    return int(done.stdout.splitlines()[-1])
+
+
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load_before": os.getloadavg(),
+        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
+    }
+
+
+def commit() -> dict[str, Any]:
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
+
+    return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain", "-uno").splitlines()}
+
+
+def ratios(samples: dict[str, list[float]], variant: str, base: str) -> dict[str, float]:
+    """Throughput of `variant` relative to `base`, round by round: median and quartiles."""
+    paired = [b / v for v, b in zip(samples[variant], samples[base], strict=True)]
+    if len(paired) == 1:
+        return {"median": paired[0], "lower_quartile": paired[0], "upper_quartile": paired[0]}
+    lower, median, upper = statistics.quantiles(paired, n=4, method="inclusive")
+    return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
+
+
+def main() -> None:
+    args = arguments()
+    if args.memory_of:
+        print(peak_memory(args, args.memory_of))
+        return
+    variants = list(dict.fromkeys([BASELINE, *args.variants]))
+    record: dict[str, Any] = {
+        "benchmark": "training_step",
+        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
+        "machine": machine(args),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: importlib.metadata.version(name) for name in ("mea", "torch", "transformers")},
+        },
+        **commit(),
+        "seed": args.seed,
+        "peak_memory_bytes": {} if args.skip_memory else {v: peak_memory_apart(args, v) for v in variants},
+    }
+    samples = time_in_turns(args, variants)
+    record["seconds"] = samples
+    record["variants"] = {}
+    for variant in variants:
+        config = preset(args.preset, variant)
+        flops, seconds = training_flops(config, args.batch, args.tokens), statistics.median(samples[variant])
+        record["variants"][variant] = {
+            "parameters": parameters(config),
+            "tokens_per_second": args.batch * args.tokens / seconds,
+            "flops_per_second": flops / seconds,
+            "throughput_against_transformer": ratios(samples, variant, BASELINE),
+        }
+        if "groupnorm" in samples:
+            against = ratios(samples, variant, "groupnorm")
+            record["variants"][variant]["throughput_against_groupnorm"] = against
+    text = json.dumps(record, indent=2)
+    if args.out is None:
+        print(text)
+    else:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
