@@ -256,3 +256,17 @@ def test_a_training_step_compiles_to_one_graph(name):
     loss = compiled(ids, labels=ids).loss
     loss.backward()
     assert abs(loss - eager) <= TERMS * torch.finfo(torch.float32).eps * eager
+
+
+@pytest.mark.compile
+@torch.no_grad()  # on a CPU FlexAttention has a forward pass only
+def test_flex_attention_with_padding_and_a_window(agree):
+    """FlexAttention traces its mask function even outside torch.compile: hence among these tests."""
+    model, ids = build(KINDS["mea"], sliding_window=6), tokens()
+    padding = torch.ones_like(ids)
+    padding[0, :4] = 0
+    for mask, first in ((padding, 4), (None, 0)):
+        expected = model(ids, attention_mask=mask).logits
+        model.set_attn_implementation("flex_attention")
+        agree(model(ids, attention_mask=mask).logits[:, first:], expected[:, first:], TERMS)
+        model.set_attn_implementation("sdpa")
