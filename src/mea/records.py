@@ -1,0 +1,244 @@
+"""Measurements as JSON files: one format for all of them.
+
+A record says what ran, on what, and keeps every sample. Tables, figures and the numbers in documents are made from
+records only. A record is a dict with these fields:
+
+===========  ======================================================================================================
+``format``   `FORMAT`; a file of another format is refused
+``kind``     what was measured, such as ``"compression"``: says which results and samples to expect
+``config``   what ran: every choice that the result depends on
+``seeds``    name -> seed
+``results``  what the samples come to
+``samples``  name -> everything that was measured, in order
+``machine``  processor, architecture, cores, memory in bytes, threads of torch, accelerator
+``versions`` package -> version
+``commit``   of the checkout that ran, with ``+changes`` if it had some; None outside of one
+``date``     UTC, ISO 8601
+===========  ======================================================================================================
+
+Nothing in a record tells whose machine it was: there is no host name, and of absolute paths in the configuration only
+the last part is kept.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any
+
+FORMAT = 1
+PACKAGES = ("mea", "torch", "transformers", "safetensors", "accelerate", "numpy")
+FIELDS: dict[str, type | tuple[type, ...]] = {
+    "format": int,
+    "kind": str,
+    "config": dict,
+    "seeds": dict,
+    "results": dict,
+    "samples": dict,
+    "machine": dict,
+    "versions": dict,
+    "commit": (str, type(None)),
+    "date": str,
+}
+
+Record = dict[str, Any]
+
+
+def make_record(
+    kind: str,
+    config: Mapping[str, Any],
+    *,
+    results: Mapping[str, Any] | None = None,
+    samples: Mapping[str, Any] | None = None,
+    seeds: Mapping[str, int] | None = None,
+) -> Record:
+    """A record of something that was just measured in this process.
+
+    Raises
+    ------
+    ValueError
+        A value is not JSON, or is NaN or infinite; the message says which.
+    """
+    record = {
+        "format": FORMAT,
+        "kind": kind,
+        "config": _without_places(dict(config)),
+        "seeds": dict(seeds or {}),
+        "results": dict(results or {}),
+        "samples": dict(samples or {}),
+        "machine": machine(),
+        "versions": versions(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+    _validate(record, "the record")
+    return json.loads(
+        json.dumps(record)
+    )  # what a reader will get: lists for tuples, and nothing shared with the caller
+
+
+def write_record(path: str | Path, record: Record) -> Path:
+    """Write one record; the file is there complete or not at all.
+
+    Raises
+    ------
+    ValueError
+        It is not a valid record.
+    """
+    path = Path(path)
+    _validate(record, "the record")
+    text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    return path
+
+
+def read_record(path: str | Path) -> Record:
+    """Read one record.
+
+    Raises
+    ------
+    ValueError
+        The file is not JSON, or not a record of this format.
+    """
+    path = Path(path)
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # JSON and Unicode errors are both
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    _validate(record, str(path))
+    return record
+
+
+def read_records(folder: str | Path, kind: str | None = None) -> list[Record]:
+    """All records of a folder (``*.json``), sorted by file name; of one `kind` if it is given.
+
+    Raises
+    ------
+    FileNotFoundError
+        The folder does not exist.
+    ValueError
+        A file is not a record.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"no folder of records at {folder}")
+    records = [read_record(path) for path in sorted(folder.glob("*.json"))]
+    return [record for record in records if kind in (None, record["kind"])]
+
+
+def machine() -> dict[str, Any]:
+    """What the measurement ran on; None for what this system does not tell."""
+    torch = sys.modules.get("torch")  # who has not imported it has not used it
+    accelerator = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
+    return {
+        "processor": _processor(),
+        "architecture": platform.machine(),
+        "system": platform.system(),
+        "cores": os.cpu_count(),
+        "memory_bytes": _memory(),
+        "torch_threads": torch.get_num_threads() if torch else None,
+        "accelerator": accelerator,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that matter to results, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> str | None:
+    """The commit of the checkout this very file belongs to; None if it is installed elsewhere."""
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], cwd=here.parent, capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        git("ls-files", "--error-unmatch", here.name)  # an environment inside another project's checkout does not count
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _processor() -> str | None:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or None
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _without_places(value: Any) -> Any:
+    """The same configuration with absolute paths cut down to their last part."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_places(item) for item in value]
+    if isinstance(value, PurePosixPath | PureWindowsPath):
+        value = str(value)
+    if isinstance(value, str):
+        for path in (PurePosixPath(value), PureWindowsPath(value)):
+            if path.is_absolute():
+                return path.name
+    return value
+
+
+def _validate(record: Any, where: str) -> None:
+    if not isinstance(record, dict):
+        raise ValueError(f"{where}: a record is an object, not {type(record).__name__}")
+    if record.get("format", FORMAT) != FORMAT:
+        raise ValueError(f"{where}: written in format {record['format']}, this version reads format {FORMAT}")
+    for name, kind in FIELDS.items():
+        if name not in record:
+            raise ValueError(f"{where}: the field {name!r} is missing")
+        if not isinstance(record[name], kind):
+            raise ValueError(f"{where}: the field {name!r} may not be {type(record[name]).__name__}")
+    for name in ("config", "seeds", "results", "samples"):
+        _validate_value(record[name], name, where)
+
+
+def _validate_value(value: Any, name: str, where: str) -> None:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            if not isinstance(key, str):
+                raise ValueError(f"{where}: the key {key!r} of {name} must be text")
+            _validate_value(item, f"{name}.{key}", where)
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _validate_value(item, f"{name}[{index}]", where)
+    elif isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {name} is {value}")
+    elif not isinstance(value, str | int | float | type(None)):
+        raise ValueError(f"{where}: {name} is a {type(value).__name__}, which JSON does not have")
