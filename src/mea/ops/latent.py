@@ -1,12 +1,12 @@
 """Attention over a compressed KV cache: one latent vector per token for the keys of all heads, one for the values.
 
-Per token a layer caches ``c_k = E_k k`` (width ``r_k``, from the *rotated* keys of all heads) and ``c_v = E_v v`` (width
-``r_v``), where ordinary attention caches ``h_kv * d`` numbers each. Decoders ``D_k[g]``, ``D_v[g]`` give back the keys
-and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. There are two ways to read such a cache, equal up to rounding:
+Per token a layer caches ``c_k = E_k k`` (width ``r_k``, from the *rotated* keys of all heads) and ``c_v = E_v v``
+(width ``r_v``), where ordinary attention caches ``h_kv * d`` numbers each. Decoders ``D_k[g]``, ``D_v[g]`` give back
+the keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. There are two ways to read such a cache, equal up to rounding:
 
-- *absorbed* (decoding): ``q^T D_k[g] c_k = (D_k[g]^T q)^T c_k``. The query is multiplied by its group's decoder, attention
-  runs over the latents **as one kv head shared by all queries**, and the output is un-mixed by ``D_v[g]``. Nothing of
-  the size of the uncompressed cache is ever made.
+- *absorbed* (decoding): ``q^T D_k[g] c_k = (D_k[g]^T q)^T c_k``. The query is multiplied by its group's decoder,
+  attention runs over the latents **as one kv head shared by all queries**, and the output is un-mixed by ``D_v[g]``.
+  Nothing of the size of the uncompressed cache is ever made.
 - *materialised* (prefill): rebuild keys and values, then attend as usual.
 
 The paper's virtual heads (arXiv 2601.19611, section on KV-cache compression) are the case ``D_k[g] = w_g ⊗ I_d``.

@@ -1,0 +1,77 @@
+"""Put factors into layers, and compressed layers into a model of the compressed class."""
+
+import copy
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from mea.compression.factors import Factors
+from mea.compression.layout import Layout
+from mea.compression.stream import weights_of
+from mea.models.compressed import COMPRESSED_CONFIGS, COMPRESSED_MODELS, to_latent_attention
+
+
+class LayerFactors(NamedTuple):
+    """One layer's factors; `output` replaces ``W_O`` where it was fitted with them."""
+
+    keys: Factors
+    values: Factors
+    output: Float[Tensor, "D h*d"] | None = None
+
+
+@torch.no_grad()
+def compress_attention(attention: Any, factors: LayerFactors) -> None:
+    """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new tensors."""
+    value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
+    (key_encoder, key_decoder), (value_encoder, value_decoder), output = factors
+    to_latent_attention(attention, len(key_encoder), len(value_encoder))
+    mixing = attention.head_mixing
+    mixing.key_encoder.copy_(key_encoder)
+    mixing.key_decoder.copy_(key_decoder.view_as(mixing.key_decoder))
+    mixing.value_decoder.copy_(value_decoder.view_as(mixing.value_decoder))
+    attention.v_proj.weight.copy_(value_encoder @ value_weight.double())
+    if value_bias is not None:
+        attention.v_proj.bias.copy_(value_encoder @ value_bias.double())
+    if output is not None:
+        attention.o_proj.weight = nn.Parameter(output.to(attention.o_proj.weight.dtype))
+
+
+def sharing_copy(module: nn.Module) -> Any:
+    """A copy that shares the original's parameters and buffers, so that its structure can be changed freely."""
+    shared = [*module.parameters(), *module.buffers()]
+    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+
+
+def latent_copy(layer: Any, factors: LayerFactors) -> Any:
+    """A decoder layer that caches latents, sharing everything else with the given one."""
+    compressed = sharing_copy(layer)
+    compress_attention(compressed.self_attn, factors)
+    return compressed
+
+
+def latent_config(config: Any, layout: Layout, compression: dict[str, Any]) -> Any:
+    """The configuration of the compressed model: the original's, with the widths and how they came about."""
+    kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
+    kept.pop("quantization_config", None)
+    widths = [None if pair is None else list(pair) for pair in layout.widths]
+    compressed = COMPRESSED_CONFIGS[config.model_type](**kept, latent_widths=widths, compression=compression)
+    compressed._attn_implementation = config._attn_implementation
+    return compressed
+
+
+def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any:
+    """The compressed model; what is not compressed is shared with the original, weights and all."""
+    compressed = sharing_copy(model)
+    stock = compressed.config
+    for module in compressed.modules():
+        if getattr(module, "config", None) is stock:
+            module.config = config
+    compressed.__class__ = COMPRESSED_MODELS[model.config.model_type]
+    compressed._tp_plan = {}
+    for layer, found in zip(compressed.model.layers, factors, strict=True):
+        if found is not None:
+            with weights_of(layer.self_attn):
+                compress_attention(layer.self_attn, found)
+    return compressed

@@ -1,0 +1,62 @@
+"""Low-rank factors of one layer's keys or values, and the linear algebra that all methods share."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+class Factors(NamedTuple):
+    """``x ≈ decoder @ encoder @ x`` for the stacked heads ``x`` of one token: rotated keys, or values.
+
+    Attributes
+    ----------
+    encoder
+        ``[r, n]``, with ``n = h_kv * d``.
+    decoder
+        ``[n, r]``, orthonormal columns: latents are as large as what they stand for, in any dtype.
+    """
+
+    encoder: Float[Tensor, "r n"]
+    decoder: Float[Tensor, "n r"]
+
+    @property
+    def projection(self) -> Float[Tensor, "n n"]:
+        """``decoder @ encoder``."""
+        return self.decoder @ self.encoder
+
+
+def orthonormal(encoder: Float[Tensor, "r n"], decoder: Float[Tensor, "n r"]) -> Factors:
+    """The same product, with orthonormal columns in the decoder."""
+    q, r = torch.linalg.qr(decoder)
+    return Factors(r @ encoder, q)
+
+
+def weighted_subspace(
+    moment: Float[Tensor, "n n"], metric: Float[Tensor, "g d d"], rank: int
+) -> tuple[Float[Tensor, "r n"], Float[Tensor, "n r"]]:
+    """Best rank-`rank` encoder and decoder of ``x`` with second moment `moment` under a metric per head.
+
+    Minimises ``E sum_g (x - x̂)_g^T metric_g (x - x̂)_g``: the top eigenvectors of the moment between the metric's square
+    roots. In fp64; exact at full rank whatever the inputs.
+    """
+    root, inverse = zip(*(_root(m) for m in metric), strict=True)
+    root, inverse = torch.block_diag(*root), torch.block_diag(*inverse)
+    _, vectors = torch.linalg.eigh(root @ moment @ root)
+    top = vectors.flip(-1)[:, :rank]
+    return top.T @ root, inverse @ top
+
+
+def _root(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
+    """Square root of a second moment and its inverse; directions never seen count a billionth of the strongest."""
+    values, vectors = torch.linalg.eigh(moment)
+    top = values[-1].item()
+    values = values.clamp_min(1e-9 * top if top > 0 else 1.0).sqrt()
+    return (vectors * values) @ vectors.T, (vectors / values) @ vectors.T
+
+
+def from_head_mixing(mixing: Float[Tensor, "h_c h_kv"], head_dim: int) -> Factors:
+    """Factors of a scalar HLC with orthonormal rows: component heads ``c_j = sum_g mixing_jg x_g``."""
+    encoder = torch.kron(mixing.double(), torch.eye(head_dim, dtype=torch.float64))
+    return Factors(encoder, encoder.T)

@@ -1,0 +1,138 @@
+"""Calibrate and factorise: one streaming pass over the layers, any number of methods and layouts at once."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mea.compression.convert import LayerFactors, latent_copy
+from mea.compression.layout import Layout
+from mea.compression.methods import Method
+from mea.compression.statistics import AveragedValuesSum, LayerStatistics, StatisticsSum
+from mea.compression.stream import AttentionPass, LayerInputs, embed, layer_inputs, resident, rotations, run_layer
+from mea.compression.values import covariance_values, fit_values
+
+LOST_WINDOWS = 2
+
+
+class FittedLayer(NamedTuple):
+    """A layer of the stream, for one method and layout.
+
+    Attributes
+    ----------
+    index, layer, inputs
+        The original layer, with its weights there, and what it is called with.
+    factors
+        None where the layout leaves the layer as it is.
+    full
+        Factors of the same method at full rank, for the self-check.
+    lost
+        The share of the attention output's energy that the factors lose, on a few calibration windows.
+    """
+
+    index: int
+    layer: Any
+    inputs: LayerInputs
+    factors: LayerFactors | None
+    full: LayerFactors | None
+    lost: float
+
+
+class Target(NamedTuple):
+    """What to fit: a method, a layout, and factors of layers that an earlier run has finished."""
+
+    method: Method
+    layout: Layout
+    known: Callable[[int], LayerFactors | None] = lambda _: None
+
+
+@torch.no_grad()
+def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) -> Iterator[list[FittedLayer]]:
+    """Fit layer after layer; each yields one result per target.
+
+    Statistics are those of the *uncompressed* model: factors fitted on what compressed layers below hand up were worse
+    (docs/LOG.md), and this way the layers are independent of each other.
+
+    Raises
+    ------
+    ValueError
+        Weights or activations are not finite.
+    """
+    hidden = embed(model, tokens).float()
+    inputs, tables = layer_inputs(model, tokens.shape[1]), rotations(model)
+    for index, stored in enumerate(model.model.layers):
+        layer = resident(stored)
+        for name, parameter in layer.named_parameters():
+            if not parameter.isfinite().all():
+                raise ValueError(f"layer {index}: the weights in {name} are not all finite; the checkpoint is damaged")
+        passes, statistics = _calibrate(layer, hidden, inputs[index], tables[index])
+        hidden = torch.stack([window.layer_out for window in passes])
+        if not hidden.isfinite().all():
+            raise ValueError(f"layer {index}: activations are not finite on the calibration text; the model overflows")
+        fitted = []
+        for target in targets:
+            widths = target.layout.widths[index]
+            if widths is None:
+                fitted.append(FittedLayer(index, layer, inputs[index], None, None, 0.0))
+                continue
+            factors = target.known(index)
+            if factors is None:
+                factors = _fit(target.method, layer, inputs[index], passes, statistics, widths)
+            lost = lost_share(layer, factors, inputs[index], passes[:LOST_WINDOWS])
+            full = full_rank(target.method, statistics)
+            fitted.append(FittedLayer(index, layer, inputs[index], factors, full, lost))
+        yield fitted
+
+
+def _calibrate(
+    layer: Any, hidden: Tensor, inputs: LayerInputs, table: tuple[Tensor, Tensor]
+) -> tuple[list[AttentionPass], LayerStatistics]:
+    total = StatisticsSum(layer.self_attn)
+    passes = []
+    for window in run_layer(layer, hidden, inputs):
+        total.add(window.attention_in)
+        passes.append(window)
+    return passes, total.result(*table)
+
+
+def _fit(
+    method: Method,
+    layer: Any,
+    inputs: LayerInputs,
+    passes: list[AttentionPass],
+    statistics: LayerStatistics,
+    widths: tuple[int, int],
+) -> LayerFactors:
+    keys = method.keys(statistics, widths[0])
+    if method.values is not None:
+        return LayerFactors(keys, method.values(statistics, widths[1]))
+    averaged = AveragedValuesSum(layer.self_attn, inputs, keys.projection.float())
+    for window in passes:
+        averaged.add(window.attention_in, window.heads_out, window.weight)
+    return LayerFactors(keys, *fit_values(averaged.result(), statistics.num_kv_heads, widths[1]))
+
+
+@torch.no_grad()
+def lost_share(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: list[AttentionPass]) -> float:
+    """The share of the attention output's energy that is lost with these factors: 0 is exact, 1 is nothing kept.
+
+    Tokens count as in `AttentionPass.weight`.
+    """
+    compressed = latent_copy(layer, factors).self_attn
+    lost = total = 0.0
+    for window in passes:
+        options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
+        output = compressed(window.attention_in[None], **options)[0][0]
+        true = layer.self_attn.o_proj(window.heads_out)
+        lost += ((output - true).square().sum(-1) * window.weight).sum().item()
+        total += (true.square().sum(-1) * window.weight).sum().item()
+    return lost / total
+
+
+def full_rank(method: Method, statistics: LayerStatistics) -> LayerFactors:
+    """The method's factors at full rank, which must reproduce the layer."""
+    n = statistics.num_kv_heads * statistics.head_dim
+    values = method.values(statistics, n) if method.values else covariance_values(statistics, n)
+    return LayerFactors(method.keys(statistics, n), values)

@@ -1,0 +1,233 @@
+"""How many numbers each layer caches per token, and how a budget becomes such widths.
+
+A layer's *widths* are ``(r_k, r_v)``, the numbers cached per token for keys and for values; None leaves the layer as it
+was. Cache bytes are the budget and every method is compared at equal bytes, so a layout promises bytes exactly, and the
+promise is held against the cache of the real model.
+"""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Widths = tuple[int, int] | None
+PRESETS = ("full", "half", "deep")
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """What an uncompressed model caches.
+
+    Attributes
+    ----------
+    num_kv_heads, head_dim
+        ``h_kv`` and ``d``.
+    windows
+        Per layer the sliding window in tokens, or None where a layer attends to everything.
+    itemsize
+        Bytes of one cached number.
+    """
+
+    num_kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    itemsize: int
+
+    @classmethod
+    def of(cls, config: Any, itemsize: int) -> "CacheShape":
+        """Read the shape from a Hugging Face configuration."""
+        kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
+        window = getattr(config, "sliding_window", None)
+        # Mistral has no layer types: a window is every layer's.
+        windows = tuple(window if kind in (None, "sliding_attention") else None for kind in kinds)
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return cls(config.num_key_value_heads, head_dim, windows, itemsize)
+
+    @property
+    def width(self) -> int:
+        """Numbers per token and layer for the keys, and as many for the values: ``h_kv * d``."""
+        return self.num_kv_heads * self.head_dim
+
+    def tokens(self, layer: int, context: int) -> int:
+        """Tokens that a layer holds after `context` of them: a sliding layer drops what no later token can see."""
+        window = self.windows[layer]
+        return context if window is None else min(context, window - 1)
+
+    def bytes(self, context: int) -> int:
+        """Bytes of the uncompressed cache after `context` tokens of one sequence."""
+        return Layout((None,) * len(self.windows)).bytes(self, context)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Widths per layer."""
+
+    widths: tuple[Widths, ...]
+
+    def bytes(self, shape: CacheShape, context: int) -> int:
+        """Bytes of the cache after `context` tokens of one sequence."""
+        return shape.itemsize * sum(
+            (2 * shape.width if widths is None else sum(widths)) * shape.tokens(layer, context)
+            for layer, widths in enumerate(self.widths)
+        )
+
+    def keep(self, shape: CacheShape) -> float:
+        """Bytes as a fraction of the uncompressed cache's, at a length at which no window is full."""
+        return self.bytes(shape, 1) / shape.bytes(1)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method can give a layer more or less of.
+
+    Attributes
+    ----------
+    size
+        Numbers per step.
+    paired
+        A step goes to keys and values alike, so that ``r_k = r_v``, the only case in which common attention kernels
+        are fast. Otherwise (whole heads) steps alternate, and an odd one goes to ``odd``.
+    odd
+        ``"keys"`` or ``"values"``.
+    """
+
+    size: int
+    paired: bool = True
+    odd: str = "values"
+
+    def widths(self, steps: int) -> tuple[int, int]:
+        """``(r_k, r_v)`` of a layer that has so many steps."""
+        if self.paired:
+            return self.size * steps, self.size * steps
+        less, more = self.size * (steps // 2), self.size * (steps - steps // 2)
+        return (less, more) if self.odd == "values" else (more, less)
+
+    @property
+    def numbers(self) -> int:
+        """Numbers per token that one step adds to a layer."""
+        return self.size * (2 if self.paired else 1)
+
+
+def parse_budget(text: str) -> tuple[int, int]:
+    """Read ``"64k tokens in 2 GiB"`` as ``(context in tokens, bytes)``.
+
+    Raises
+    ------
+    ValueError
+        The text is of another form.
+    """
+    pattern = r"\s*([\d.]+)\s*([kKmM]?)\s*(?:tokens?)?\s+in\s+([\d.]+)\s*([kKmMgGtT]?)(i?)[bB]\s*"
+    match = re.fullmatch(pattern, text)
+    if not match:
+        raise ValueError(f"a budget reads like '64k tokens in 2 GiB' or '8192 in 100 MB', not {text!r}")
+    count, scale, amount, unit, binary = match.groups()
+    tokens = float(count) * {"": 1, "k": 1024, "m": 1024**2}[scale.lower()]
+    base = 1024 if binary else 1000
+    size = float(amount) * base ** " kmgt".index(unit.lower() or " ")
+    if tokens < 1 or size < 1:
+        raise ValueError(f"a budget needs at least one token and one byte, not {text!r}")
+    return int(tokens), int(size)
+
+
+def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | None = None) -> Layout:
+    """The widest equal widths with at most a fraction `keep` of the uncompressed bytes in every layer of `layers`.
+
+    Raises
+    ------
+    ValueError
+        `keep` is not a fraction, or no layout is that small.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the fraction of the cache's bytes that stays, above 0 and at most 1, not {keep}")
+    layers = range(len(shape.windows)) if layers is None else layers
+    numbers = [int(2 * shape.width * keep * len(layers) + 1e-9)]
+    spread = _spread(shape, numbers[0], [1] * len(layers), step, f"keep {keep:g}")
+    widths: list[Widths] = [None] * len(shape.windows)
+    for layer, steps in zip(layers, spread, strict=True):
+        widths[layer] = step.widths(steps)
+    return Layout(tuple(widths))
+
+
+def layout_for_bytes(shape: CacheShape, context: int, budget: int, step: Step) -> Layout:
+    """The widest equal widths whose cache of `context` tokens takes at most `budget` bytes.
+
+    Raises
+    ------
+    ValueError
+        No layout is that small.
+    """
+    tokens = [shape.tokens(layer, context) for layer in range(len(shape.windows))]
+    spread = _spread(shape, budget // shape.itemsize, tokens, step, f"{budget} bytes for {context} tokens")
+    return Layout(tuple(step.widths(steps) for steps in spread))
+
+
+def _spread(shape: CacheShape, numbers: int, weights: list[int], step: Step, what: str) -> list[int]:
+    """Deal steps out evenly, then one more each from the first layer on (deep layers suffer least), while they fit.
+
+    `weights` are the tokens that each layer holds; `numbers` is the budget.
+    """
+    least, most = (1, shape.width // step.size) if step.paired else (2, 2 * shape.width // step.size)
+    cost = [weight * step.numbers for weight in weights]
+    even = min(most, numbers // sum(cost))
+    if even < least:
+        smallest = least * sum(cost) * shape.itemsize
+        raise ValueError(
+            f"no layout meets {what}: the smallest takes {smallest} bytes against {numbers * shape.itemsize}; "
+            f"allow more, or use a method with finer steps than {step.size} numbers"
+        )
+    steps, left = [even] * len(cost), numbers - even * sum(cost)
+    for layer, price in enumerate(cost):
+        if even < most and price <= left:
+            steps[layer] += 1
+            left -= price
+    return steps
+
+
+def preset_layout(shape: CacheShape, name: str, step: Step, keep: float = 0.5) -> Layout:
+    """The layouts of arXiv 2601.19611: half of the heads in all layers, in the middle half, or in all but the first 3.
+
+    Raises
+    ------
+    ValueError
+        There is no such layout.
+    """
+    count = len(shape.windows)
+    if name not in PRESETS:
+        raise ValueError(f"the layouts by name are {', '.join(PRESETS)}, not {name!r}")
+    # "half" was layers 12 to 35 of 48, counted from 1.
+    layers = {
+        "full": range(count),
+        "half": range(11 * count // 48, 35 * count // 48),
+        "deep": range(min(3, count - 1), count),
+    }
+    return layout_for_keep(shape, keep, step, layers[name])
+
+
+def read_layout(path: Path, shape: CacheShape, step: Step) -> Layout:
+    """Read a JSON file: a list with ``[r_k, r_v]`` or ``null`` per layer.
+
+    Raises
+    ------
+    ValueError
+        The file is not such a list, or a width is impossible for the model or the method.
+    """
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
+    count = len(shape.windows)
+    if not isinstance(entries, list) or len(entries) != count:
+        raise ValueError(f"{path} must hold a list of {count} entries, [r_k, r_v] or null for each layer")
+    for layer, entry in enumerate(entries):
+        fits = entry is None or (
+            isinstance(entry, list)
+            and len(entry) == 2
+            and all(type(r) is int and 0 < r <= shape.width and r % step.size == 0 for r in entry)
+        )
+        if not fits:
+            raise ValueError(
+                f"{path}, layer {layer}: widths are null or two multiples of {step.size} from {step.size} to "
+                f"{shape.width} (h_kv * d), not {entry!r}"
+            )
+    return Layout(tuple(None if entry is None else (entry[0], entry[1]) for entry in entries))

@@ -1,0 +1,70 @@
+"""The factorisation methods by name: all write the same cache and differ in how the factors are found.
+
+One method is one file with a function `keys`, and `values` where it has its own way with them; the others share the
+attention-averaged values of `mea.compression.values`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from difflib import get_close_matches
+
+from mea.compression.factors import Factors
+from mea.compression.layout import Step
+from mea.compression.methods import frequency, gram, position, svd
+from mea.compression.statistics import LayerStatistics
+
+Factorise = Callable[[LayerStatistics, int], Factors]
+WIDTH_STEP = 8  # attention kernels want widths that are multiples of 8
+
+
+@dataclass(frozen=True)
+class Method:
+    """How factors are found.
+
+    Attributes
+    ----------
+    keys, values
+        From statistics and a width to factors; no `values` means attention-averaged ones.
+    whole_heads
+        Widths are whole component heads, as in arXiv 2601.19611: one scalar per pair of heads.
+    """
+
+    name: str
+    keys: Factorise
+    values: Factorise | None = None
+    whole_heads: bool = False
+
+    def step(self, head_dim: int, odd: str = "values") -> Step:
+        """The steps in which a layer's widths grow."""
+        return Step(head_dim, paired=False, odd=odd) if self.whole_heads else Step(WIDTH_STEP)
+
+
+METHODS = {
+    method.name: method
+    for method in (
+        Method("svd", svd.keys, svd.values, whole_heads=True),
+        Method("gram", gram.keys, gram.values, whole_heads=True),
+        Method("frequency", frequency.keys),
+        Method("position", position.keys),
+    )
+}
+DEFAULT_METHOD = "position"
+
+
+def find_method(name: str, num_kv_heads: int) -> Method:
+    """The method of that name, for a model with so many kv heads.
+
+    Raises
+    ------
+    ValueError
+        There is no such method, or it cannot do anything for such a model.
+    """
+    if name not in METHODS:
+        close = get_close_matches(name, METHODS, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else ""
+        raise ValueError(f"the methods are {', '.join(METHODS)}, not {name!r}{hint}")
+    method = METHODS[name]
+    if method.whole_heads and num_kv_heads == 1:
+        finer = ", ".join(other.name for other in METHODS.values() if not other.whole_heads)
+        raise ValueError(f"{name!r} mixes whole heads and the model has one kv head only; use {finer}")
+    return method

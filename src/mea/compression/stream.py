@@ -1,0 +1,209 @@
+"""Run a model one decoder layer at a time, so that only one layer's weights need be in memory.
+
+What the model's own forward hands to each layer (mask, rotary embedding, whatever an architecture adds) is recorded
+once by a pass in which recorders stand in for the layers; nothing of that is written again here.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.hooks import remove_hook_from_module
+from accelerate.utils import align_module_device
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
+
+
+class LayerInputs(NamedTuple):
+    """What a layer is called with besides its hidden states, for a window at positions ``0 .. t-1``, batch 1."""
+
+    options: dict[str, Any]
+    position_embeddings: tuple[Tensor, Tensor]
+    mask: Float[Tensor, "1 1 t t"]
+
+
+class AttentionPass(NamedTuple):
+    """One window's way through a layer.
+
+    Attributes
+    ----------
+    attention_in
+        What the attention saw, after the norm.
+    heads_out
+        The outputs of all query heads, before ``W_O``.
+    weight
+        What each token counts: one over the energy of the residual stream that the attention's output is added to.
+    layer_out
+        The hidden states after the layer.
+    """
+
+    attention_in: Float[Tensor, "t D"]
+    heads_out: Float[Tensor, "t h*d"]
+    weight: Float[Tensor, " t"]
+    layer_out: Float[Tensor, "t D"]
+
+
+class _Recorder(nn.Module):
+    """Stands in for a decoder layer: notes what it is called with and passes the hidden states on."""
+
+    def __init__(self, layer: Any):
+        super().__init__()
+        self.__dict__["layer"] = layer  # not a submodule: its weights may not be there
+        self.options: dict[str, Any] = {}
+        self.hidden = torch.empty(0)
+        self.replacement: Tensor | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["layer"], name)
+
+    def forward(self, hidden_states: Tensor, **options: Any) -> Tensor:
+        self.hidden, self.options = hidden_states, options
+        return hidden_states if self.replacement is None else self.replacement
+
+
+@contextmanager
+def _recording(model: Any, implementation: str) -> Iterator[list[_Recorder]]:
+    decoder = model.model
+    layers, used = decoder.layers, model.config._attn_implementation
+    recorders = [_Recorder(layer) for layer in layers]
+    decoder.layers = nn.ModuleList(recorders)
+    model.config._attn_implementation = implementation
+    try:
+        yield recorders
+    finally:
+        decoder.layers = layers
+        model.config._attn_implementation = used
+
+
+@torch.no_grad()
+def embed(model: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t D"]:
+    """What the first layer sees: embeddings, scaled where the architecture scales them."""
+    hidden = []
+    with _recording(model, "sdpa") as recorders:
+        for window in tokens.split(1):
+            model.model(input_ids=window.to(model.device), use_cache=False)
+            hidden.append(recorders[0].hidden)
+    return torch.cat(hidden)
+
+
+@torch.no_grad()
+def layer_inputs(model: Any, length: int) -> list[LayerInputs]:
+    """Record every layer's further inputs for windows of `length` tokens."""
+    embeddings = torch.zeros(1, length, model.config.hidden_size, device=model.device)  # fp32, and so the angles
+    with _recording(model, "sdpa") as recorders:
+        model.model(inputs_embeds=embeddings, use_cache=False)
+        options = [recorder.options for recorder in recorders]
+    with _recording(model, "eager") as recorders:
+        model.model(inputs_embeds=embeddings, use_cache=False)
+        masks = [recorder.options["attention_mask"] for recorder in recorders]
+    return [LayerInputs(given, given["position_embeddings"], mask) for given, mask in zip(options, masks, strict=True)]
+
+
+@torch.no_grad()
+def read_out(model: Any, tokens: Int[Tensor, "1 t"], hidden: Float[Tensor, "n t D"]) -> Float[Tensor, "n t vocabulary"]:
+    """Logits in fp32 from what the last layer gave; norm, output projection and scales are the model's own."""
+    decoder, head, norm = model.model, model.lm_head, model.model.norm
+    try:
+        model.lm_head, decoder.norm = resident(head), resident(norm)
+        with _recording(model, "sdpa") as recorders:
+            logits = []
+            for recorders[-1].replacement in hidden.split(1):
+                logits.append(model(input_ids=tokens.to(model.device), use_cache=False).logits)
+    finally:
+        model.lm_head, decoder.norm = head, norm
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+def rotations(model: Any, most: int = 8192, run: int = 256) -> list[tuple[Tensor, Tensor]]:
+    """Cosines and sines ``[p, d]`` of every layer's rotary embedding, over all positions that the model supports.
+
+    Beyond `most` positions, runs of `run` neighbours are taken at equal distances instead of all.
+    """
+    length = model.config.max_position_embeddings
+    count = min(most, length) // run or 1
+    run = min(run, length)
+    tables: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in model.model.layers]
+    with _recording(model, "sdpa") as recorders:
+        for block in range(count):
+            start = (length - run) * block // max(1, count - 1)
+            positions = torch.arange(start, start + run)[None]
+            embeddings = torch.zeros(1, run, model.config.hidden_size, device=model.device)
+            model.model(inputs_embeds=embeddings, position_ids=positions.to(model.device), use_cache=False)
+            for (cosines, sines), recorder in zip(tables, recorders, strict=True):
+                cos, sin = recorder.options["position_embeddings"]
+                cosines.append(cos[0])
+                sines.append(sin[0])
+    return [(torch.cat(cosines), torch.cat(sines)) for cosines, sines in tables]
+
+
+def resident(layer: Any) -> Any:
+    """The layer in memory and fp32: itself, or a copy where its weights are offloaded to disk or of another dtype."""
+    if all(parameter.device.type != "meta" and parameter.dtype == torch.float32 for parameter in layer.parameters()):
+        return layer
+    with weights_of(layer):
+        local = copy.deepcopy(layer)  # keeps its weights when the original gives them back
+    return remove_hook_from_module(local, recurse=True).float()
+
+
+@contextmanager
+def weights_of(module: nn.Module) -> Iterator[None]:
+    """Have the weights of a module and of all below it in memory, also where they are offloaded."""
+    with ExitStack() as there:
+        for each in module.modules():
+            there.enter_context(align_module_device(each))
+        yield
+
+
+@torch.no_grad()
+def run_layer(layer: Any, hidden: Float[Tensor, "n t D"], inputs: LayerInputs) -> Iterator[AttentionPass]:
+    """Take every window through a layer, handing out what its attention saw and gave."""
+    seen: dict[str, Tensor] = {}
+
+    def note_input(_module: nn.Module, args: tuple, kwargs: dict) -> None:
+        seen["in"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+    def note_heads(_module: nn.Module, args: tuple, output: Tensor) -> None:
+        seen["heads"], seen["out"] = args[0], output
+
+    handles = [
+        layer.self_attn.register_forward_pre_hook(note_input, with_kwargs=True),
+        layer.self_attn.o_proj.register_forward_hook(note_heads),
+    ]
+    try:
+        for window in hidden.split(1):
+            out = layer(window, **inputs.options)
+            energy = window.square().mean(-1) + seen["out"].square().mean(-1)
+            yield AttentionPass(seen["in"][0], seen["heads"][0], 1 / energy[0], out[0])
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@torch.no_grad()
+def run_layer_cached(layer: Any, hidden: Float[Tensor, "1 t D"], inputs: LayerInputs) -> Float[Tensor, "1 t D"]:
+    """Take one window through a layer token by token over a cache: absorbed decoding if it caches latents."""
+    cache = DynamicCache()
+    layer_idx = layer.self_attn.layer_idx
+    cos, sin = inputs.position_embeddings
+    steps = []
+    layer.self_attn.layer_idx = 0
+    try:
+        for t in range(hidden.shape[1]):
+            step = {
+                **inputs.options,
+                "position_embeddings": (cos[:, t : t + 1], sin[:, t : t + 1]),
+                "attention_mask": inputs.mask[:, :, t : t + 1, : t + 1],
+                "past_key_values": cache,
+                "use_cache": True,
+            }
+            steps.append(layer(hidden[:, t : t + 1], **step))
+    finally:
+        layer.self_attn.layer_idx = layer_idx
+    return torch.cat(steps, dim=1)

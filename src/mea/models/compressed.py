@@ -1,0 +1,279 @@
+"""Language models with a compressed KV cache, as ordinary Hugging Face models.
+
+One attention forward serves every supported architecture: `LatentAttention` is mixed into the architecture's own
+attention class and caches latents (`ops/latent.py`) where the original caches keys and values. Keys are encoded *after*
+their norm and rotation, so that neither has to be undone when reading; values are encoded by the projection itself.
+
+This file and ``ops/latent.py`` together are also the self-contained modelling file that `save_pretrained` writes beside
+the weights, for ``from_pretrained(..., trust_remote_code=True)`` where this package is not installed.
+
+Dimensions: ``b`` batch, ``h`` query heads, ``g`` kv heads, ``q`` query tokens, ``t`` cached tokens, ``d`` head
+dimension, ``r`` latent width.
+"""
+
+import ast
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from mea.ops import latent
+from mea.ops.latent import absorb, absorbed_is_cheaper, encode, materialise, unmix
+
+# Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because an
+# attention that looks alike may not be: layers without RoPE (SmolLM3) or one norm over all heads (OLMo2) would convert
+# without an error and be wrong.
+SUPPORTED = {
+    "llama": ("LlamaConfig", "Llama"),
+    "mistral": ("MistralConfig", "Mistral"),
+    "qwen2": ("Qwen2Config", "Qwen2"),
+    "qwen3": ("Qwen3Config", "Qwen3"),
+    "qwen3_moe": ("Qwen3MoeConfig", "Qwen3Moe"),
+    "gemma3_text": ("Gemma3TextConfig", "Gemma3"),
+    "granite": ("GraniteConfig", "Granite"),
+}
+MODEL_TYPE_PREFIX = "mea_"
+MODELLING_FILE = "modeling_mea.py"
+
+
+class HeadMixing(nn.Module):
+    """The head-level linear combinations of one layer, generalised from scalars per head pair to matrices.
+
+    Parameters
+    ----------
+    num_kv_heads, head_dim
+        ``g`` and ``d`` of the original attention.
+    key_width, value_width
+        Latent widths ``r_k`` and ``r_v``: numbers cached per token.
+
+    Attributes
+    ----------
+    key_encoder : [r_k, g * d]
+        From the rotated keys of all heads to the key latent.
+    key_decoder : [g, d, r_k]
+        From the key latent to each head's rotated keys.
+    value_decoder : [g, d, r_v]
+        From the value latent to each head's values. Its encoder is the layer's ``v_proj``.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, key_width: int, value_width: int):
+        super().__init__()
+        self.key_encoder = nn.Parameter(torch.empty(key_width, num_kv_heads * head_dim))
+        self.key_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, key_width))
+        self.value_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, value_width))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Start as a truncation: the first ``r`` channels are cached, the others read as zero."""
+        width = self.key_encoder.shape[1]
+        for decoder in (self.key_decoder, self.value_decoder):
+            decoder.copy_(torch.eye(width, decoder.shape[-1]).view_as(decoder))
+        self.key_encoder.copy_(torch.eye(self.key_encoder.shape[0], width))
+
+
+# Mixed in before stock classes, whose attributes and methods they use.
+_Mixin: Any = object
+
+
+class _OneHead:
+    """What a stock attention function reads of a module, for a cache with a single kv head."""
+
+    def __init__(self, module: nn.Module):
+        self.module = module
+        self.num_key_value_groups = 1
+        self.is_causal = False
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "module":  # not there yet while an instance is being copied
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+
+class LatentAttention(_Mixin):
+    """Forward pass over latents; comes before an architecture's attention class in the bases of a combined class."""
+
+    reading: Literal["auto", "absorbed", "materialised"] = "auto"
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend; arguments and result as in the stock modules."""
+        if kwargs.get("cache") is not None:
+            raise NotImplementedError(
+                "a compressed cache cannot be paged: use generate() instead of continuous batching"
+            )
+        keys, values, queries = self._project(hidden_states, position_embeddings)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer_idx)
+        if (
+            attention_mask is None and queries.shape[2] > 1
+        ):  # causal from an empty cache; a static one holds room behind
+            keys, values = keys[:, :, : queries.shape[2]], values[:, :, : queries.shape[2]]
+
+        name = self.config._attn_implementation
+        modelling = sys.modules[type(self).__mro__[2].__module__]
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, modelling.eager_attention_forward)
+        window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+        options = {
+            "dropout": self.attention_dropout if self.training else 0.0,
+            "scaling": self.scaling,
+            "sliding_window": window,
+            **kwargs,
+        }
+        mixing, (_, h, q, _) = self.head_mixing, queries.shape
+        is_dense = name in ("eager", "sdpa")
+        absorbed = self.reading == "absorbed" or (
+            self.reading == "auto" and absorbed_is_cheaper(q, keys.shape[2], h, mixing.key_decoder.shape)
+        )
+        if absorbed and is_dense and (q == 1 or attention_mask is not None):
+            # All heads read the same latents: as rows of one head's query matrix they share every read of the cache.
+            packed = absorb(queries, mixing.key_decoder).reshape(queries.shape[0], 1, h * q, -1)
+            if attention_mask is not None:
+                attention_mask = attention_mask.expand(-1, h, -1, -1).reshape(attention_mask.shape[0], 1, h * q, -1)
+            output, weights = attend(_OneHead(self), packed, keys, values, attention_mask, **options)
+            weights = None if weights is None else weights.view(weights.shape[0], h, q, -1)
+            output = unmix(output.view(output.shape[0], h, q, -1), mixing.value_decoder).transpose(1, 2)
+        else:
+            keys, values = materialise(keys, mixing.key_decoder), materialise(values, mixing.value_decoder)
+            output, weights = attend(self, queries, keys, values, attention_mask, **options)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _project(self, x: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents of the new tokens, ``[b, 1, q, r_k]`` and ``[b, 1, q, r_v]``, and queries ``[b, h, q, d]``."""
+        modelling = sys.modules[type(self).__mro__[2].__module__]
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        queries, keys = self.q_proj(x).view(shape), self.k_proj(x).view(shape)
+        if hasattr(self, "q_norm"):
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys = modelling.apply_rotary_pos_emb(
+            queries.transpose(1, 2), keys.transpose(1, 2), *position_embeddings
+        )
+        return encode(keys, self.head_mixing.key_encoder), self.v_proj(x)[:, None], queries
+
+
+class LatentCausalLM(_Mixin):
+    """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
+
+    ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was.
+    """
+
+    _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
+    _tp_plan: dict[str, str] = {}  # noqa: RUF012 (the mixing spans all heads: a split by heads would be wrong)
+
+    def __init__(self, config: Any):
+        super().__init__(config)
+        if len(config.latent_widths or ()) != config.num_hidden_layers:
+            raise ValueError(
+                f"config.latent_widths must give [r_k, r_v] or null for each of the {config.num_hidden_layers} layers, "
+                f"not {config.latent_widths!r}"
+            )
+        for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
+            if widths is not None:
+                to_latent_attention(layer.self_attn, *widths)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, HeadMixing):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """Load as usual, but never go on with weights that were not in the checkpoint."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        if info["missing_keys"]:
+            missing = sorted(info["missing_keys"])
+            raise ValueError(f"the checkpoint {args[0]} lacks {len(missing)} weights, such as {missing[0]}")
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
+        """Save as usual, with the modelling file that loads the model where this package is not installed."""
+        self.config.auto_map = auto_map(type(self.config).__name__, type(self).__name__)
+        super().save_pretrained(save_directory, **kwargs)
+        Path(save_directory, MODELLING_FILE).write_text(modelling_source(), encoding="utf-8")
+
+
+def to_latent_attention(attention: Any, key_width: int, value_width: int) -> None:
+    """Turn a stock attention module into one that caches latents, in place; the new weights are not fitted.
+
+    Raises
+    ------
+    TypeError
+        The module is not of a supported architecture.
+    """
+    latent_class = LATENT_ATTENTION.get(type(attention))
+    if latent_class is None:
+        raise TypeError(f"{type(attention).__name__} cannot cache latents; supported: {', '.join(SUPPORTED)}")
+    weight = attention.k_proj.weight
+    heads = weight.shape[0] // attention.head_dim
+    with torch.device(weight.device):
+        mixing = HeadMixing(heads, attention.head_dim, key_width, value_width)
+        v_proj = nn.Linear(attention.v_proj.in_features, value_width, bias=attention.v_proj.bias is not None)
+    attention.head_mixing = mixing.to(weight.dtype)
+    attention.v_proj = v_proj.to(weight.dtype)
+    attention.__class__ = latent_class
+
+
+def auto_map(config_class: str, model_class: str) -> dict[str, str]:
+    """What tells the Auto classes where to find the remote code."""
+    module = MODELLING_FILE.removesuffix(".py")
+    return {"AutoConfig": f"{module}.{config_class}", "AutoModelForCausalLM": f"{module}.{model_class}"}
+
+
+def modelling_source() -> str:
+    """The text of the self-contained modelling file: this module and the mathematics it imports."""
+    own = Path(__file__).read_text(encoding="utf-8")
+    body = ast.parse(own).body
+    ours = [node for node in body if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mea.")]
+    if not ours:  # this is that file
+        return own
+    lines = own.splitlines()
+    head, rest = lines[: ours[0].lineno - 1], lines[ours[-1].end_lineno or ours[-1].lineno :]
+    mathematics = Path(latent.__file__).read_text(encoding="utf-8").splitlines()
+    start = next(i for i, line in enumerate(mathematics) if line.startswith("def "))
+    shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
+    shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
+    return "\n".join([*head, *shim, *mathematics[start:], *rest, ""])
+
+
+LATENT_ATTENTION: dict[type, type] = {}
+COMPRESSED_CONFIGS: dict[str, type] = {}
+COMPRESSED_MODELS: dict[str, type] = {}
+
+
+def _define(model_type: str, config_name: str, prefix: str) -> None:
+    """Make the configuration, attention and model classes of one architecture, under names that can be imported."""
+    stock_config, stock_model = getattr(transformers, config_name), getattr(transformers, f"{prefix}ForCausalLM")
+    stock_attention = getattr(sys.modules[stock_model.__module__], f"{prefix}Attention")
+    fields = {
+        "__module__": __name__,
+        "__annotations__": {"latent_widths": "list | None", "compression": "dict | None"},
+        "latent_widths": None,
+        "compression": None,
+        "model_type": MODEL_TYPE_PREFIX + model_type,
+        "base_model_tp_plan": None,
+    }
+    config = type(f"Mea{config_name}", (stock_config,), fields)
+    attention = type(f"Mea{prefix}Attention", (LatentAttention, stock_attention), {"__module__": __name__})
+    model = type(
+        f"Mea{prefix}ForCausalLM", (LatentCausalLM, stock_model), {"__module__": __name__, "config_class": config}
+    )
+    globals().update({cls.__name__: cls for cls in (config, attention, model)})
+    LATENT_ATTENTION[stock_attention] = attention
+    COMPRESSED_CONFIGS[model_type] = config
+    COMPRESSED_MODELS[model_type] = model
+
+
+for _model_type, _names in SUPPORTED.items():
+    _define(_model_type, *_names)
