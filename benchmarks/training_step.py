@@ -9,10 +9,8 @@ Peak memory on a CPU is that of a process of its own for each variant.
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import os
-import platform
 import random
 import resource
 import statistics
@@ -22,13 +20,13 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from mea.models.accounting import parameters, training_flops
 from mea.models.decoder import MeaForCausalLM
 from mea.models.presets import SHAPES, VARIANTS, preset
+from mea.records import make_record, write_record
 
 BASELINE = "transformer"
 
@@ -111,25 +109,6 @@ def peak_memory_apart(args: argparse.Namespace, variant: str) -> int:
     return int(done.stdout.splitlines()[-1])
 
 
-def machine(args: argparse.Namespace) -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return {
-        "processor": names[0] if names else platform.processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load_before": os.getloadavg(),
-        "device": torch.cuda.get_device_name() if args.device == "cuda" else "cpu",
-    }
-
-
-def commit() -> dict[str, Any]:
-    def git(*words: str) -> str:
-        return subprocess.run(["git", *words], cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
-
-    return {"commit": git("rev-parse", "HEAD"), "changed_files": git("status", "--porcelain", "-uno").splitlines()}
-
-
 def ratios(samples: dict[str, list[float]], variant: str, base: str) -> dict[str, float]:
     """Throughput of `variant` relative to `base`, round by round: median and quartiles."""
     paired = [b / v for v, b in zip(samples[variant], samples[base], strict=True)]
@@ -139,45 +118,41 @@ def ratios(samples: dict[str, list[float]], variant: str, base: str) -> dict[str
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
+def summary(args: argparse.Namespace, variant: str, samples: dict[str, list[float]], memory: int | None) -> dict:
+    config, seconds = preset(args.preset, variant), statistics.median(samples[variant])
+    found = {
+        "parameters": parameters(config),
+        "tokens_per_second": args.batch * args.tokens / seconds,
+        "flops_per_second": training_flops(config, args.batch, args.tokens) / seconds,
+        "peak_memory_bytes": memory,
+    }
+    for base in (BASELINE, "groupnorm"):
+        if base in samples:
+            found[f"throughput_against_{base}"] = ratios(samples, variant, base)
+    return found
+
+
 def main() -> None:
     args = arguments()
     if args.memory_of:
         print(peak_memory(args, args.memory_of))
         return
     variants = list(dict.fromkeys([BASELINE, *args.variants]))
-    record: dict[str, Any] = {
-        "benchmark": "training_step",
-        "arguments": {name: str(v) if isinstance(v, Path) else v for name, v in vars(args).items()},
-        "machine": machine(args),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("mea", "torch", "transformers")},
-        },
-        **commit(),
-        "seed": args.seed,
-        "peak_memory_bytes": {} if args.skip_memory else {v: peak_memory_apart(args, v) for v in variants},
-    }
+    load = os.getloadavg()
+    memory = {} if args.skip_memory else {v: peak_memory_apart(args, v) for v in variants}
     samples = time_in_turns(args, variants)
-    record["seconds"] = samples
-    record["variants"] = {}
-    for variant in variants:
-        config = preset(args.preset, variant)
-        flops, seconds = training_flops(config, args.batch, args.tokens), statistics.median(samples[variant])
-        record["variants"][variant] = {
-            "parameters": parameters(config),
-            "tokens_per_second": args.batch * args.tokens / seconds,
-            "flops_per_second": flops / seconds,
-            "throughput_against_transformer": ratios(samples, variant, BASELINE),
-        }
-        if "groupnorm" in samples:
-            against = ratios(samples, variant, "groupnorm")
-            record["variants"][variant]["throughput_against_groupnorm"] = against
-    text = json.dumps(record, indent=2)
+    config = {name: value for name, value in vars(args).items() if name not in ("out", "memory_of", "seed")}
+    record = make_record(
+        "training_step",
+        {**config, "load_average_before": load},
+        results={variant: summary(args, variant, samples, memory.get(variant)) for variant in variants},
+        samples={"seconds": samples, "peak_memory_bytes": memory},
+        seeds={"tokens_weights_and_order": args.seed},
+    )
     if args.out is None:
-        print(text)
+        print(json.dumps(record, indent=1))
     else:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text + "\n")
+        write_record(args.out, record)
 
 
 if __name__ == "__main__":

@@ -68,14 +68,28 @@ class DifferentialAttention(Attention):
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
         k, v = self.remember(k, v, cache)
-        # One call for both maps. Heads are (pair group g, pair in group i, which map j); a kernel wants those that read
-        # one key head (g, j) side by side, and each key head needs its pair's double value.
+        first, second = self._read_halves(q, k, v, mask) if q.shape[1] == 1 else self._read_doubles(q, k, v, mask)
+        out = first - self.lam().to(x.dtype) * second
+        return self.output(self.head_norm(out) * (1.0 - self.lambda_init))
+
+    def _read_doubles(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> tuple[Tensor, Tensor]:
+        """What the first and the second map of every pair read, in one call.
+
+        Heads are (pair group g, pair in group i, which map j); a kernel wants those that read one key head (g, j) side
+        by side, and each key head needs its pair's double value.
+        """
         pairs = self.num_kv_heads // 2
         q = q.unflatten(2, (pairs, -1, 2)).transpose(3, 4).flatten(2, 4)
         double = torch.cat([v[:, 0::2], v[:, 1::2]], dim=-1).repeat_interleave(2, dim=1)
         first, second = self.attend(q, k, double, mask).unflatten(2, (pairs, 2, -1)).unbind(3)
-        out = (first - self.lam().to(x.dtype) * second).flatten(2, 3)
-        return self.output(self.head_norm(out) * (1.0 - self.lambda_init))
+        return first.flatten(2, 3), second.flatten(2, 3)
+
+    def _read_halves(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> list[Tensor]:
+        """The same in four calls on views: for a single query it is the copying of the cache that would cost."""
+        return [
+            torch.cat([self.attend(q[:, :, j::2], k[:, j::2], v[:, e::2], mask) for e in (0, 1)], dim=-1)
+            for j in (0, 1)
+        ]
 
     def lam(self) -> Float[Tensor, ""]:
         """The present value of lambda, in fp32 or wider."""

@@ -124,6 +124,9 @@ def _keys_values(config: MeaConfig, n: int) -> int:
 def _attention(config: MeaConfig, t: int, s: int) -> int:
     """Scores and reads of one sequence, `t` queries and `s` keys, at the width of one head."""
     query, d, h = _heads(config).query, config.head_dim or 0, config.num_attention_heads
-    read = 2 * d if config.attention == "differential_v1" else d
+    score = read = d
+    if config.attention == "differential_v1":
+        # Values are of double width. A single query reads their halves one after the other, scores and all.
+        score, read = (2 * d if t == 1 else d), 2 * d
     mixing = 2 * 2 * h * h if config.attention == "talking_heads" else 0
-    return t * s * (2 * query * (d + read) + mixing)
+    return t * s * (2 * query * (score + read) + mixing)
