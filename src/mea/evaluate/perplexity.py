@@ -1,0 +1,248 @@
+"""Perplexity of any causal language model of transformers, with its standard error, overall and by position.
+
+The protocol: the text is cut into windows of equal length that do not overlap; what is left over at its end is not
+scored. Each window is read from an empty cache. Its first token has no context and is not scored. Where a model's
+tokenizer puts a token before every text (``<bos>``), that token opens every window. Losses are ``-ln p`` of the next
+token, in fp32.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional
+
+Progress = Callable[[int, int], None]  # windows done, windows in all
+ROWS = 128  # logits made at a time: a vocabulary of 150,000 makes them 77 MB in fp32
+BLOCK = 128  # tokens whose losses are averaged before the standard error: neighbours are not independent
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """``exp`` of a mean over tokens, with its standard error: a perplexity, or a ratio of two."""
+
+    value: float
+    standard_error: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class PositionRange:
+    """An estimate over the tokens at positions ``start <= p < stop`` of their window, counted from 0."""
+
+    start: int
+    stop: int
+    estimate: Estimate
+
+
+def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> Int[Tensor, " n"]:
+    """Token ids of a text without special tokens, the first `limit` of them.
+
+    Raises
+    ------
+    ValueError
+        `limit` is not positive, or the text has fewer tokens.
+    """
+    if limit is not None and limit <= 0:
+        raise ValueError(f"the number of tokens must be positive, not {limit}")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if limit is not None and len(ids) < limit:
+        raise ValueError(f"the text has {len(ids):,} tokens, not the {limit:,} asked for")
+    return torch.tensor(ids[:limit], dtype=torch.long)
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that this tokenizer puts before every text, or None."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None
+
+
+@torch.no_grad()
+def token_losses(
+    model: Any,
+    tokens: Int[Tensor, " n"],
+    window: int = 1024,
+    *,
+    start: int | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "windows scored"]:
+    """Loss of every scored token, one row per window; the last column belongs to position ``window - 1``.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers, compressed or not.
+    tokens
+        The text.
+    window
+        Tokens per window, `start` included; ``window - 1`` of them are scored.
+    start
+        Token that opens every window, see `start_token`.
+    progress
+        Called with the windows done and the windows in all.
+
+    Raises
+    ------
+    ValueError
+        The text is shorter than a window, the window longer than the model's context or too short to score anything, a
+        token is outside the vocabulary, or the model's losses are not numbers.
+    """
+    _check(model, tokens, window, start)
+    taken = window if start is None else window - 1
+    rows = tokens[: len(tokens) // taken * taken].view(-1, taken)
+    if start is not None:
+        rows = torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)
+    was_training = model.training
+    model.eval()
+    losses = []
+    try:
+        for done, row in enumerate(rows):
+            losses.append(_window_losses(model, row.to(model.device)))
+            if not losses[-1].isfinite().all():
+                raise ValueError(
+                    f"the model's losses are not finite numbers in window {done + 1} of {len(rows)}: its weights or "
+                    f"activations hold NaN, or overflow in {str(model.dtype).removeprefix('torch.')}"
+                )
+            if progress:
+                progress(done + 1, len(rows))
+    finally:
+        model.train(was_training)
+    return torch.stack(losses)
+
+
+def perplexity(losses: Float[Tensor, "windows scored"]) -> Estimate:
+    """Exponential of the mean loss."""
+    return exp_mean(losses)
+
+
+def ratio(losses: Float[Tensor, "windows scored"], reference: Float[Tensor, "_ _"]) -> Estimate:
+    """Perplexity relative to that of another model on the same tokens.
+
+    The error is that of the differences token by token: far smaller than the two perplexities' errors suggest, because
+    what makes a token hard does so for both models.
+    """
+    return exp_mean(_difference(losses, reference))
+
+
+def by_position(
+    losses: Float[Tensor, "windows scored"],
+    edges: Sequence[int] = (0, 1024, 2048, 4096, 8192),
+    reference: Float[Tensor, "_ _"] | None = None,
+) -> list[PositionRange]:
+    """Perplexity, or the ratio to `reference`, of each range of positions between neighbouring edges.
+
+    Raises
+    ------
+    ValueError
+        The edges do not ascend, or reach beyond the window.
+    """
+    window = losses.shape[1] + 1
+    if len(edges) < 2 or any(a >= b for a, b in pairwise(edges)) or edges[0] < 0 or edges[-1] > window:
+        raise ValueError(f"edges must ascend within the window of {window} tokens, not {list(edges)}")
+    values = losses if reference is None else _difference(losses, reference)
+    columns = {(a, b): values[:, max(a - 1, 0) : b - 1] for a, b in pairwise(edges)}  # position 0 is not scored
+    return [PositionRange(a, b, exp_mean(part)) for (a, b), part in columns.items()]
+
+
+def block_means(losses: Float[Tensor, "windows scored"]) -> list[float]:
+    """Mean losses of consecutive blocks of about `BLOCK` tokens: the samples that a record keeps."""
+    return [block.mean().item() for block in _blocks(losses)]
+
+
+def exp_mean(values: Float[Tensor, "windows scored"]) -> Estimate:
+    """``exp`` of the mean; its standard error from the scatter of blocks, which may differ in length."""
+    if not values.numel():
+        raise ValueError("no token is scored in this range")
+    mean = values.double().mean()
+    blocks = _blocks(values.double() - mean)
+    n = len(blocks)
+    spread = math.sqrt(sum(block.sum().item() ** 2 for block in blocks) * n / (n - 1)) if n > 1 else math.inf
+    try:
+        value = math.exp(mean.item())
+    except OverflowError:
+        raise ValueError(
+            f"a mean loss of {mean.item():.0f} nats per token has no perplexity in floating point"
+        ) from None
+    return Estimate(value, value * spread / values.numel() if n > 1 else 0.0, values.numel())
+
+
+def _difference(losses: Tensor, reference: Tensor) -> Tensor:
+    if losses.shape != reference.shape:
+        raise ValueError(f"losses of different texts or windows: {tuple(losses.shape)} and {tuple(reference.shape)}")
+    return losses - reference
+
+
+def _blocks(values: Float[Tensor, "windows scored"]) -> list[Tensor]:
+    count = max(1, round(values.shape[1] / BLOCK))
+    return [block for row in values for block in row.tensor_split(count)]
+
+
+def _window_losses(model: Any, row: Int[Tensor, " t"]) -> Float[Tensor, " scored"]:
+    """Losses of one window on the CPU, never holding more than `ROWS` rows of logits if the model allows it."""
+    body = model.base_model
+    output = None if body is model else body(input_ids=row[None], use_cache=False)
+    hidden = getattr(output, "last_hidden_state", None)
+    if output is None or hidden is None:
+        return _cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
+    losses = []
+    for first in range(0, len(row) - 1, ROWS):
+        targets = row[first + 1 : first + 1 + ROWS]
+        output.last_hidden_state = hidden[:, first : first + len(targets)]
+        with _replaced_forward(body, output) as calls:
+            logits = model(input_ids=row[None, first : first + len(targets)], use_cache=False).logits
+        if calls != [1]:  # this model calls parts of its body one by one: everything at once then
+            return _cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
+        losses.append(_cross_entropy(logits[0], targets))
+    return torch.cat(losses)
+
+
+def _cross_entropy(logits: Float[Tensor, "t vocabulary"], targets: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
+    parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
+    return torch.cat([functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in parts]).cpu()
+
+
+@contextmanager
+def _replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
+    """Let the body answer `output` instead of computing; yields how often it was asked.
+
+    So the model's own forward pass makes the logits from given hidden states, with whatever it does to them there
+    (Granite divides them, Gemma 2 caps them).
+    """
+    calls = [0]
+
+    def forward(*_: Any, **__: Any) -> Any:
+        calls[0] += 1
+        return output
+
+    own = body.__dict__.get("forward")  # accelerate may have put one there
+    body.forward = forward
+    try:
+        yield calls
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
+
+
+def _check(model: Any, tokens: Tensor, window: int, start: int | None) -> None:
+    if window < 2 + (start is not None):
+        raise ValueError(f"a window of {window} tokens leaves nothing to score")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and window > longest:
+        raise ValueError(f"a window of {window:,} tokens is longer than the model's context of {longest:,}")
+    if len(tokens) < window - (start is not None):
+        raise ValueError(f"the text has {len(tokens):,} tokens, fewer than one window of {window:,}")
+    size = model.get_input_embeddings().weight.shape[0]
+    low, high = int(tokens.min()), int(tokens.max())
+    if low < 0 or high >= size:
+        outside = low if low < 0 else high
+        raise ValueError(
+            f"token {outside} is outside the model's vocabulary of {size:,}: the tokenizer belongs to another model"
+        )
