@@ -54,7 +54,7 @@ def test_generated_code_computes_the_same(name, cases):
 def test_flex_backend(case, oracle, agree):
     """FlexAttention traces its mask function even outside torch.compile: hence among these tests."""
     if "flex" not in case.cls.backends:
-        with pytest.raises(ValueError, match="backend must be one of eager"):
+        with pytest.raises(ValueError, match="backend must be one of 'eager'"):
             case.build(backend="flex")
         return
     module = case.build(16, dtype=torch.float32, backend="flex", window=20)

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from mea.attention import KVCache
@@ -31,6 +33,17 @@ def test_forward_and_every_gradient(case, tokens, head_dim, oracle, agree):
     actual, expected = grads(module, x, actual), grads(module, x, expected)
     for name in expected:
         agree(actual[name], expected[name], terms(module, tokens), f"gradient of {name}")
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_forward_at_any_size(data, cases, oracle, agree):
+    case = cases[data.draw(st.sampled_from(list(cases)))]
+    torch.manual_seed(data.draw(st.integers(0, 2**16)))
+    module = case.build(4 * data.draw(st.integers(1, 12)))
+    batch, tokens = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 40))
+    x = torch.randn(batch, tokens, module.hidden_size, dtype=torch.float64)
+    agree(module(x), oracle(module, x, attention_mask(tokens)), terms(module, tokens))
 
 
 @pytest.mark.parametrize(

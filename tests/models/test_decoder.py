@@ -8,6 +8,7 @@ from transformers import (
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
+    StaticCache,
     Trainer,
     TrainingArguments,
 )
@@ -256,6 +257,19 @@ def test_a_training_step_compiles_to_one_graph(name):
     loss = compiled(ids, labels=ids).loss
     loss.backward()
     assert abs(loss - eager) <= TERMS * torch.finfo(torch.float32).eps * eager
+
+
+@pytest.mark.compile
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mea", "mea-fewer", "differential_v1", "talking_heads"])
+def test_decoding_on_a_static_cache_compiles_to_one_graph(name, agree):
+    model, ids = build(KINDS[name]), tokens(length=11)
+    torch.compiler.reset()
+    step = torch.compile(model, fullgraph=True, backend="aot_eager")
+    cache = StaticCache(config=model.config, max_cache_len=24)
+    model(ids[:, :8], past_key_values=cache)
+    steps = [step(ids[:, i : i + 1], past_key_values=cache).logits for i in range(8, 11)]
+    agree(torch.cat(steps, dim=1), model(ids, use_cache=False).logits[:, 8:], TERMS)
 
 
 @pytest.mark.compile

@@ -18,7 +18,7 @@ from mea.ops import reference
 from mea.ops.masks import attention_mask
 
 Backend = Literal["eager", "sdpa", "flex"]
-BACKENDS: tuple[str, ...] = get_args(Backend)
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
 AttentionMask = Bool[Tensor, "#b 1 t s"] | BlockMask
 
 
@@ -116,9 +116,3 @@ def block_mask(
     rows, device = (None, device) if given is None else (given.shape[0], str(given.device))
     # A lambda, because PyTorch counts a mask function's arguments, and a decorated one (a type checker's) hides them.
     return create_block_mask(lambda b, h, q, k: visible(b, q, k), rows, None, queries, keys, device=str(device))
-
-
-def check_backend(name: str, allowed: tuple[str, ...] = BACKENDS) -> None:
-    """Raise ValueError unless `name` is one of `allowed`."""
-    if name not in allowed:
-        raise ValueError(f"backend must be one of {', '.join(allowed)}; got {name!r}")

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mea.attention import backends
-from mea.attention.backends import AttentionMask, Backend, check_backend
-from mea.attention.mixing import HeadNorm
+from mea.attention.backends import AttentionMask, Backend
+from mea.attention.mixing import HeadNorm, check_name
 from mea.ops.rope import RopeConfig, Rotary, frequencies, rotary, rotate
 
 
@@ -84,7 +84,7 @@ class Attention(nn.Module):
         Heads that the query, key and value projections make, where a method has other numbers than ``h, h_kv, h_kv``.
     """
 
-    backends: tuple[str, ...] = backends.BACKENDS
+    backends: tuple[Backend, ...] = backends.BACKENDS
 
     def __init__(
         self,
@@ -111,10 +111,11 @@ class Attention(nn.Module):
             raise ValueError(f"give head_dim: hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
         if window is not None and window < 1:
             raise ValueError(f"window counts the tokens in sight, the query's own included: at least 1, not {window}")
-        check_backend(backend, self.backends)
+        check_name("backend", backend, self.backends)
         d = hidden_size // num_heads if head_dim is None else head_dim
         self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = hidden_size, num_heads, num_kv_heads, d
-        self.rope, self.causal, self.window, self.backend = rope, causal, window, backend
+        self.rope, self.causal, self.window = rope, causal, window
+        self.backend: Backend = backend
         self.layer_index, self.eps = layer_index, eps
         self.rotary_dim = d if rope is None else rope.rotary_dim(d)
 
@@ -175,7 +176,7 @@ class Attention(nn.Module):
             k,
             v,
             mask,
-            backend=self.backend,  # pyright: ignore[reportArgumentType]
+            backend=self.backend,
             causal=self.causal,
             window=self.window,
             scale=self.head_dim**-0.5,

@@ -176,7 +176,7 @@ class MultiheadExplicitAttention(Attention):
             causal=self.causal,
             window=self.window,
             bias=self.q_proj.bias is not None,
-            backend=self.backend,  # pyright: ignore[reportArgumentType]
+            backend=self.backend,
             eps=self.eps,
             layer_index=self.layer_index,
         )

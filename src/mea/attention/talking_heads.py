@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from mea.attention.backends import AttentionMask
+from mea.attention.backends import AttentionMask, Backend
 from mea.attention.base import Attention, AttentionOptions, Cache
 from mea.attention.mea import Fold, MultiheadExplicitAttention
 from mea.attention.mixing import HeadMixing, MixingInit
@@ -29,7 +29,7 @@ class TalkingHeadsAttention(Attention):
         Of both matrices, by name: see `HeadMixing`. ``score_mixing.weight`` is the transpose of the paper's ``T^QK``.
     """
 
-    backends = ("eager",)
+    backends: tuple[Backend, ...] = ("eager",)
 
     def __init__(
         self,

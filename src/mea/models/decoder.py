@@ -16,12 +16,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from mea.attention import Attention, DifferentialAttention, by_name
+from mea.attention.backends import Backend
 from mea.attention.mixing import FrequencyMixing, HeadMixing, HeadNorm
 from mea.models.config import MeaConfig
 from mea.ops.rope import Rotary
 
 # Hugging Face's names of attention implementations, and this package's of the same.
-IMPLEMENTATIONS = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
+IMPLEMENTATIONS: dict[str, Backend] = {"eager": "eager", "sdpa": "sdpa", "flex_attention": "flex"}
 
 
 def build_attention(config: MeaConfig, layer_index: int) -> Attention:
