@@ -1,1 +1,9 @@
-"""Compressed attention for existing architectures, loading, and the accounting of parameters and cache bytes."""
+"""Models: the compressed attention of existing architectures, one decoder for the whole family, loading, accounting.
+
+Importing this package registers its models with transformers' Auto classes.
+"""
+
+from mea.models import compressed, decoder
+
+compressed.register()
+decoder.register()

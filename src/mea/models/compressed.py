@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import transformers
 from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea.ops import latent
@@ -273,6 +274,13 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
     LATENT_ATTENTION[stock_attention] = attention
     COMPRESSED_CONFIGS[model_type] = config
     COMPRESSED_MODELS[model_type] = model
+
+
+def register() -> None:
+    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know the compressed models."""
+    for model_type, config in COMPRESSED_CONFIGS.items():
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, COMPRESSED_MODELS[model_type], exist_ok=True)
 
 
 for _model_type, _names in SUPPORTED.items():

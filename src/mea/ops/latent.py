@@ -2,7 +2,7 @@
 
 Per token a layer caches ``c_k = E_k k`` (width ``r_k``, from the *rotated* keys of all heads) and ``c_v = E_v v``
 (width ``r_v``), where ordinary attention caches ``h_kv * d`` numbers each. Decoders ``D_k[g]``, ``D_v[g]`` give back
-the keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. There are two ways to read such a cache, equal up to rounding:
+the keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. Such a cache is read in one of two ways, equal up to rounding:
 
 - *absorbed* (decoding): ``q^T D_k[g] c_k = (D_k[g]^T q)^T c_k``. The query is multiplied by its group's decoder,
   attention runs over the latents **as one kv head shared by all queries**, and the output is un-mixed by ``D_v[g]``.

@@ -1,0 +1,188 @@
+"""What a compression will do, and what it will cost, before any weight is loaded."""
+
+import math
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mea.compression.layout import (
+    PRESETS,
+    CacheShape,
+    Layout,
+    layout_for_bytes,
+    layout_for_keep,
+    parse_budget,
+    preset_layout,
+    read_layout,
+)
+from mea.compression.methods import DEFAULT_METHOD, Method, find_method
+from mea.compression.statistics import BLOCK_NUMBERS
+from mea.compression.values import CG_STEPS, ROUNDS
+from mea.models.loading import check_supported
+
+DEFAULT_KEEP = 0.5
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Which text the factors are fitted on.
+
+    Attributes
+    ----------
+    text
+        A packaged text's name or a file.
+    tokens, window
+        How much of it, in windows of how many tokens.
+    seed
+        Chooses the windows.
+    """
+
+    text: str = "calibration"
+    tokens: int = 16384
+    window: int = 1024
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.window < 64 or self.tokens < 4 * self.window:
+            raise ValueError(
+                f"calibration needs at least 4 windows of at least 64 tokens, not {self.tokens} tokens in windows of "
+                f"{self.window}"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Method and layout for one model."""
+
+    method: Method
+    layout: Layout
+    shape: CacheShape
+    calibration: Calibration
+
+    def describe(self) -> dict[str, Any]:
+        """What is written into the compressed model's configuration and the record."""
+        calibration = self.calibration
+        return {
+            "method": self.method.name,
+            "keep": round(self.layout.keep(self.shape), 6),
+            "calibration_text": Path(calibration.text).name,
+            "calibration_tokens": calibration.tokens,
+            "calibration_window": calibration.window,
+            "seed": calibration.seed,
+        }
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimates for a plan.
+
+    Attributes
+    ----------
+    memory
+        Bytes at the peak, beyond the weights of a model that stays in memory as a whole.
+    seconds
+        On this machine, from the speed of its matrix products.
+    """
+
+    memory: int
+    seconds: float
+
+
+def make_plan(
+    config: Any,
+    itemsize: int,
+    *,
+    keep: float | None = None,
+    budget: str | None = None,
+    layout: str | Path | None = None,
+    method: str = DEFAULT_METHOD,
+    odd: str = "values",
+    calibration: Calibration | None = None,
+) -> Plan:
+    """Decide widths and method.
+
+    Parameters
+    ----------
+    config
+        Of the model, from transformers.
+    itemsize
+        Bytes of a cached number.
+    keep
+        The fraction of the cache's bytes that stays, `DEFAULT_KEEP` if no other budget is given.
+    budget
+        Instead: bytes at a context length, such as ``"64k tokens in 2 GiB"``.
+    layout
+        Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep`, of the layers that they name), or a file of widths.
+    method
+        A name in `mea.compression.methods.METHODS`.
+    odd
+        ``"keys"`` or ``"values"``: which of them get an odd component head, for methods with whole heads.
+
+    Raises
+    ------
+    ValueError
+        The model is not supported, or no layout meets the budget.
+    """
+    check_supported(config)
+    if budget is not None and (keep is not None or layout is not None):
+        raise ValueError("give one budget: keep, bytes at a context length, or a layout")
+    if odd not in ("keys", "values"):
+        raise ValueError(f"odd heads go to 'keys' or 'values', not {odd!r}")
+    shape = CacheShape.of(config, itemsize)
+    chosen = find_method(method, shape.num_kv_heads)
+    step = chosen.step(shape.head_dim, odd)
+    fraction = DEFAULT_KEEP if keep is None else keep
+    if budget is not None:
+        widths = layout_for_bytes(shape, *parse_budget(budget), step)
+    elif layout is None:
+        widths = layout_for_keep(shape, fraction, step)
+    elif str(layout) in PRESETS:
+        widths = preset_layout(shape, str(layout), step, fraction)
+    elif keep is not None:
+        raise ValueError("give one budget: keep, or a file of widths")
+    else:
+        widths = read_layout(Path(layout), shape, step)
+    calibration = calibration or Calibration()
+    if calibration.window > config.max_position_embeddings:
+        raise ValueError(
+            f"a calibration window of {calibration.window} tokens is longer than the model's context of "
+            f"{config.max_position_embeddings}"
+        )
+    return Plan(chosen, widths, shape, calibration)
+
+
+def estimate(config: Any, plan: Plan) -> Cost:
+    """Memory and time that a plan takes."""
+    width, hidden, tokens = plan.shape.width, config.hidden_size, plan.calibration.tokens
+    h, d, t = config.num_attention_heads, plan.shape.head_dim, plan.calibration.window
+    # Mixtures of experts work with some of their experts only, but all have weights.
+    experts = getattr(config, "num_experts", None)
+    feed_forward = 3 * hidden * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    active = feed_forward * (config.num_experts_per_tok if experts else 1)
+    attention = 2 * hidden * (h * d + width)
+    layer_weights = attention + feed_forward * (experts or 1)
+
+    block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * width <= BLOCK_NUMBERS))
+    moments = h // block * (block * width) ** 2
+    rank = max((pair[1] for pair in plan.layout.widths if pair), default=0)
+    forward = 2 * tokens * (attention + active + t * h * d)
+    averages = 0 if plan.method.values else 2 * tokens * (t * h * (d + width) + h * width * block * width)
+    solving = 0 if plan.method.values else 2 * ROUNDS * CG_STEPS * 2 * moments * rank // max(1, width // rank)
+    layers = len(plan.layout.widths)
+    states = 3 * tokens * (2 * hidden + h * d)
+    memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
+    return Cost(memory, layers * (forward + averages + solving) / _speed())
+
+
+def _speed() -> float:
+    """Operations per second of fp32 matrix products here, as the fit comes near to."""
+    a = torch.rand(1024, 1024)
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 0.5 * 2 * 1024**3 / best

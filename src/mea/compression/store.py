@@ -1,0 +1,133 @@
+"""Finished layers of an unfinished run, to go on where it stopped; and folders that appear only when complete."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mea.compression.convert import LayerFactors
+from mea.compression.factors import Factors
+from mea.compression.plan import Plan
+
+SETTINGS = "run.json"
+
+
+class FactorStore:
+    """Factors on disk, one file per finished layer.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    fingerprint
+        What the factors depend on: `fingerprint`.
+
+    Raises
+    ------
+    ValueError
+        The folder holds another run.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        settings = folder / SETTINGS
+        if settings.is_file():
+            if json.loads(settings.read_text(encoding="utf-8")) != fingerprint:
+                raise ValueError(
+                    f"{folder.parent} holds an interrupted run of another model or with other settings; "
+                    f"remove that folder, or repeat its settings to go on"
+                )
+        else:
+            write_whole(settings, json.dumps(fingerprint).encode())
+
+    def get(self, index: int) -> LayerFactors | None:
+        """The factors of a layer, if an earlier run came that far."""
+        path = self._path(index)
+        if not path.is_file():
+            return None
+        tensors = load_file(path)
+        return LayerFactors(
+            Factors(tensors["key_encoder"], tensors["key_decoder"]),
+            Factors(tensors["value_encoder"], tensors["value_decoder"]),
+            tensors.get("output"),
+        )
+
+    def put(self, index: int, factors: LayerFactors) -> None:
+        """Keep a finished layer."""
+        path = self._path(index)
+        if path.is_file():
+            return
+        tensors = {
+            "key_encoder": factors.keys.encoder,
+            "key_decoder": factors.keys.decoder,
+            "value_encoder": factors.values.encoder,
+            "value_decoder": factors.values.decoder,
+        }
+        if factors.output is not None:
+            tensors["output"] = factors.output
+        part = path.with_suffix(".part")
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
+        os.replace(part, path)
+
+    def _path(self, index: int) -> Path:
+        return self.folder / f"{index:05d}.safetensors"
+
+
+def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"]) -> str:
+    """One string for all that factors depend on: the model's configuration, the plan and the calibration tokens.
+
+    Weights are not read for it: a model with the same configuration is taken for the same.
+    """
+    settings = [config.to_json_string(), plan.describe(), plan.layout.widths, tokens.tolist()]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there complete or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_bytes(content)
+    os.replace(part, path)
+
+
+def check_output(out: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises
+    ------
+    ValueError
+        The folder is not empty, or is no folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
+
+
+@contextmanager
+def complete_folder(out: Path, work: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when the block ends, and is removed if it fails.
+
+    Raises
+    ------
+    OSError
+        Writing failed, the disk being full for instance; nothing half written is left.
+    """
+    filling = work / "model"
+    shutil.rmtree(filling, ignore_errors=True)
+    filling.mkdir(parents=True)
+    try:
+        yield filling
+    except BaseException:
+        shutil.rmtree(filling, ignore_errors=True)
+        raise
+    if out.exists():
+        out.rmdir()
+    os.replace(filling, out)
+    shutil.rmtree(work, ignore_errors=True)

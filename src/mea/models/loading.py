@@ -1,0 +1,194 @@
+"""Load a language model and its tokenizer from a hub, a local folder or a GGUF file, with errors that say what to do.
+
+Weights are read from safetensors (or GGUF) only, never unpickled, and no code that comes with a model is run.
+"""
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from mea.models.compressed import MODEL_TYPE_PREFIX, SUPPORTED
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+MEMORY_SHARE = 0.7  # of the free memory may be taken by weights; more stays on disk and is read layer by layer
+
+
+def load_config(source: str) -> Any:
+    """The configuration of a model, without its weights.
+
+    Raises
+    ------
+    ValueError
+        The source is no model, or a damaged one.
+    """
+    folder, gguf = locate(source)
+    options = {"gguf_file": gguf} if gguf else {}
+    try:
+        return AutoConfig.from_pretrained(folder, **options)
+    except Exception as error:  # GGUF and JSON parsers raise whatever the damage leads to
+        raise ValueError(f"cannot read the configuration of {source}: {_first_line(error)}") from error
+
+
+def load_tokenizer(source: str) -> Any:
+    """The tokenizer of a model.
+
+    Raises
+    ------
+    ValueError
+        There is none that can be read.
+    """
+    folder, gguf = locate(source)
+    options = {"gguf_file": gguf} if gguf else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **options)
+    except Exception as error:
+        raise ValueError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
+
+
+def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None) -> tuple[Any, Any]:
+    """Load a causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    source
+        A folder, a GGUF file (dequantised), or a model's id on the hub.
+    dtype
+        ``"auto"`` keeps that of the weights.
+    offload_folder
+        Where weights may stay that do not fit into memory; without it, a model that does not fit is refused.
+
+    Raises
+    ------
+    ValueError
+        There is no such model, its files are damaged, or it does not fit into memory.
+    """
+    folder, gguf = locate(source)
+    config, tokenizer = load_config(source), load_tokenizer(source)
+    options: dict[str, Any] = {"dtype": resolve_dtype(config, dtype)}
+    if gguf:
+        options |= {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+    else:
+        options |= {"use_safetensors": True} | _memory_options(folder, offload_folder)
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    except Exception as error:
+        raise ValueError(f"cannot load the weights of {source}: {_first_line(error)}") from error
+    model, info = loaded
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} of the weights of a {config.model_type}, such as {missing[0]}")
+    # A dequantised model is an ordinary one; left in place, the mark of its origin cannot be saved.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
+        if hasattr(model, mark):
+            delattr(model, mark)
+    return model.eval(), tokenizer
+
+
+def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
+    """The dtype that a model will be loaded in: the one given, or for ``"auto"`` that of its weights.
+
+    Raises
+    ------
+    ValueError
+        It is not one of `DTYPES`.
+    """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
+    if dtype != "auto":
+        return getattr(torch, dtype)
+    own = getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, own) if isinstance(own, str) else own
+
+
+def check_supported(config: Any) -> None:
+    """Refuse what cannot be compressed.
+
+    Raises
+    ------
+    ValueError
+        The architecture is not known, the model is compressed already, or its attention has an unknown part.
+    """
+    kind = config.model_type
+    if kind.startswith(MODEL_TYPE_PREFIX) and kind.removeprefix(MODEL_TYPE_PREFIX) in SUPPORTED:
+        raise ValueError("this model's cache is compressed already; compress the original to another budget instead")
+    if kind not in SUPPORTED:
+        raise ValueError(f"cannot compress the architecture {kind!r}; supported: {', '.join(SUPPORTED)}")
+    for part in ("attn_logit_softcapping", "use_bidirectional_attention"):
+        if getattr(config, part, None):
+            raise ValueError(f"cannot compress a {kind} with {part}={getattr(config, part)!r}")
+
+
+def locate(source: str) -> tuple[str, str | None]:
+    """What to hand to transformers: a folder or hub id, and the name of the GGUF file in it if there is one.
+
+    Raises
+    ------
+    ValueError
+        A path that is no model folder, or files in it that are cut short.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ValueError(f"{source} is a file but no .gguf; give a model folder, a GGUF file or a hub id")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ValueError(f"{source} is not a GGUF file: it does not begin with 'GGUF'")
+        return str(path.parent), path.name
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source} holds no config.json: it is not a model folder")
+        shards = sorted(path.glob("*.safetensors"))
+        if not shards:
+            raise ValueError(f"{source} holds no .safetensors weights; other formats can run code and are not read")
+        for shard in shards:
+            _check_shard(shard)
+        return str(path), None
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise ValueError(f"{source} does not exist")
+    return source, None
+
+
+def weight_bytes(folder: str) -> int:
+    """Bytes of all safetensors files in a folder; 0 for a hub id whose files are not here."""
+    return sum(shard.stat().st_size for shard in Path(folder).glob("*.safetensors"))
+
+
+def _check_shard(path: Path) -> None:
+    size = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > size:
+                raise ValueError("the header is cut short")
+            header = json.loads(file.read(length))
+        promised = (
+            8
+            + length
+            + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+        )
+        if promised != size:
+            raise ValueError(f"{size} bytes where its header promises {promised}")
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged or incomplete ({error}); copy or download it again") from None
+
+
+def _memory_options(folder: str, offload_folder: str | os.PathLike | None) -> dict[str, Any]:
+    needed, free = weight_bytes(folder), int(psutil.virtual_memory().available * MEMORY_SHARE)
+    if needed <= free:
+        return {}
+    if offload_folder is None:
+        raise ValueError(f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory can be used")
+    return {"device_map": "auto", "max_memory": {"cpu": free}, "offload_folder": str(offload_folder)}
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
