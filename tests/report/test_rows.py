@@ -1,0 +1,78 @@
+"""The table of methods: order, digits, what is absent, and that it fits a terminal."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from mea.records import make_record
+from mea.report import rows, terminal_table
+from mea.report.rows import cells, header, texts_of, with_error
+
+
+def printed(records, width):
+    console = Console(file=io.StringIO(), width=width)
+    console.print(terminal_table(records))
+    return console.file.getvalue()
+
+
+def test_uncompressed_first_then_best_to_worst(run):
+    found = rows(run())
+    assert [row.name for row in found] == [
+        "uncompressed",
+        "position, 50 %",
+        "frequency, 50 %",
+        "gram, 50 %",
+        "svd, 50 %",
+    ]
+
+
+def test_cells_go_with_the_header(run):
+    found = rows(run())
+    line = dict(zip(header(found), cells(found[1], texts_of(found)), strict=True))
+    assert line == {
+        "method": "position, 50 %",
+        "wikitext-2-test perplexity": "35.4 ± 1.4",
+        "technical perplexity": "20.0 ± 0.8",
+        "ratio": "1.53 ± 0.02",
+        "cache bytes per token": "23,040",
+        "decode ms per token": "61.2",
+        "time ratio": "0.85 (0.84-0.87)",
+        "compressed in": "42 s",
+    }
+    assert len(cells(found[0], texts_of(found), brief=True)) == len(header(found, brief=True))
+
+
+def test_terminal_table_fits_80_columns(run):
+    text = printed(run(), 80)
+    assert "…" not in text
+    for number in ("1.53±0.02", "1.94±0.02", "2.71±0.03", "1,106±13", "25,668", "23,040", "46,080", "61.2"):
+        assert number in text
+
+
+def test_missing_results_are_shown_as_absent(one):
+    record = one("svd", 2.0, texts={}, cache={}, decode={}, compress_seconds=None)
+    assert printed([record, one("none", 1.0)], 100).count("–") >= 7
+
+
+def test_other_records_are_left_out(run, one):
+    other = make_record("speed", {})
+    assert len(rows([other, *run()])) == 5
+    with pytest.raises(ValueError, match=r"no record of the kind 'comparison' among 1 \(speed\)"):
+        rows([other])
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "text"),
+    [
+        (1.5274, 0.0183, "1.53 ± 0.02"),
+        (1.5274, 0.0018, "1.527 ± 0.002"),
+        (1106.4, 13.2, "1,106 ± 13"),
+        (23.24, 0.93, "23.2 ± 0.9"),
+        (1.5, None, "1.50"),
+        (25_668.3, 0.0, "25,668"),
+        (None, None, "–"),
+    ],
+)
+def test_digits_follow_the_error(value, error, text):
+    assert with_error(value, error) == text
