@@ -6,6 +6,7 @@ promise is held against the cache of the real model.
 """
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,21 +118,22 @@ def parse_budget(text: str) -> tuple[int, int]:
     ValueError
         The text is of another form.
     """
-    pattern = r"\s*([\d.]+)\s*([kKmM]?)\s*(?:tokens?)?\s+in\s+([\d.]+)\s*([kKmMgGtT]?)(i?)[bB]\s*"
+    number = r"(\d+(?:\.\d+)?)"
+    pattern = rf"\s*{number}\s*([kKmM]?)\s*(?:tokens?)?\s+in\s+{number}\s*(?:([kKmMgGtT])(i?))?[bB]\s*"
     match = re.fullmatch(pattern, text)
     if not match:
         raise ValueError(f"a budget reads like '64k tokens in 2 GiB' or '8192 in 100 MB', not {text!r}")
     count, scale, amount, unit, binary = match.groups()
     tokens = float(count) * {"": 1, "k": 1024, "m": 1024**2}[scale.lower()]
     base = 1024 if binary else 1000
-    size = float(amount) * base ** " kmgt".index(unit.lower() or " ")
+    size = float(amount) * base ** " kmgt".index((unit or " ").lower())
     if tokens < 1 or size < 1:
         raise ValueError(f"a budget needs at least one token and one byte, not {text!r}")
     return int(tokens), int(size)
 
 
 def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | None = None) -> Layout:
-    """The widest equal widths with at most a fraction `keep` of the uncompressed bytes in every layer of `layers`.
+    """The widest equal widths with at most a fraction `keep` of the uncompressed bytes of `layers`, at any length.
 
     Raises
     ------
@@ -141,8 +143,8 @@ def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | 
     if not 0 < keep <= 1:
         raise ValueError(f"keep is the fraction of the cache's bytes that stays, above 0 and at most 1, not {keep}")
     layers = range(len(shape.windows)) if layers is None else layers
-    numbers = [int(2 * shape.width * keep * len(layers) + 1e-9)]
-    spread = _spread(shape, numbers[0], [1] * len(layers), step, f"keep {keep:g}")
+    numbers = int(2 * shape.width * keep * len(layers) + 1e-9)
+    spread = _spread(shape, numbers, [1] * len(layers), step, f"keep {keep:g}", _shortest_first(shape, layers))
     widths: list[Widths] = [None] * len(shape.windows)
     for layer, steps in zip(layers, spread, strict=True):
         widths[layer] = step.widths(steps)
@@ -162,10 +164,17 @@ def layout_for_bytes(shape: CacheShape, context: int, budget: int, step: Step) -
     return Layout(tuple(step.widths(steps) for steps in spread))
 
 
-def _spread(shape: CacheShape, numbers: int, weights: list[int], step: Step, what: str) -> list[int]:
-    """Deal steps out evenly, then one more each from the first layer on (deep layers suffer least), while they fit.
+def _shortest_first(shape: CacheShape, layers: range) -> list[int]:
+    """Places in `layers`, sliding ones first: more width there makes long contexts keep a smaller fraction, not more."""
+    return sorted(range(len(layers)), key=lambda place: shape.windows[layers[place]] or math.inf)
 
-    `weights` are the tokens that each layer holds; `numbers` is the budget.
+
+def _spread(
+    shape: CacheShape, numbers: int, weights: list[int], step: Step, what: str, order: list[int] | None = None
+) -> list[int]:
+    """Deal steps out evenly, then more one by one from the first layer on (deep layers suffer least), while they fit.
+
+    `weights` are the tokens that each layer holds; `numbers` is the budget; `order` is that of the last steps.
     """
     least, most = (1, shape.width // step.size) if step.paired else (2, 2 * shape.width // step.size)
     cost = [weight * step.numbers for weight in weights]
@@ -177,10 +186,14 @@ def _spread(shape: CacheShape, numbers: int, weights: list[int], step: Step, wha
             f"allow more, or use a method with finer steps than {step.size} numbers"
         )
     steps, left = [even] * len(cost), numbers - even * sum(cost)
-    for layer, price in enumerate(cost):
-        if even < most and price <= left:
-            steps[layer] += 1
-            left -= price
+    dealt = True
+    while dealt:
+        dealt = False
+        for layer in order or range(len(cost)):
+            if steps[layer] < most and cost[layer] <= left:
+                steps[layer] += 1
+                left -= cost[layer]
+                dealt = True
     return steps
 
 
@@ -214,6 +227,10 @@ def read_layout(path: Path, shape: CacheShape, step: Step) -> Layout:
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(
+            f"no layout {str(path)!r}: those by name are {', '.join(PRESETS)}, anything else is a JSON file of widths"
+        ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
     count = len(shape.windows)
