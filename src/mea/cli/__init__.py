@@ -1,1 +1,28 @@
-"""The command line: one file per subcommand, no logic."""
+"""The command line: one file per subcommand, no logic.
+
+A subcommand is a function with typer's annotations, registered below. What it needs of torch and transformers it
+imports when it runs, so that ``mea --help`` need not wait for them.
+"""
+
+import typer
+
+from mea.cli.compress import compress
+from mea.cli.console import friendly
+from mea.cli.demo import demo
+from mea.cli.generate import generate
+from mea.cli.perplexity import perplexity
+
+app = typer.Typer(
+    name="mea",
+    help="Halve the KV cache of a language model, and measure what it costs.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for name, command in {"compress": compress, "demo": demo, "perplexity": perplexity, "generate": generate}.items():
+    app.command(name)(friendly(command))
+
+
+@app.callback()
+def main() -> None:
+    """Keeps subcommands subcommands, however few there are."""

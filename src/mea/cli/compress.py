@@ -1,0 +1,47 @@
+"""``mea compress``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mea.cli.console import progress
+
+
+def compress(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
+    keep: Annotated[
+        float | None, typer.Option(help="Fraction of the cache's bytes that stays; 0.5 by default.")
+    ] = None,
+    budget: Annotated[str | None, typer.Option(help="Instead: bytes at a context, '64k tokens in 2 GiB'.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Instead: full, half or deep, or a JSON file of widths.")] = None,
+    method: Annotated[str, typer.Option(help="position, frequency, gram or svd.")] = "position",
+    odd: Annotated[
+        str, typer.Option(help="Which get an odd component head, keys or values (gram and svd).")
+    ] = "values",
+    text: Annotated[str, typer.Option(help="Calibration text: a packaged one or a .txt file.")] = "calibration",
+    tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
+    window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
+    seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
+    measure: Annotated[
+        int, typer.Option(help="WikiText-2 test tokens for the model card's perplexity; 0: none.")
+    ] = 4096,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it costs.")] = False,
+) -> None:
+    """Make a model cache half of its keys and values, check the result, and save it as an ordinary model."""
+    from mea.compression import Calibration, compress_to_folder, preview
+    from mea.report.terminal import compression_table, plan_table
+
+    calibration = Calibration(text, tokens, window, seed)
+    options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd}
+    Console(stderr=not dry_run).print(plan_table(preview(model, dtype=dtype, calibration=calibration, **options)))
+    if dry_run:
+        return
+    with progress() as report:
+        record = compress_to_folder(
+            model, out, dtype=dtype, measure_tokens=measure, progress=report, calibration=calibration, **options
+        )
+    Console().print(compression_table(record, str(out)))

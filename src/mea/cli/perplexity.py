@@ -1,0 +1,33 @@
+"""``mea perplexity``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mea.cli.console import progress
+from mea.texts import NAMES
+
+
+def perplexity(
+    model: Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.")],
+    text: Annotated[str, typer.Option(help=f"One of {', '.join(NAMES)}, or a .txt or .txt.gz file.")] = NAMES[0],
+    window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 1024,
+    tokens: Annotated[int | None, typer.Option(help="Only this many tokens of the text.")] = None,
+    against: Annotated[str | None, typer.Option(help="Another model, to give the ratio to.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
+    json: Annotated[Path | None, typer.Option(help="Write the record, with every sample, to this file.")] = None,
+) -> None:
+    """Perplexity of a model on a text, compressed or not, and its ratio to another model's."""
+    from mea.evaluate.measure import perplexity_record
+    from mea.records import write_record
+    from mea.report.terminal import perplexity_table
+
+    with progress() as report:
+        record = perplexity_record(
+            model, text=text, window=window, tokens=tokens, against=against, dtype=dtype, progress=report
+        )
+    if json:
+        write_record(json, record)
+    Console().print(perplexity_table(record))

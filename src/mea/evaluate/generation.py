@@ -1,0 +1,92 @@
+"""Continue a prompt, token by token as it comes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+
+class _Streamer(TextStreamer):
+    """Hands each finished piece of text on instead of printing it."""
+
+    def __init__(self, tokenizer: Any, stream: Callable[[str], None]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.stream = stream
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self.stream(text)
+
+
+@torch.no_grad()
+def continue_prompt(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    chat: bool = False,
+    stream: Callable[[str], None] | None = None,
+) -> str:
+    """The continuation of a prompt, without the prompt.
+
+    Parameters
+    ----------
+    model, tokenizer
+        As `mea.models.loading.load` gives them.
+    prompt
+        Text to continue, or with `chat` a message to answer.
+    max_new_tokens
+        Tokens at most; the model may end earlier.
+    temperature
+        0 always takes the likeliest token; higher values draw from the distribution.
+    top_p
+        Draw from the likeliest tokens that together have this probability.
+    seed
+        Of the draws.
+    chat
+        Put the prompt into the tokenizer's chat template.
+    stream
+        Called with each piece of text as soon as it is there.
+
+    Raises
+    ------
+    ValueError
+        An empty prompt, a prompt that leaves no room in the model's context, a tokenizer without a chat template, or
+        numbers out of range.
+    """
+    if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            "max_new_tokens must be positive, temperature not negative and top_p in (0, 1], "
+            f"not {max_new_tokens}, {temperature} and {top_p}"
+        )
+    inputs = _encode(tokenizer, prompt, chat).to(model.device)
+    length = inputs["input_ids"].shape[1]
+    if not length:
+        raise ValueError("the prompt is empty: give the model something to continue")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        raise ValueError(
+            f"{length:,} tokens of prompt and {max_new_tokens:,} new ones exceed the model's context of {longest:,}"
+        )
+    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if temperature > 0:
+        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+        torch.manual_seed(seed)
+    if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
+        options["pad_token_id"] = tokenizer.eos_token_id
+    streamer = _Streamer(tokenizer, stream) if stream else None
+    output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
+    return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+
+
+def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
+    if not chat:
+        return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("this model's tokenizer has no chat template: it continues text only")
+    messages = [{"role": "user", "content": prompt}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)

@@ -1,0 +1,85 @@
+"""Measure models by name and write down what came out, as records."""
+
+from collections.abc import Callable
+from typing import Any
+
+from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
+from mea.models.loading import load
+from mea.records import Record, make_record
+from mea.texts import load_text
+
+Progress = Callable[[str, int, int], None]  # what is being done, windows done, windows in all
+
+
+def perplexity_record(
+    source: str,
+    *,
+    text: str = "wikitext-2-test",
+    window: int = 1024,
+    tokens: int | None = None,
+    against: str | None = None,
+    dtype: str = "auto",
+    progress: Progress | None = None,
+) -> Record:
+    """Perplexity of a model, and its ratio to that of another one on the same tokens.
+
+    Models are loaded one after the other: only one is in memory.
+
+    Parameters
+    ----------
+    source, against
+        Hub ids, folders or GGUF files; see `mea.models.loading.load`.
+    text
+        Name of a shipped text, or a file; see `mea.texts.load_text`.
+    window, tokens
+        Tokens per window, and of the text's beginning (all of it if None).
+    dtype
+        To compute in; ``"auto"`` is that of the weights.
+    progress
+        Called with what is being done, the windows done and the windows in all.
+
+    Returns
+    -------
+    Record
+        Of the kind ``"perplexity"``: ``results`` maps ``perplexity``, ``standard_error``, ``scored_tokens``, and with
+        `against` also ``against_perplexity``, ``against_standard_error``, ``ratio``, ``ratio_standard_error``;
+        ``samples`` maps ``block_losses`` (and ``against_block_losses``) to mean losses of consecutive blocks of tokens.
+
+    Raises
+    ------
+    ValueError, OSError
+        What loading, reading and measuring raise; or the two models read the text as different tokens.
+    """
+    content = load_text(text)
+    first: Any = None
+    measured = []
+    for name in filter(None, (source, against)):
+        model, tokenizer = load(name, dtype)
+        ids, start = encode_text(tokenizer, content, tokens), start_token(tokenizer)
+        if first is None:
+            first = ids, start
+        elif start != first[1] or ids.tolist() != first[0].tolist():
+            raise ValueError(
+                f"{source} and {name} read the text as different tokens, so that their perplexities cannot be compared"
+            )
+
+        def report(done: int, total: int, name: str = name) -> None:
+            if progress:
+                progress(f"perplexity of {name}", done, total)
+
+        measured.append(token_losses(model, ids, window, start=start, progress=report))
+        del model
+    estimate = perplexity(measured[0])
+    results = {
+        "perplexity": estimate.value,
+        "standard_error": estimate.standard_error,
+        "scored_tokens": estimate.tokens,
+    }
+    samples = {"block_losses": block_means(measured[0])}
+    if against:
+        other, relative = perplexity(measured[1]), ratio(*measured)
+        results |= {"against_perplexity": other.value, "against_standard_error": other.standard_error}
+        results |= {"ratio": relative.value, "ratio_standard_error": relative.standard_error}
+        samples["against_block_losses"] = block_means(measured[1])
+    config = {"model": source, "against": against, "text": text, "window": window, "tokens": tokens, "dtype": dtype}
+    return make_record("perplexity", config, results=results, samples=samples)
