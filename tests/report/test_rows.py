@@ -20,10 +20,10 @@ def test_uncompressed_first_then_best_to_worst(run):
     found = rows(run())
     assert [row.name for row in found] == [
         "uncompressed",
-        "position, 50 %",
-        "frequency, 50 %",
-        "gram, 50 %",
-        "svd, 50 %",
+        "position",
+        "frequency",
+        "gram",
+        "svd",
     ]
 
 
@@ -31,7 +31,7 @@ def test_cells_go_with_the_header(run):
     found = rows(run())
     line = dict(zip(header(found), cells(found[1], texts_of(found)), strict=True))
     assert line == {
-        "method": "position, 50 %",
+        "method": "position",
         "wikitext-2-test perplexity": "35.4 ± 1.4",
         "technical perplexity": "20.0 ± 0.8",
         "ratio": "1.53 ± 0.02",
@@ -76,3 +76,32 @@ def test_other_records_are_left_out(run, one):
 )
 def test_digits_follow_the_error(value, error, text):
     assert with_error(value, error) == text
+
+
+def test_time_of_the_uncompressed_model_from_the_runs_of_the_others(one):
+    compressed = one("position", 1.5)
+    compressed["samples"]["decode_seconds"] = {"uncompressed": [0.07, 0.08, 0.09], "position": [0.06, 0.06, 0.07]}
+    plain, other = rows([compressed, one("none", 1.0, decode=None)])
+    assert cells(plain, texts_of([plain]))[-3:] == ["80.0", "1", "–"]
+    assert cells(other, texts_of([other]))[-3:-1] == ["61.2", "0.85 (0.84-0.87)"]
+
+
+def test_variants_of_a_method_go_by_their_label(one):
+    """Long names are wrapped in the terminal; numbers never are."""
+    records = [one("none", 1.0)]
+    for label, ratio in (
+        ("paper's svd, 2 key heads and 1 value head", 2.0),
+        ("paper's svd, 1 key and 2 value heads", 3.0),
+    ):
+        records.append(one("svd", ratio))
+        records[-1]["config"]["label"] = label
+    found = rows(records)
+    assert [row.series for row in found[1:]] == [records[1]["config"]["label"], records[2]["config"]["label"]]
+    text = printed(records, 80)
+    assert "…" not in text
+    assert "2.00±0.02" in text
+
+
+def test_names_tell_the_size_where_there_are_several(one):
+    found = rows([one("none", 1.0), one("position", 1.5), one("position", 2.2, keep=0.25)])
+    assert [row.name for row in found] == ["uncompressed", "position, 50 %", "position, 25 %"]

@@ -26,18 +26,16 @@ def perplexity_against_bytes(found: Sequence[Row]) -> tuple[str, str] | None:
         return None
     values = {row.name: row.results["texts"][text]["perplexity"] for row in points}
     near, note = _near(points, {name: [value] for name, value in values.items()}, "")
-    colour = {method: index for index, method in enumerate(_methods(found))}
+    colour = {name: index for index, name in enumerate(dict.fromkeys(row.series for row in found if row.compressed))}
     with _style("bytes"):
         figure, axes = _axes()
-        for method in dict.fromkeys(_method(row) for row in near):
-            group = sorted(
-                (r for r in near if _method(r) == method), key=lambda r: r.results["cache"]["bytes_per_token"]
-            )
+        for series in dict.fromkeys(row.series for row in near):
+            group = [row for row in near if row.series == series]
+            group.sort(key=lambda row: row.results["cache"]["bytes_per_token"])
             sizes = [row.results["cache"]["bytes_per_token"] / 1024 for row in group]
             errors = [row.results["texts"][text].get("standard_error") or 0 for row in group]
-            style = _line(colour.get(method, -1)) | ({"linestyle": "none"} if len(group) == 1 else {})
-            label = method if group[0].compressed else group[0].name
-            axes.errorbar(sizes, [values[row.name] for row in group], yerr=errors, label=label, **style)
+            style = _line(colour.get(series, -1)) | ({"linestyle": "none"} if len(group) == 1 else {})
+            axes.errorbar(sizes, [values[row.name] for row in group], yerr=errors, label=series, **style)
         drawn = [values[row.name] for row in near]
         if max(drawn) > 10 * min(drawn):
             _logarithmic(axes)
@@ -46,13 +44,14 @@ def perplexity_against_bytes(found: Sequence[Row]) -> tuple[str, str] | None:
         axes.set_xlim(left=0)
         axes.set_xlabel("cache, KiB per token (measured)")
         axes.set_ylabel(f"perplexity on {text}")
-        axes.legend(frameon=False, loc="lower left")
+        _legend(figure, axes)
         return _svg(figure), note
 
 
 def ratio_by_position(found: Sequence[Row]) -> tuple[str, str] | None:
     """Ratio to the uncompressed model in each range of positions, and a note of the methods too far off to be drawn."""
-    lines = [row for row in found if row.compressed and row.results.get("positions")]
+    compressed = [row for row in found if row.compressed]
+    lines = [row for row in compressed if row.results.get("positions")]
     if not lines:
         return None
     near, note = _near(
@@ -60,7 +59,7 @@ def ratio_by_position(found: Sequence[Row]) -> tuple[str, str] | None:
     )
     with _style("positions"):
         figure, axes = _axes()
-        for index, row in enumerate(lines):
+        for index, row in enumerate(compressed):
             if row not in near:
                 continue
             parts = row.results["positions"]
@@ -73,27 +72,28 @@ def ratio_by_position(found: Sequence[Row]) -> tuple[str, str] | None:
         axes.set_ylim(bottom=0)
         axes.set_xlabel("position in the text (tokens)")
         axes.set_ylabel("perplexity / uncompressed")
-        axes.legend(frameon=False)
+        _legend(figure, axes)
         return _svg(figure), note
 
 
 def loss_by_layer(found: Sequence[Row]) -> str | None:
     """What each layer loses, for the methods whose records say it."""
-    lines = [row for row in found if row.results.get("layers")]
+    compressed = [row for row in found if row.compressed]
+    lines = [row for row in compressed if row.results.get("layers")]
     if not lines:
         return None
     with _style("layers"):
         figure, axes = _axes()
-        for index, row in enumerate(lines):
+        for row in lines:
             values = row.results["layers"]["values"]
-            axes.plot(range(len(values)), values, label=row.name, **_line(index, size=4))
+            axes.plot(range(len(values)), values, label=row.name, **_line(compressed.index(row), size=4))
         positive = [value for row in lines for value in row.results["layers"]["values"]]
         if min(positive) > 0 and max(positive) > 20 * min(positive):
             _logarithmic(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_xlabel("layer")
         axes.set_ylabel(fill(lines[0].results["layers"].get("what", "loss"), 32))
-        axes.legend(frameon=False)
+        _legend(figure, axes)
         return _svg(figure)
 
 
@@ -104,14 +104,6 @@ def _near(found: Sequence[Row], values: dict[str, list[float]], unit: str) -> tu
     far = {row.name: (min(values[row.name]), max(values[row.name])) for row in found if row not in near}
     ends = (f"{name} ({' to '.join(f'{x:,.0f}' for x in dict.fromkeys(pair))}{unit})" for name, pair in far.items())
     return near, f"Too far off to be drawn: {'; '.join(ends)}." if far else ""
-
-
-def _method(row: Row) -> str:
-    return str(row.record["config"].get("method"))
-
-
-def _methods(found: Sequence[Row]) -> list[str]:
-    return list(dict.fromkeys(_method(row) for row in found if row.compressed))
 
 
 def _range(start: int, stop: int) -> str:
@@ -150,11 +142,19 @@ def _style(salt: str) -> AbstractContextManager[None]:
 def _axes() -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6.4, 3.9), layout="constrained")
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
     axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def _legend(figure: Any, axes: Any) -> None:
+    """Below the axes, where it hides nothing, with as many columns as the names allow."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 64 // (max(map(len, labels)) + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def _svg(figure: Any) -> str:

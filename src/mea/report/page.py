@@ -51,14 +51,15 @@ def render(records: Sequence[Record], *, title: str = "", regenerate: str = "mak
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     found = rows(records)
-    models = list(dict.fromkeys(row.model for row in found))
+    models, shared = list(dict.fromkeys(row.model for row in found)), _shared(found)
     environment = Environment(loader=PackageLoader("mea.report"), autoescape=True, undefined=StrictUndefined)
     return environment.get_template("page.html").render(
-        title=title or f"Half the cache of {', '.join(models)}" if _halved(found) else title or ", ".join(models),
+        title=title or f"Half the KV cache of {', '.join(models)}" if _halved(found) else title or ", ".join(models),
         sections=[_section(model, [row for row in found if row.model == model]) for model in models],
         machines=_distinct(_machine(row.record) for row in found),
         versions=_distinct(row.record["versions"] for row in found),
-        runs=[_run(row) for row in found],
+        settings=_in_words(shared, "; "),
+        runs=[_run(row, shared) for row in found],
         regenerate=regenerate,
     )
 
@@ -117,20 +118,35 @@ def _machine(record: Record) -> dict[str, str]:
     return {name: str(value) for name, value in shown.items() if value is not None}
 
 
-def _run(row: Row) -> dict[str, Any]:
-    """What ran, for the last table: every choice, but long lists by their length."""
-    config = {
-        name: f"{len(value)} entries" if isinstance(value, list | dict) and len(str(value)) > 80 else value
-        for name, value in row.record["config"].items()
-    }
-    seeds = {f"seed of {name}": seed for name, seed in row.record["seeds"].items()}
+def _shared(found: list[Row]) -> dict[str, Any]:
+    """The part of the configuration that all models were measured with."""
+    first = _config(found[0])
+    return {name: value for name, value in first.items() if all(_config(row).get(name) == value for row in found)}
+
+
+def _config(row: Row) -> dict[str, Any]:
+    return row.record["config"] | {f"seed of {name}": seed for name, seed in row.record["seeds"].items()}
+
+
+def _run(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
+    """What ran, for the last table: every choice that is not the same for all."""
+    own = {name: value for name, value in _config(row).items() if name not in shared and name != "label"}
+    commit = row.record["commit"] or "–"
     return {
         "name": row.name,
-        "config": "; ".join(f"{name} {value}" for name, value in (config | seeds).items() if value is not None),
-        "commit": (row.record["commit"] or "–")[:12]
-        + ("+" if (row.record["commit"] or "").endswith("+changes") else ""),
+        "config": _in_words(own, "; "),
+        "commit": commit[:12] + ("+" if commit.endswith("+changes") else ""),
         "date": row.record["date"][:16].replace("T", " "),
     }
+
+
+def _in_words(value: Any, separator: str = ", ") -> str:
+    """A configuration as text; lists that nobody would read by their length."""
+    if isinstance(value, dict):
+        return separator.join(f"{name} {_in_words(item)}" for name, item in value.items() if item is not None)
+    if isinstance(value, list):
+        return f"[{', '.join(map(_in_words, value))}]" if len(value) <= 8 else f"[{len(value)} entries]"
+    return str(value)
 
 
 def _distinct(items: Any) -> list[dict[str, str]]:

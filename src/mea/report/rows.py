@@ -2,14 +2,16 @@
 
 Fields of a record of the kind ``"comparison"``; all results but the first may be missing and are then shown as absent:
 
-- ``config``: ``model``, ``method`` (``"none"`` for the uncompressed model), ``keep`` (fraction of the cache's bytes);
+- ``config``: ``model``, ``method`` (``"none"`` for the uncompressed model), ``keep`` (fraction of the cache's bytes),
+  ``label`` if the method's name does not say which variant it is;
 - ``results.texts``: text -> ``perplexity``, ``standard_error``, ``ratio``, ``ratio_standard_error``, ``window``,
   ``tokens``; the first text is the main one;
 - ``results.positions``: list of ``start``, ``stop``, ``perplexity``, ``standard_error``, ``ratio``,
   ``ratio_standard_error``; ``results.position_text`` names the text;
 - ``results.cache``: ``bytes_per_token``, ``tokens``, measured on a real cache;
 - ``results.decode``: ``context``, ``dtype``, ``batch``, ``seconds`` (median of a step), ``ratio`` to the uncompressed
-  model in the same run, with its quartiles ``ratio_low`` and ``ratio_high``;
+  model in the same run, with its quartiles ``ratio_low`` and ``ratio_high``; ``samples.decode_seconds`` may hold the
+  samples by name, those of ``"uncompressed"`` among them;
 - ``results.compress_seconds``;
 - ``results.layers``: ``what`` (the label of the axis) and ``values``, one per layer;
 - ``results.continuation``: ``prompt`` and ``text``.
@@ -17,7 +19,8 @@ Fields of a record of the kind ``"comparison"``; all results but the first may b
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from statistics import median
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -36,6 +39,7 @@ class Row:
     """One measured model: its name in tables and legends, and its results."""
 
     name: str
+    series: str  # what measurements of one method at several sizes share
     model: str
     compressed: bool
     results: dict[str, Any]
@@ -51,15 +55,20 @@ class Row:
 def rows(records: Sequence[Record]) -> list[Row]:
     """The uncompressed model first, then methods from best to worst on the first text.
 
+    Names tell the size where there are several.
+
     Raises
     ------
     ValueError
         There is no record of the kind ``"comparison"``.
     """
-    found = [_row(record) for record in records if record["kind"] == KIND]
-    if not found:
+    chosen = [record for record in records if record["kind"] == KIND]
+    if not chosen:
         kinds = sorted({record["kind"] for record in records})
         raise ValueError(f"no record of the kind {KIND!r} among {len(records)} ({', '.join(kinds) or 'none'})")
+    sizes = {r["config"].get("keep") for r in chosen if r["config"].get("method") != UNCOMPRESSED}
+    found = [_row(record, len(sizes)) for record in chosen]
+    found = [_with_decode(row, found) for row in found]
     return sorted(found, key=lambda row: (row.model, row.compressed, row.main_ratio, row.name))
 
 
@@ -72,9 +81,9 @@ def header(found: Sequence[Row], brief: bool = False) -> list[str]:
     """Column titles that go with `cells`."""
     columns = ["method"]
     for text in texts_of(found):
-        columns += [f"{text.split('-')[0]} ppl" if brief else f"{text} perplexity", "ratio"]
+        columns += [f"{text.split('-')[0]}\nppl" if brief else f"{text} perplexity", "ratio"]
     if brief:
-        return [*columns, "bytes/ token", "ms/ token", "time ratio", "made in"]
+        return [*columns, "bytes/\ntoken", "ms/\ntoken", "time\nratio", "made\nin"]
     return [*columns, "cache bytes per token", "decode ms per token", "time ratio", "compressed in"]
 
 
@@ -121,9 +130,8 @@ def terminal_table(records: Sequence[Record]) -> Table:
     lines = [cells(row, texts, brief=True) for row in found]
     table = Table(title=_title(found), caption=footnote(found), caption_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 0), False
-    for index, title in enumerate(header(found, brief=True)):
-        width = max(map(len, [*title.split(), *(line[index] for line in lines)]))
-        table.add_column(title, justify="right" if index else "left", width=width)
+    for index, title in enumerate(header(found, brief=True)):  # only names of methods are wrapped
+        table.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
     best = min((row.main_ratio for row in found if row.compressed), default=None)
     for row, line in zip(found, lines, strict=True):
         style = "bold" if row.compressed and row.main_ratio == best else ""
@@ -146,12 +154,25 @@ def footnote(found: Sequence[Row]) -> str:
     return f"{notes[0]}. " + " ".join(f"{note}." for note in notes[1:])
 
 
-def _row(record: Record) -> Row:
+def _row(record: Record, sizes: int) -> Row:
     config = record["config"]
     method, keep = str(config.get("method", "?")), config.get("keep")
     compressed = method != UNCOMPRESSED
-    name = "uncompressed" if not compressed else method if keep is None else f"{method}, {100 * keep:.3g} %"
-    return Row(config.get("label") or name, str(config.get("model", "?")), compressed, record["results"], record)
+    series = str(config.get("label") or (method if compressed else "uncompressed"))
+    name = f"{series}, {100 * keep:.3g} %" if compressed and keep and sizes > 1 else series
+    return Row(name, series, str(config.get("model", "?")), compressed, record["results"], record)
+
+
+def _with_decode(row: Row, found: Sequence[Row]) -> Row:
+    """The uncompressed model decodes in the runs of the others: its time is the median over all of them."""
+    if row.compressed or row.results.get("decode"):
+        return row
+    others = [other for other in found if other.compressed and other.model == row.model and other.results.get("decode")]
+    samples = [other.record["samples"].get("decode_seconds") for other in others]
+    seconds = [x for by_name in samples if isinstance(by_name, dict) for x in by_name.get("uncompressed", [])]
+    if not seconds:
+        return row
+    return replace(row, results=row.results | {"decode": others[0].results["decode"] | {"seconds": median(seconds)}})
 
 
 def _ratio(value: float | int | None, error: float | int | None, brief: bool) -> str:

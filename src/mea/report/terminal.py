@@ -91,10 +91,8 @@ def _ranges(widths: list[list[int] | None]) -> str:
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024:
-            break
-        count /= 1024
-    else:
-        unit = "TiB"
-    return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
+    power = 0
+    while count >= 1024 and power < 4:
+        count, power = count / 1024, power + 1
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{count:.1f} {unit}" if power else f"{count:.0f} B"
