@@ -21,7 +21,7 @@ CHECKED_TOKENS = 24
 TOLERANCE = 1e-4
 
 
-class ConversionError(RuntimeError):
+class ConversionError(ValueError):
     """A converted model does not compute what it must; nothing of it should be used."""
 
 

@@ -15,8 +15,9 @@ from mea.compression.card import model_card
 from mea.compression.check import SelfCheck
 from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.fit import Target, fit_layers
-from mea.compression.plan import Calibration, Plan, make_plan
+from mea.compression.plan import Calibration, Plan, estimate, make_plan
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
+from mea.compression.stream import evaluating
 from mea.evaluate.cache import cache_size
 from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype
@@ -109,21 +110,22 @@ def run_plans(
     With a `store` (and one plan), finished layers are kept there and taken from there.
     """
     start = time.perf_counter()
-    checks = [SelfCheck(model, tokens) for _ in plans]
     factors: list[list[LayerFactors | None]] = [[] for _ in plans]
     lost: list[list[float]] = [[] for _ in plans]
     known = store.get if store else lambda _: None
     targets = [Target(plan.method, plan.layout, known) for plan in plans]
-    for done, fitted in enumerate(fit_layers(model, tokens, targets), start=1):
-        for check, found, shares, layer in zip(checks, factors, lost, fitted, strict=True):
-            check.advance(layer)
-            found.append(layer.factors)
-            shares.append(layer.lost)
-            if store and layer.factors:
-                store.put(layer.index, layer.factors)
-        if progress:
-            progress("compressing", done, len(model.model.layers))
-    errors = [check.result() for check in checks]
+    with evaluating(model):
+        checks = [SelfCheck(model, tokens) for _ in plans]
+        for done, fitted in enumerate(fit_layers(model, tokens, targets), start=1):
+            for check, found, shares, layer in zip(checks, factors, lost, fitted, strict=True):
+                check.advance(layer)
+                found.append(layer.factors)
+                shares.append(layer.lost)
+                if store and layer.factors:
+                    store.put(layer.index, layer.factors)
+            if progress:
+                progress("compressing", done, len(model.model.layers))
+        errors = [check.result() for check in checks]
     seconds = time.perf_counter() - start
     results = []
     for plan, found, shares, error in zip(plans, factors, lost, errors, strict=True):
@@ -183,6 +185,35 @@ def compress_to_folder(
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         write_record(folder / "compression.json", record)
     return record
+
+
+def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, Any]:
+    """What `compress_to_folder` would do with these arguments and what it costs; no weights are read.
+
+    Bytes are those of the cache of one sequence, `memory` is beyond the model's weights.
+
+    Raises
+    ------
+    ValueError
+        As `compress_to_folder`, as far as it can be known without weights.
+    """
+    config = load_config(source)
+    kind = resolve_dtype(config, dtype)
+    plan = make_plan(config, kind.itemsize, **options)
+    cost, context = estimate(config, plan), config.max_position_embeddings
+    return {
+        "model": Path(source).name,
+        "dtype": str(kind).removeprefix("torch."),
+        "widths": [None if pair is None else list(pair) for pair in plan.layout.widths],
+        "bytes_per_token_before": plan.shape.bytes(1),
+        "bytes_per_token": plan.layout.bytes(plan.shape, 1),
+        "context": context,
+        "bytes_at_context_before": plan.shape.bytes(context),
+        "bytes_at_context": plan.layout.bytes(plan.shape, context),
+        "memory": cost.memory,
+        "seconds": cost.seconds,
+        **plan.describe(),
+    }
 
 
 def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, "n t"]:

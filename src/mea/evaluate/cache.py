@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
+from transformers.cache_utils import DynamicLayer
 
+PROMPT = 512
 Progress = Callable[[int, int], None]  # steps done, steps in all
 
 
@@ -111,7 +113,16 @@ def _prefill(model: Any, context: int, total: int, preallocated: bool) -> tuple[
     config = model.config.get_text_config()
     cache = StaticCache(config=config, max_cache_len=total) if preallocated else DynamicCache(config=config)
     tokens = _some_tokens(model, context)
-    model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)  # without logits of the whole prompt
+    # What is cached does not change the time of a step, so that long contexts may repeat a short one.
+    repeats = not preallocated and all(type(layer) is DynamicLayer for layer in cache.layers)
+    prompt = tokens[:, : PROMPT if repeats else None]
+    model.base_model(input_ids=prompt, past_key_values=cache, use_cache=True)  # without logits of the whole prompt
+    if context > prompt.shape[1]:
+        times = -(-context // prompt.shape[1])
+        layers: list[Any] = cache.layers
+        for layer in layers:
+            layer.keys = layer.keys.repeat(1, 1, times, 1)[:, :, :context].contiguous()
+            layer.values = layer.values.repeat(1, 1, times, 1)[:, :, :context].contiguous()
     return cache, tokens[:, -1:]
 
 
