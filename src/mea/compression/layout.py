@@ -165,7 +165,7 @@ def layout_for_bytes(shape: CacheShape, context: int, budget: int, step: Step) -
 
 
 def _shortest_first(shape: CacheShape, layers: range) -> list[int]:
-    """Places in `layers`, sliding ones first: more width there makes long contexts keep a smaller fraction, not more."""
+    """Places in `layers`, sliding ones first: with more width there, long contexts keep less, not more."""
     return sorted(range(len(layers)), key=lambda place: shape.windows[layers[place]] or math.inf)
 
 

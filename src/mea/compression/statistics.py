@@ -161,7 +161,7 @@ class AveragedValuesSum:
         self.target = weight.new_zeros(h // m, m * n, width)
         self.energy = 0.0
 
-    def add(self, x: Float[Tensor, "t D"], heads: Float[Tensor, "t h*d"], weight: Float[Tensor, " t"]) -> None:
+    def add(self, x: Float[Tensor, "t D"], heads: Float[Tensor, "t _"], weight: Float[Tensor, " t"]) -> None:
         """Take in a window: the attention's input, its true heads' outputs, and what each token counts."""
         modelling = sys.modules[type(self.attention).__module__]
         queries, keys, values = project(self.attention, x)

@@ -68,6 +68,18 @@ class _Recorder(nn.Module):
 
 
 @contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Have the model without dropout and the like, and back as it was afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@contextmanager
 def _recording(model: Any, implementation: str) -> Iterator[list[_Recorder]]:
     decoder = model.model
     layers, used = decoder.layers, model.config._attn_implementation

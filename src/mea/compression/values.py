@@ -29,7 +29,7 @@ RIDGE = 1e-2
 CG_STEPS = 15
 
 
-def fit_values(averaged: AveragedValues, num_kv_heads: int, width: int) -> tuple[Factors, Float[Tensor, "D h*d"]]:
+def fit_values(averaged: AveragedValues, num_kv_heads: int, width: int) -> tuple[Factors, Float[Tensor, "D _"]]:
     """Factors of values, and the output projection fitted to them, from attention-averaged moments.
 
     Starts at the best subspace when every query head is taken by itself, below full rank.
