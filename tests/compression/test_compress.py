@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mea
-from compression.conftest import SIZES, tiny
+from compression.small import SIZES, tiny
 from mea.compression import Calibration, ConversionError
 from mea.compression.check import TOLERANCE
 from mea.compression.compress import Compressed, calibration_tokens, run_plans
@@ -144,15 +144,17 @@ def test_layers_left_alone_are_the_originals(tokenizer: Any, calibration: Calibr
 def test_every_architecture_passes_its_checks(
     model_type: str, method: str, tokenizer: Any, calibration: Calibration, tmp_path: Path
 ) -> None:
-    model = tiny(model_type)
+    tiny(model_type).save_pretrained(tmp_path / "original")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")  # knows how its checkpoint was rearranged
     result = run(model, tokenizer, calibration, keep=0.5, method=method)
     assert set(result.errors) == {"full_rank", "cached"}
     assert max(result.errors.values()) <= 1e-4
     # The checks walk the layers one by one; the assembled model must compute what they saw.
     expected = run(model, tokenizer, calibration, keep=1.0, method=method)
     assert (logits(expected.model) - logits(model)).abs().max() <= 1e-4 * logits(model).abs().max().clamp_min(1.0)
-    result.model.save_pretrained(tmp_path)
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(result.model))
+    result.model.save_pretrained(tmp_path / "compressed")
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path / "compressed")
+    assert torch.equal(logits(reloaded), logits(result.model))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])

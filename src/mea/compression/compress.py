@@ -27,6 +27,7 @@ from mea.texts import load_text
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 MEASURED_TEXT = "wikitext-2-test"
 CACHE_TOKENS = 256
+SHARD_SIZE = "4GB"  # each is in memory as a whole while it is written
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,7 @@ def compress_to_folder(
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
     record = _measure(source, model, tokenizer, result, measure_tokens, progress)
     with complete_folder(out, work) as folder:
-        result.model.save_pretrained(folder)
+        result.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(model_card(record), encoding="utf-8")
         write_record(folder / "compression.json", record)

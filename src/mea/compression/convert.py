@@ -23,7 +23,10 @@ class LayerFactors(NamedTuple):
 
 @torch.no_grad()
 def compress_attention(attention: Any, factors: LayerFactors) -> None:
-    """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new tensors."""
+    """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new modules.
+
+    Its weights must be there (`mea.compression.stream.weights_of`).
+    """
     value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
     (key_encoder, key_decoder), (value_encoder, value_decoder), output = factors
     to_latent_attention(attention, len(key_encoder), len(value_encoder))
@@ -35,13 +38,35 @@ def compress_attention(attention: Any, factors: LayerFactors) -> None:
     if value_bias is not None:
         attention.v_proj.bias.copy_(value_encoder @ value_bias.double())
     if output is not None:
-        attention.o_proj.weight = nn.Parameter(output.to(attention.o_proj.weight.dtype))
+        attention.o_proj = _with_weight(attention.o_proj, output)
+    _use_own_forward(attention)
+
+
+def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+    """A new module, because accelerate would read the old one's weight from disk again."""
+    like = linear.weight
+    new = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, like.device, like.dtype)
+    new.weight.copy_(weight)
+    if linear.bias is not None:
+        new.bias.copy_(linear.bias)
+    return new
+
+
+def _use_own_forward(module: nn.Module) -> None:
+    """Have the class's forward where accelerate keeps that of a class that the module had before."""
+    kept = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
+    if kept in module.__dict__:
+        setattr(module, kept, type(module).forward.__get__(module))
 
 
 def sharing_copy(module: nn.Module) -> Any:
-    """A copy that shares the original's parameters and buffers, so that its structure can be changed freely."""
-    shared = [*module.parameters(), *module.buffers()]
-    return copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
+    """A copy that shares the original's parameters and buffers, so that its structure can be changed freely.
+
+    Where accelerate keeps weights elsewhere, the way to them is shared as well.
+    """
+    hooks = [vars(each)["_hf_hook"] for each in module.modules() if "_hf_hook" in vars(each)]
+    shared = [*module.parameters(), *module.buffers(), *hooks]
+    return copy.deepcopy(module, {id(each): each for each in shared})
 
 
 def latent_copy(layer: Any, factors: LayerFactors) -> Any:
@@ -70,6 +95,8 @@ def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any
             module.config = config
     compressed.__class__ = COMPRESSED_MODELS[model.config.model_type]
     compressed._tp_plan = {}
+    # How the original's checkpoint was rearranged at loading; the compressed model's is saved as it is in memory.
+    compressed.__dict__.pop("_weight_conversions", None)
     for layer, found in zip(compressed.model.layers, factors, strict=True):
         if found is not None:
             with weights_of(layer.self_attn):

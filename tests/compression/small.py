@@ -1,0 +1,39 @@
+"""Tiny models of every supported architecture with random weights."""
+
+from typing import Any
+
+import torch
+import transformers
+
+from mea.models.compressed import SUPPORTED
+
+# What an architecture needs beyond `SIZES`.
+EXTRAS: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": 24},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "norm_topk_prob": True},
+    "gemma3_text": {
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "query_pre_attn_scalar": 12,
+    },
+    "granite": {"attention_multiplier": 0.2, "residual_multiplier": 0.7, "logits_scaling": 1.5},
+}
+SIZES: dict[str, Any] = {
+    "vocab_size": 256, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 8,
+    "num_key_value_heads": 4, "head_dim": 8, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32, **changes: Any) -> Any:
+    """A model with weights of about the size that training gives, biases and norm gains included."""
+    torch.manual_seed(0)
+    config_class, prefix = SUPPORTED[model_type]
+    config = getattr(transformers, config_class)(**{**SIZES, **EXTRAS.get(model_type, {}), **changes})
+    model = getattr(transformers, f"{prefix}ForCausalLM")(config).eval()
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 1:  # biases start at 0 and gains at 1 or 0, which would hide mistakes with them
+            parameter.data += 0.2 * torch.randn_like(parameter)
+        else:
+            parameter.data = torch.randn_like(parameter) * (1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
+    model.tie_weights()
+    return model.to(dtype)
