@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea.ops import latent
-from mea.ops.latent import absorb, absorbed_is_cheaper, encode, materialise, unmix
+from mea.ops.latent import absorb, absorbed_is_cheaper, encode, materialise, parts_to_read, read_in_parts, unmix
 
 # Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because an
 # attention that looks alike may not be: layers without RoPE (SmolLM3) or one norm over all heads (OLMo2) would convert
@@ -39,6 +39,7 @@ SUPPORTED = {
 }
 MODEL_TYPE_PREFIX = "mea_"
 MODELLING_FILE = "modeling_mea.py"
+NO_PAGES = "a compressed cache cannot be paged: use generate() instead of continuous batching"
 
 
 class HeadMixing(nn.Module):
@@ -110,18 +111,14 @@ class LatentAttention(_Mixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Attend; arguments and result as in the stock modules."""
         if kwargs.get("cache") is not None:
-            raise NotImplementedError(
-                "a compressed cache cannot be paged: use generate() instead of continuous batching"
-            )
+            raise NotImplementedError(NO_PAGES)
         keys, values, queries = self._project(hidden_states, position_embeddings)
         if past_key_values is not None:
             keys, values = past_key_values.update(keys, values, self.layer_idx)
-        if (
-            attention_mask is None and queries.shape[2] > 1
-        ):  # causal from an empty cache; a static one holds room behind
-            keys, values = keys[:, :, : queries.shape[2]], values[:, :, : queries.shape[2]]
-
         name = self.config._attn_implementation
+        if name == "sdpa" and attention_mask is None and queries.shape[2] > 1:
+            # Causal from an empty cache, of which a static one returns the empty room behind as well.
+            keys, values = keys[:, :, : queries.shape[2]], values[:, :, : queries.shape[2]]
         modelling = sys.modules[type(self).__mro__[2].__module__]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, modelling.eager_attention_forward)
         window = getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
@@ -141,8 +138,12 @@ class LatentAttention(_Mixin):
             packed = absorb(queries, mixing.key_decoder).reshape(queries.shape[0], 1, h * q, -1)
             if attention_mask is not None:
                 attention_mask = attention_mask.expand(-1, h, -1, -1).reshape(attention_mask.shape[0], 1, h * q, -1)
-            output, weights = attend(_OneHead(self), packed, keys, values, attention_mask, **options)
-            weights = None if weights is None else weights.view(weights.shape[0], h, q, -1)
+            parts = parts_to_read(keys, values.shape[-1]) if name == "sdpa" and attention_mask is None else 1
+            if parts > 1:
+                output, weights = read_in_parts(packed, keys, values, self.scaling, parts), None
+            else:
+                output, weights = attend(_OneHead(self), packed, keys, values, attention_mask, **options)
+                weights = None if weights is None else weights.view(weights.shape[0], h, q, -1)
             output = unmix(output.view(output.shape[0], h, q, -1), mixing.value_decoder).transpose(1, 2)
         else:
             keys, values = materialise(keys, mixing.key_decoder), materialise(values, mixing.value_decoder)
@@ -197,6 +198,10 @@ class LatentCausalLM(_Mixin):
             missing = sorted(info["missing_keys"])
             raise ValueError(f"the checkpoint {args[0]} lacks {len(missing)} weights, such as {missing[0]}")
         return (model, info) if output_loading_info else model
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse before the first request: the engine would turn an error in a step into an empty answer."""
+        raise NotImplementedError(NO_PAGES)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
         """Save as usual, with the modelling file that loads the model where this package is not installed."""

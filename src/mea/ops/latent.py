@@ -2,7 +2,7 @@
 
 Per token a layer caches ``c_k = E_k k`` (width ``r_k``, from the *rotated* keys of all heads) and ``c_v = E_v v``
 (width ``r_v``), where ordinary attention caches ``h_kv * d`` numbers each. Decoders ``D_k[g]``, ``D_v[g]`` give back
-the keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. Such a cache is read in one of two ways, equal up to rounding:
+the keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. It is read in one of two ways, equal up to rounding:
 
 - *absorbed* (decoding): ``q^T D_k[g] c_k = (D_k[g]^T q)^T c_k``. The query is multiplied by its group's decoder,
   attention runs over the latents **as one kv head shared by all queries**, and the output is un-mixed by ``D_v[g]``.
@@ -51,6 +51,41 @@ def encode(heads: Float[Tensor, "b g t d"], encoder: Float[Tensor, "r g*d"]) -> 
     """The latents of all heads' vectors: what is cached, token-major."""
     b, g, t, d = heads.shape
     return torch.matmul(heads.transpose(1, 2).reshape(b, t, g * d), encoder.T)[:, None]
+
+
+def parts_to_read(latents: Float[Tensor, "b 1 t r"], value_width: int) -> int:
+    """Into how many parts `read_in_parts` should cut these latents; 1 means that it cannot or need not.
+
+    On a processor, attention runs in parallel over batch and kv heads, and here there is only one kv head: without
+    parts, decoding a single sequence would keep one core busy and the others waiting. GPU kernels cut by themselves.
+    """
+    b, _, t, r = latents.shape
+    if latents.device.type != "cpu" or r != value_width or torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return 1
+    return max(1, min(torch.get_num_threads() // b, t // 512))
+
+
+def read_in_parts(
+    queries: Float[Tensor, "b 1 n r"],
+    keys: Float[Tensor, "b 1 t r"],
+    values: Float[Tensor, "b 1 t r"],
+    scale: float,
+    parts: int,
+) -> Float[Tensor, "b 1 n r"]:
+    """Attention to all tokens, on several cores: each part of the tokens by itself, then their outputs together.
+
+    With ``s_p`` the log of part p's sum of exponentials and ``o_p`` its output, attention is ``Σ_p softmax(s)_p o_p``.
+    """
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what SDPA calls; SDPA drops the sums
+    size = keys.shape[2] // parts
+    even = size * parts
+    cut_keys, cut_values = (x[:, 0, :even].unflatten(1, (parts, size)) for x in (keys, values))
+    outputs, logsums = flash(queries.expand(-1, parts, -1, -1), cut_keys, cut_values, scale=scale)
+    if even < keys.shape[2]:
+        rest, logsum = flash(queries, keys[:, :, even:], values[:, :, even:], scale=scale)
+        outputs, logsums = torch.cat([outputs, rest], 1), torch.cat([logsums, logsum], 1)
+    weights = torch.softmax(logsums, 1).unsqueeze(-1)
+    return (weights * outputs).sum(1, keepdim=True).to(queries.dtype)
 
 
 def absorbed_is_cheaper(query_tokens: int, cached_tokens: int, query_heads: int, decoder_shape: torch.Size) -> bool:
