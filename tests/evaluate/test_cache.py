@@ -19,8 +19,7 @@ def test_sliding_layers_hold_their_window_only(tiny):
     assert size.layer_bytes == (2 * 2 * 8 * 63 * 4, 2 * 2 * 8 * 200 * 4)
 
 
-@pytest.mark.parametrize("preallocated", [False, True])
-def test_decoding_takes_turns_and_continues_the_prompt(tiny, preallocated):
+def test_decoding_takes_turns_and_continues_the_prompt(tiny):
     order, lengths = [], {"a": [], "b": []}
     models = {"a": tiny(), "b": tiny("Granite")}
     for name, model in models.items():
@@ -31,9 +30,7 @@ def test_decoding_takes_turns_and_continues_the_prompt(tiny, preallocated):
 
         model.register_forward_pre_hook(note, with_kwargs=True)
     seen = []
-    samples = decode_seconds(
-        models, 20, steps=4, warmup=2, preallocated=preallocated, progress=lambda *done: seen.append(done)
-    )
+    samples = decode_seconds(models, 20, steps=4, warmup=2, progress=lambda *done: seen.append(done))
     assert order == ["a", "b"] * 6
     assert lengths == {"a": [20, 21, 22, 23, 24, 25], "b": [20, 21, 22, 23, 24, 25]}
     assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 4, "b": 4}

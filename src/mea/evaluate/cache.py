@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, StaticCache
-from transformers.cache_utils import DynamicLayer
+
+from mea.models.cache import PreallocatedCache, PreallocatedLayer
 
 PROMPT = 512
 Progress = Callable[[int, int], None]  # steps done, steps in all
@@ -56,13 +56,13 @@ def decode_seconds(
     steps: int = 32,
     *,
     warmup: int = 3,
-    preallocated: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of every greedy decoding step of each model, after a prompt of `context` tokens.
 
     The models take turns step by step in one run, so that whatever else the machine does hits all of them alike. Every
-    step adds a token; `warmup` steps of each are not counted.
+    step adds a token; `warmup` steps of each are not counted. Caches are preallocated: one that is copied to grow, as
+    ``generate`` does by default, would flatter the smaller.
 
     Parameters
     ----------
@@ -70,8 +70,6 @@ def decode_seconds(
         Name -> model; every model keeps its own cache.
     context
         Tokens in the cache before the first step.
-    preallocated
-        Keep the cache in buffers of the final size instead of growing it, as ``generate`` does by default.
     progress
         Called with the steps done and the steps in all.
 
@@ -85,7 +83,7 @@ def decode_seconds(
     total = context + warmup + steps
     for model in models.values():
         _check_context(model, total)
-    states = {name: _prefill(model, context, total, preallocated) for name, model in models.items()}
+    states = {name: _prefill(model, context, total) for name, model in models.items()}
     samples: dict[str, list[float]] = {name: [] for name in models}
     for step in range(warmup + steps):
         for name, model in models.items():
@@ -109,20 +107,18 @@ def speed_ratio(seconds: list[float], reference: list[float]) -> tuple[float, fl
     return median(ratios), ratios[(n - 1) // 4], ratios[n - 1 - (n - 1) // 4]
 
 
-def _prefill(model: Any, context: int, total: int, preallocated: bool) -> tuple[Any, Tensor]:
-    config = model.config.get_text_config()
-    cache = StaticCache(config=config, max_cache_len=total) if preallocated else DynamicCache(config=config)
+def _prefill(model: Any, context: int, total: int) -> tuple[Any, Tensor]:
+    cache = PreallocatedCache(model.config.get_text_config(), capacity=total)
     tokens = _some_tokens(model, context)
-    # What is cached does not change the time of a step, so that long contexts may repeat a short one.
-    repeats = not preallocated and all(type(layer) is DynamicLayer for layer in cache.layers)
+    # What is cached does not change the time of a step, so that a long context may repeat a short one.
+    layers: list[Any] = cache.layers
+    repeats = all(isinstance(layer, PreallocatedLayer) for layer in layers)
     prompt = tokens[:, : PROMPT if repeats else None]
     model.base_model(input_ids=prompt, past_key_values=cache, use_cache=True)  # without logits of the whole prompt
-    if context > prompt.shape[1]:
-        times = -(-context // prompt.shape[1])
-        layers: list[Any] = cache.layers
-        for layer in layers:
-            layer.keys = layer.keys.repeat(1, 1, times, 1)[:, :, :context].contiguous()
-            layer.values = layer.values.repeat(1, 1, times, 1)[:, :, :context].contiguous()
+    missing = context - prompt.shape[1]
+    times = -(-missing // prompt.shape[1])
+    for layer in layers if missing else ():
+        layer.update(*(cached.repeat(1, 1, times, 1)[:, :, :missing] for cached in (layer.keys, layer.values)))
     return cache, tokens[:, -1:]
 
 
