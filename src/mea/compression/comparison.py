@@ -18,6 +18,7 @@ from torch import Tensor
 from mea.compression.compress import Compressed, calibration_tokens, run_plans
 from mea.compression.plan import Calibration, make_plan
 from mea.evaluate.cache import cache_size, decode_seconds, speed_ratio
+from mea.evaluate.fastest import in_fastest_form
 from mea.evaluate.perplexity import (
     Estimate,
     block_means,
@@ -228,7 +229,10 @@ class _Measuring:
             if self.progress:
                 self.progress("decoding in turns", done, of)
 
-        pair = {name: copy.deepcopy(each).to(dtype) for name, each in ((ORIGINAL, self.model), ("compressed", model))}
+        pair = {
+            ORIGINAL: in_fastest_form(copy.deepcopy(self.model).to(dtype)),
+            "compressed": copy.deepcopy(model).to(dtype),
+        }
         seconds = decode_seconds(pair, protocol.decode_context, protocol.decode_steps, progress=report)
         middle, low, high = speed_ratio(seconds["compressed"], seconds[ORIGINAL])
         return seconds, {
