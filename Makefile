@@ -16,7 +16,7 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 DEPENDENCIES := $(VENV)/.stamp-dependencies
 WEIGHTS := $(VENV)/.stamp-weights
 READY := $(DEPENDENCIES) $(WEIGHTS)
-LINTED := src tests $(wildcard benchmarks experiments)
+LINTED := src tests $(wildcard benchmarks experiments scripts)
 
 # The tests use local files only: an attempt to reach a model hub fails at once instead of hanging.
 test test-full: export HF_HUB_OFFLINE = 1

@@ -1,0 +1,61 @@
+"""Write the README's table and figure from the committed records, or check with --check that they are up to date."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from mea.records import read_records
+from mea.report import figures
+from mea.report.rows import cells, footnote, header, rows, texts_of
+
+ROOT = Path(__file__).parent.parent
+RECORDS, README, FIGURE = ROOT / "experiments/smollm2/records", ROOT / "README.md", ROOT / "docs/position.svg"
+START = "<!-- results: written by scripts/readme.py from the records of experiments/smollm2 -->"
+END = "<!-- end of results -->"
+
+
+def results() -> tuple[str, str]:
+    """The block of the README and the text of the figure."""
+    found = rows(read_records(RECORDS, "comparison"))
+    texts = texts_of(found)
+    table = [header(found), ["---"] + ["---:"] * (len(header(found)) - 1), *(cells(row, texts) for row in found)]
+    lines = ["| " + " | ".join(line) + " |" for line in table]
+    drawn = figures.ratio_by_position(found)
+    if drawn is None:
+        raise ValueError(f"the records in {RECORDS.name} hold no perplexity by position")
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="sans-serif"'
+    figure = drawn[0].replace("currentColor", "#777").replace("<svg", f"<svg {names}", 1)
+    machine = found[0].record["machine"]
+    where = f"{machine['processor']}, {machine['cores']} cores"
+    block = [
+        START,
+        "",
+        f"{found[0].model}, no training ({where}; `experiments/smollm2`):",
+        "",
+        *lines,
+        "",
+        footnote(found),
+    ]
+    block += ["", f"![Perplexity relative to the uncompressed model, by position]({FIGURE.relative_to(ROOT)})", "", END]
+    return "\n".join(block), figure
+
+
+def main() -> None:
+    """Write, or compare and leave with 1."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    check = parser.parse_args().check
+    block, figure = results()
+    text = README.read_text(encoding="utf-8")
+    before, after = text.split(START)[0], text.split(END)[1]
+    new = before + block + after
+    if check:
+        if new != text or not FIGURE.is_file():
+            sys.exit("README.md is not what the records say: run scripts/readme.py")
+        return
+    README.write_text(new, encoding="utf-8")
+    FIGURE.write_text(figure, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
