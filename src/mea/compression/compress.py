@@ -17,10 +17,10 @@ from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.fit import Target, fit_layers
 from mea.compression.plan import Calibration, Plan, estimate, make_plan
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
-from mea.compression.stream import evaluating
+from mea.compression.stream import check_weights, evaluating
 from mea.evaluate.cache import cache_size
 from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
-from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype
+from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
 from mea.records import make_record, write_record
 from mea.texts import load_text
 
@@ -109,8 +109,21 @@ def run_plans(
     """Carry out plans in one pass over the layers, each ending in its self-checks.
 
     With a `store` (and one plan), finished layers are kept there and taken from there.
+
+    Raises
+    ------
+    ValueError
+        Weights or activations are not finite, or a token is outside the vocabulary.
+    ConversionError
+        The result does not compute what it must.
     """
     start = time.perf_counter()
+    check_weights(model)
+    largest, size = int(tokens.max()), model.config.vocab_size
+    if largest >= size:
+        raise ValueError(
+            f"token {largest} is outside the model's vocabulary of {size:,}: the tokenizer belongs to another model"
+        )
     factors: list[list[LayerFactors | None]] = [[] for _ in plans]
     lost: list[list[float]] = [[] for _ in plans]
     known = store.get if store else lambda _: None
@@ -175,7 +188,8 @@ def compress_to_folder(
     plan = make_plan(config, resolve_dtype(config, dtype).itemsize, **options)
     tokens = calibration_tokens(load_tokenizer(source), plan.calibration)
     work = out.with_name(out.name + ".partial")
-    store = FactorStore(work / "layers", fingerprint(config, plan, tokens))
+    weights = f"{resolve_dtype(config, dtype)} {weights_mark(source)}"
+    store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     model, tokenizer = load(source, dtype, offload_folder=work / "offload")
     _check_space(out.parent, model)
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]

@@ -58,15 +58,12 @@ def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) ->
     Raises
     ------
     ValueError
-        Weights or activations are not finite.
+        Activations are not finite.
     """
     hidden = embed(model, tokens).float()
     inputs, tables = layer_inputs(model, tokens.shape[1]), rotations(model)
     for index, stored in enumerate(model.model.layers):
         layer = resident(stored)
-        for name, parameter in layer.named_parameters():
-            if not parameter.isfinite().all():
-                raise ValueError(f"layer {index}: the weights in {name} are not all finite; the checkpoint is damaged")
         passes, statistics = _calibrate(layer, hidden, inputs[index], tables[index])
         hidden = torch.stack([window.layer_out for window in passes])
         if not hidden.isfinite().all():

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mea.compression.convert import LayerFactors
@@ -74,28 +75,37 @@ class FactorStore:
         }
         if factors.output is not None:
             tensors["output"] = factors.output
-        part = path.with_suffix(".part")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, part)
-        os.replace(part, path)
+        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"
 
 
-def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"]) -> str:
-    """One string for all that factors depend on: the model's configuration, the plan and the calibration tokens.
+def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: str) -> str:
+    """One string for all that factors depend on: configuration, weights, plan and calibration tokens.
 
-    Weights are not read for it: a model with the same configuration is taken for the same.
+    `weights` tells the weights and their dtype from others without reading them all, see
+    `mea.models.loading.weights_mark`.
     """
-    settings = [config.to_json_string(), plan.describe(), plan.layout.widths, tokens.tolist()]
+    settings = [config.to_json_string(), plan.describe(), plan.layout.widths, tokens.tolist(), weights]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there complete or not at all."""
+    """Write a file that is there complete or not at all.
+
+    Raises
+    ------
+    OSError
+        It could not be written.
+    """
     part = path.with_suffix(path.suffix + ".part")
-    part.write_bytes(content)
-    os.replace(part, path)
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
 
 
 def check_output(out: Path) -> None:
@@ -108,6 +118,13 @@ def check_output(out: Path) -> None:
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
+
+
+def _not_written(path: Path, error: Exception) -> OSError:
+    return OSError(
+        f"{path} could not be written: {error}. Nothing half written was left; make room and start again with the same "
+        f"arguments: finished layers are kept"
+    )
 
 
 @contextmanager
@@ -124,8 +141,10 @@ def complete_folder(out: Path, work: Path) -> Iterator[Path]:
     filling.mkdir(parents=True)
     try:
         yield filling
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(filling, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):  # safetensors has its own error for a full disk
+            raise _not_written(out, error) from error
         raise
     if out.exists():
         out.rmdir()

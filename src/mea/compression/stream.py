@@ -79,6 +79,21 @@ def evaluating(model: Any) -> Iterator[None]:
             module.training = mode
 
 
+def check_weights(model: Any) -> None:
+    """Refuse a damaged model before any work is put into it.
+
+    Raises
+    ------
+    ValueError
+        A weight is NaN or infinite.
+    """
+    for place, module in model.named_modules():
+        with align_module_device(module):
+            for name, parameter in module.named_parameters(prefix=place, recurse=False):
+                if not parameter.isfinite().all():
+                    raise ValueError(f"the weights in {name} are not all finite; the checkpoint is damaged")
+
+
 @contextmanager
 def _recording(model: Any, implementation: str) -> Iterator[list[_Recorder]]:
     decoder = model.model

@@ -3,6 +3,7 @@
 Weights are read from safetensors (or GGUF) only, never unpickled, and no code that comes with a model is run.
 """
 
+import hashlib
 import json
 import os
 import struct
@@ -18,6 +19,8 @@ from mea.models.compressed import MODEL_TYPE_PREFIX, SUPPORTED
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 MEMORY_SHARE = 0.7  # of the free memory may be taken by weights; more stays on disk and is read layer by layer
 
+MARKED_BYTES = 2**20
+
 
 def load_config(source: str) -> Any:
     """The configuration of a model, without its weights.
@@ -32,7 +35,7 @@ def load_config(source: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder, **options)
     except Exception as error:  # GGUF and JSON parsers raise whatever the damage leads to
-        raise ValueError(f"cannot read the configuration of {source}: {_first_line(error)}") from error
+        raise ValueError(f"cannot read the configuration of {source}: {_explain(error, gguf)}") from error
 
 
 def load_tokenizer(source: str) -> Any:
@@ -48,7 +51,7 @@ def load_tokenizer(source: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **options)
     except Exception as error:
-        raise ValueError(f"cannot read the tokenizer of {source}: {_first_line(error)}") from error
+        raise ValueError(f"cannot read the tokenizer of {source}: {_explain(error, gguf)}") from error
 
 
 def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None) -> tuple[Any, Any]:
@@ -78,7 +81,7 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     except Exception as error:
-        raise ValueError(f"cannot load the weights of {source}: {_first_line(error)}") from error
+        raise ValueError(f"cannot load the weights of {source}: {_explain(error, gguf)}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -148,7 +151,7 @@ def locate(source: str) -> tuple[str, str | None]:
         shards = sorted(path.glob("*.safetensors"))
         if not shards:
             raise ValueError(f"{source} holds no .safetensors weights; other formats can run code and are not read")
-        for shard in shards:
+        for shard in [*_listed_shards(path), *shards]:
             _check_shard(shard)
         return str(path), None
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
@@ -161,7 +164,35 @@ def weight_bytes(folder: str) -> int:
     return sum(shard.stat().st_size for shard in Path(folder).glob("*.safetensors"))
 
 
+def weights_mark(source: str) -> str:
+    """A string that differs for different weights, from their files' lengths and ends or the commit on the hub."""
+    folder, gguf = locate(source)
+    if not Path(folder).is_dir():
+        return str(getattr(load_config(source), "_commit_hash", None))
+    mark = hashlib.sha256()
+    for file in [Path(folder, gguf)] if gguf else sorted(Path(folder).glob("*.safetensors")):
+        size = file.stat().st_size
+        with file.open("rb") as content:
+            content.seek(max(0, size - MARKED_BYTES))
+            mark.update(f"{file.name} {size}".encode() + content.read())
+    return mark.hexdigest()
+
+
+def _listed_shards(folder: Path) -> list[Path]:
+    """The files that a sharded checkpoint's index names."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return []
+    try:
+        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        return [folder / name for name in sorted(names)]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} is damaged or incomplete ({error}); copy or download it again") from None
+
+
 def _check_shard(path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"{path} is missing: the checkpoint is incomplete; copy or download it again")
     size = path.stat().st_size
     try:
         with path.open("rb") as file:
@@ -189,6 +220,10 @@ def _memory_options(folder: str, offload_folder: str | os.PathLike | None) -> di
     return {"device_map": "auto", "max_memory": {"cpu": free}, "offload_folder": str(offload_folder)}
 
 
-def _first_line(error: Exception) -> str:
+def _explain(error: Exception, gguf: str | None) -> str:
+    """The first line of an error; of parsing a GGUF file, with what it most often means."""
     text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
+    line = text.splitlines()[0] if text else type(error).__name__
+    if gguf is None or isinstance(error, ImportError) or "support" in line:
+        return line
+    return f"{line}; the file is damaged or incomplete, copy or download it again"
