@@ -83,7 +83,7 @@ _Mixin: Any = object
 
 
 class _OneHead:
-    """What a stock attention function reads of a module, for a cache with a single kv head."""
+    """What the stock eager attention reads of a module, for a cache with a single kv head."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -138,17 +138,28 @@ class LatentAttention(_Mixin):
             packed = absorb(queries, mixing.key_decoder).reshape(queries.shape[0], 1, h * q, -1)
             if attention_mask is not None:
                 attention_mask = attention_mask.expand(-1, h, -1, -1).reshape(attention_mask.shape[0], 1, h * q, -1)
-            parts = parts_to_read(keys, values.shape[-1]) if name == "sdpa" and attention_mask is None else 1
-            if parts > 1:
-                output, weights = read_in_parts(packed, keys, values, self.scaling, parts), None
-            else:
-                output, weights = attend(_OneHead(self), packed, keys, values, attention_mask, **options)
-                weights = None if weights is None else weights.view(weights.shape[0], h, q, -1)
-            output = unmix(output.view(output.shape[0], h, q, -1), mixing.value_decoder).transpose(1, 2)
+            output, weights = self._read_absorbed(packed, keys, values, attention_mask, options)
+            weights = None if weights is None else weights.view(weights.shape[0], h, q, -1)
+            output = unmix(output.reshape(output.shape[0], h, q, -1), mixing.value_decoder).transpose(1, 2)
         else:
             keys, values = materialise(keys, mixing.key_decoder), materialise(values, mixing.value_decoder)
             output, weights = attend(self, queries, keys, values, attention_mask, **options)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
+
+    def _read_absorbed(
+        self, packed: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend with all queries as rows ``[b, 1, h * q, r_k]``; the output has as many."""
+        if self.config._attn_implementation == "eager":
+            modelling = sys.modules[type(self).__mro__[2].__module__]
+            return modelling.eager_attention_forward(_OneHead(self), packed, keys, values, attention_mask, **options)
+        parts = 1 if attention_mask is not None else parts_to_read(keys, values.shape[-1])
+        if parts > 1:
+            return read_in_parts(packed, keys, values, self.scaling, parts), None
+        output = nn.functional.scaled_dot_product_attention(
+            packed, keys, values, attention_mask, dropout_p=options["dropout"], scale=self.scaling
+        )
+        return output, None
 
     def _project(self, x: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
         """Latents of the new tokens, ``[b, 1, q, r_k]`` and ``[b, 1, q, r_v]``, and queries ``[b, h, q, d]``."""
