@@ -83,6 +83,7 @@ def latent_config(config: Any, layout: Layout, compression: dict[str, Any]) -> A
     widths = [None if pair is None else list(pair) for pair in layout.widths]
     compressed = COMPRESSED_CONFIGS[config.model_type](**kept, latent_widths=widths, compression=compression)
     compressed._attn_implementation = config._attn_implementation
+    compressed._experts_implementation = config._experts_implementation
     return compressed
 
 
