@@ -1,9 +1,9 @@
 """Decoding with a whole model at a long context: compressed cache against the uncompressed model in its fastest form.
 
-The uncompressed side is the stock model with each kv head's queries packed into one matrix (`packed_attention`). Both
-sides go through the same loop with greedy tokens, each with a preallocated cache of its own and weights of its own, and
-take turns token by token. The caches are filled with random numbers instead of reading a prompt: speed does not depend
-on what they hold.
+The uncompressed side is the stock model with each kv head's queries packed into one matrix (`mea.evaluate.fastest`).
+Both sides go through the same loop with greedy tokens, each with a preallocated cache of its own and weights of its own,
+and take turns token by token. The caches are filled with random numbers instead of reading a prompt: speed does not
+depend on what they hold.
 """
 
 import copy
@@ -13,11 +13,6 @@ from typing import Any
 
 import torch
 from timing import in_turns, speedup
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.factors import Factors
@@ -26,25 +21,6 @@ from mea.models.cache import PreallocatedCache
 
 CONFIG = {"context": 8192, "dtype": "bfloat16", "keep": 0.5, "repetitions": 3, "rounds": 20, "warmup": 3}
 BARS = {1: 1.15, 4: 1.4}  # sequences -> how many times as fast it has to be
-
-
-def packed_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
-) -> tuple[Tensor, None]:
-    """Stock attention, but for one new token each kv head's queries are the rows of one matrix."""
-    b, h, q, d = query.shape
-    if q > 1 or attention_mask is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
-    packed = query.reshape(b, key.shape[1], -1, d)
-    output = scaled_dot_product_attention(packed, key, value, scale=options.get("scaling"))
-    return output.view(b, 1, h, d), None
-
-
-def in_fastest_form(model: Any) -> Any:
-    AttentionInterface.register("packed", packed_attention)
-    AttentionMaskInterface.register("packed", sdpa_mask)
-    model.set_attn_implementation("packed")
-    return model
 
 
 def truncated(model: Any, keep: float) -> Any:

