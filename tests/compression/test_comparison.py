@@ -22,7 +22,7 @@ def records(saved, calibration, tmp_path):
 
 def test_every_contender_is_measured_on_the_same_tokens(records):
     original, *compressed = records
-    assert [row.name for row in rows(records)][0] == "uncompressed"
+    assert rows(records)[0].name == "uncompressed"
     for record, contender in zip(compressed, CONTENDERS, strict=True):
         size = record["results"]["cache"]["bytes_per_token"] / original["results"]["cache"]["bytes_per_token"]
         assert size == contender.keep

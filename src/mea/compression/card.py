@@ -29,8 +29,8 @@ def model_card(record: dict[str, Any]) -> str:
             f"({results['perplexity_ratio']:.3f} ± {results['perplexity_ratio_error']:.3f} times) |"
         )
     lines += [
-        f"| largest logit error at full rank, fp32 | | {results['self_check']['full_rank']:.1e} |",
-        f"| largest logit error of cached decoding, fp32 | | {results['self_check']['cached']:.1e} |",
+        f"| largest relative logit error at full rank, fp32 | | {results['self_check']['full_rank']:.1e} |",
+        f"| largest relative error of cached decoding in a layer, fp32 | | {results['self_check']['cached']:.1e} |",
         "",
         "The licence of the original model holds for this one.",
         "",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mea.compression.stream import LayerInputs
 
+EVERY = 2  # one query in so many is averaged for: neighbours attend alike, and cost as much as more text
 BLOCK_NUMBERS = 4096  # a block of query heads with all kv heads' values: 64 MiB of second moments
 
 
@@ -162,20 +163,25 @@ class AveragedValuesSum:
         self.energy = 0.0
 
     def add(self, x: Float[Tensor, "t D"], heads: Float[Tensor, "t _"], weight: Float[Tensor, " t"]) -> None:
-        """Take in a window: the attention's input, its true heads' outputs, and what each token counts."""
+        """Take in a window: the attention's input, its true heads' outputs, and what each token counts.
+
+        Keys and values are those of all tokens, queries those of one token in `EVERY`.
+        """
         modelling = sys.modules[type(self.attention).__module__]
         queries, keys, values = project(self.attention, x)
         g, t, d = keys.shape
         c, m = self.output_weight.shape[:2]
+        attending = slice(EVERY - 1, None, EVERY)
         cos, sin = self.inputs.position_embeddings
         queries, keys = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)
         rows = keys[0].transpose(0, 1).reshape(t, g * d) @ self.key_projection.T
         keys = rows.view(t, g, 1, d).permute(1, 2, 3, 0)
-        scores = (queries[0].view(g, -1, t, d) @ keys).flatten(0, 1) * self.attention.scaling
-        maps = (scores + self.inputs.mask[0]).softmax(dim=-1)
+        queries, root, heads = queries[0, :, attending], weight[attending].sqrt()[:, None], heads[attending]
+        scores = (queries.unflatten(0, (g, -1)) @ keys).flatten(0, 1) * self.attention.scaling
+        maps = (scores + self.inputs.mask[0, :, attending]).softmax(dim=-1)
         averaged = maps @ values.transpose(0, 1).reshape(t, g * d)
-        averaged = averaged.transpose(0, 1).reshape(t, c, -1).transpose(0, 1) * weight.sqrt()[:, None]
-        output = torch.einsum("tcmd,cmod->cto", heads.view(t, c, m, d), self.output_weight) * weight.sqrt()[:, None]
+        averaged = averaged.transpose(0, 1).reshape(len(heads), c, -1).transpose(0, 1) * root
+        output = torch.einsum("tcmd,cmod->cto", heads.unflatten(1, (c, m, d)), self.output_weight) * root
         self.gram += averaged.transpose(1, 2) @ averaged
         self.target += averaged.transpose(1, 2) @ output
         self.energy += output.square().sum().item()
