@@ -35,17 +35,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--source", help="the uncompressed model; SmolLM2-135M from its package if absent")
     parser.add_argument("--compressed", help="a folder with that model compressed; a truncation if absent")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the records")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
 
 
 def attention_part(args: argparse.Namespace) -> dict[str, Any]:
-    config = decode_attention.CONFIG
+    config = {**decode_attention.CONFIG, "dtype": args.dtype}
     return {"config": config, **decode_attention.measure(config, args.seed)}
 
 
 def model_part(args: argparse.Namespace) -> dict[str, Any]:
-    config = decode_model.CONFIG
+    config = {**decode_model.CONFIG, "dtype": args.dtype}
     source = args.source or packaged_model()
     model, _ = load(source, dtype=config["dtype"])
     if args.compressed:
@@ -75,7 +76,8 @@ def record_of(kind: str, measured: dict[str, Any], before: dict[str, Any], args:
 
 
 def show(records: list[dict[str, Any]], console: Console) -> None:
-    table = Table(title="Decoding: compressed cache against the uncompressed model in its fastest form")
+    dtype = records[-1]["config"]["dtype"]
+    table = Table(title=f"Decoding: compressed cache against the uncompressed model in its fastest form, {dtype}")
     for title in ("", "uncompressed", "compressed", "times as fast (range)", "bar", "of bandwidth"):
         table.add_column(title, no_wrap=True)
     for record in records:
@@ -109,7 +111,7 @@ def main() -> None:
             console.print(f"Measuring {name}; leave the machine alone meanwhile")
             before = limits()
             record = record_of(f"decode_{name}", part(args), before, args)
-            write_record(args.out / f"decode_{name}.json", record)
+            write_record(args.out / f"decode_{name}_{args.dtype}.json", record)
             records.append(record)
     show(records, console)
 
