@@ -19,7 +19,7 @@ from mea.compression.layout import (
     read_layout,
 )
 from mea.compression.methods import DEFAULT_METHOD, Method, find_method
-from mea.compression.statistics import BLOCK_NUMBERS
+from mea.compression.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.values import CG_STEPS, ROUNDS
 from mea.models.loading import check_supported
 
@@ -169,8 +169,8 @@ def estimate(config: Any, plan: Plan) -> Cost:
     moments = h // block * (block * width) ** 2
     rank = max((pair[1] for pair in plan.layout.widths if pair), default=0)
     forward = 2 * tokens * (attention + active + t * h * d)
-    averages = 0 if plan.method.values else 2 * tokens * (t * h * (d + width) + h * width * block * width)
-    solving = 0 if plan.method.values else 2 * ROUNDS * CG_STEPS * 2 * moments * rank // max(1, width // rank)
+    averages = 0 if plan.method.values else 2 * tokens * (t * h * (d + width) + h * width * block * width) // EVERY
+    solving = 0 if plan.method.values else 3 * ROUNDS * CG_STEPS * moments * rank
     layers = len(plan.layout.widths)
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
