@@ -1,0 +1,73 @@
+"""How figures of the page are drawn: SVG that takes its text colour and font from the page around it."""
+
+import io
+import re
+from contextlib import AbstractContextManager
+from typing import Any
+
+INK = "#010203"  # stands for the page's text colour, which differs between light and dark
+COLOURS = ("#2f86d6", "#e0662b", "#22a06b", "#a66be0", "#c99a06", "#d6479a")
+MARKERS = ("o", "s", "^", "D", "v", "P")
+
+
+def line(index: int, size: int = 7) -> dict[str, Any]:
+    """Colour and marker of the line with this number; below zero a star without a line."""
+    if index < 0:
+        return {"color": INK, "marker": "*", "markersize": 11, "linestyle": "none"}
+    look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+    return look | {"markersize": size, "linewidth": 1.8}
+
+
+def logarithmic(axes: Any) -> None:
+    """A logarithmic axis whose ticks are plain numbers."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def style(salt: str) -> AbstractContextManager[None]:
+    """Settings of one figure; its name keeps the ids of several figures on one page apart."""
+    from matplotlib import rc_context
+
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11}
+    settings |= {"axes.spines.top": False, "axes.spines.right": False, "legend.labelcolor": INK}
+    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        settings[part] = INK
+    return rc_context(settings)
+
+
+def axes_of_a_figure() -> tuple[Any, Any]:
+    """A figure of the page's size, and its axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6.4, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def legend(figure: Any, axes: Any) -> None:
+    """Below the axes, where it hides nothing, with as many columns as the names allow."""
+    handles, labels = axes.get_legend_handles_labels()
+    columns = max(1, min(len(labels), 64 // (max(map(len, labels)) + 6)))
+    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(labels) // columns))
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def svg(figure: Any) -> str:
+    """The bare ``<svg>`` element: no prolog, no metadata, no names of other places."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True)
+    text = buffer.getvalue()
+    text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
+    text = (
+        re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", text[: text.index(">")])
+        + text[text.index(">") :]
+    )
+    text = re.sub(r"font: [^;\"]*?(\d+(?:\.\d+)?px)[^;\"]*", r"font-size: \1; font-family: inherit", text)
+    return text.replace(INK, "currentColor").replace("<svg", '<svg role="img"', 1)
