@@ -15,7 +15,7 @@ from timing import in_turns, speedup
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from mea.ops.latent import absorb, parts_to_read, read_in_parts, unmix
+from mea.ops.latent import absorb, read, unmix
 
 CONFIG = {
     "tokens": 32_768,
@@ -39,11 +39,7 @@ def uncompressed(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def absorbed(queries: Tensor, keys: Tensor, values: Tensor, key_decoder: Tensor, value_decoder: Tensor) -> Tensor:
     b, h, q, d = queries.shape
     packed = absorb(queries, key_decoder).reshape(b, 1, h * q, -1)
-    parts = parts_to_read(keys, values.shape[-1])
-    if parts > 1:
-        output = read_in_parts(packed, keys, values, d**-0.5, parts)
-    else:
-        output = scaled_dot_product_attention(packed, keys, values, scale=d**-0.5)
+    output = read(packed, keys, values, d**-0.5)
     return unmix(output.view(b, h, q, -1), value_decoder)
 
 

@@ -23,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea.ops import latent
-from mea.ops.latent import absorb, absorbed_is_cheaper, encode, materialise, parts_to_read, read_in_parts, unmix
+from mea.ops.latent import absorb, absorbed_is_cheaper, encode, materialise, read, unmix
 
 # Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because an
 # attention that looks alike may not be: layers without RoPE (SmolLM3) or one norm over all heads (OLMo2) would convert
@@ -153,9 +153,8 @@ class LatentAttention(_Mixin):
         if self.config._attn_implementation == "eager":
             modelling = sys.modules[type(self).__mro__[2].__module__]
             return modelling.eager_attention_forward(_OneHead(self), packed, keys, values, attention_mask, **options)
-        parts = 1 if attention_mask is not None else parts_to_read(keys, values.shape[-1])
-        if parts > 1:
-            return read_in_parts(packed, keys, values, self.scaling, parts), None
+        if attention_mask is None and not options["dropout"]:
+            return read(packed, keys, values, self.scaling), None
         output = nn.functional.scaled_dot_product_attention(
             packed, keys, values, attention_mask, dropout_p=options["dropout"], scale=self.scaling
         )
@@ -261,6 +260,7 @@ def modelling_source() -> str:
     start = next(i for i, line in enumerate(mathematics) if line.startswith("def "))
     shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
+    shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
     return "\n".join([*head, *shim, *mathematics[start:], *rest, ""])
 
 

@@ -19,6 +19,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mea.ops import cpu
+
 
 def absorb(queries: Float[Tensor, "b h q d"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b h q r"]:
     """Multiply each query by the transposed key decoder of its group: scores against latents equal scores against keys.
@@ -51,6 +53,18 @@ def encode(heads: Float[Tensor, "b g t d"], encoder: Float[Tensor, "r g*d"]) -> 
     """The latents of all heads' vectors: what is cached, token-major."""
     b, g, t, d = heads.shape
     return torch.matmul(heads.transpose(1, 2).reshape(b, t, g * d), encoder.T)[:, None]
+
+
+def read(
+    queries: Float[Tensor, "b 1 n r"], keys: Float[Tensor, "b 1 t r"], values: Float[Tensor, "b 1 t v"], scale: float
+) -> Float[Tensor, "b 1 n v"]:
+    """Attention of all queries to all tokens, by the fastest kernel there is for these latents."""
+    if cpu is not None and cpu.usable(queries, keys, values):
+        return cpu.attend(queries, keys, values, scale)
+    parts = parts_to_read(keys, values.shape[-1])
+    if parts > 1:
+        return read_in_parts(queries, keys, values, scale, parts)
+    return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
 
 def parts_to_read(latents: Float[Tensor, "b 1 t r"], value_width: int) -> int:

@@ -1,0 +1,103 @@
+"""Our own kernel for processors: attention of a few queries over a long bf16 cache (``latent_cpu.c``).
+
+PyTorch's kernel converts a bf16 cache and multiplies at a fraction of what the processor can do, and gives one kv head
+to one core. The kernel is compiled when it is first wanted, once per version of its source and processor, into the
+user's cache folder (``$XDG_CACHE_HOME/mea``); where there is no compiler, or the processor lacks the instructions,
+`usable` is False and PyTorch's kernel reads the cache instead. ``MEA_NO_KERNEL=1`` switches it off.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("latent_cpu.c")
+FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-fopenmp", "-shared", "-fPIC")
+FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+
+
+def usable(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether `attend` takes these tensors, here: bf16 on this processor, channels side by side, no gradient."""
+    return (
+        queries.dtype == keys.dtype == values.dtype == torch.bfloat16
+        and queries.device.type == keys.device.type == values.device.type == "cpu"
+        and keys.stride(-1) == values.stride(-1) == 1
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and library() is not None
+    )
+
+
+def attend(
+    queries: Float[Tensor, "b g n r"], keys: Float[Tensor, "b g t r"], values: Float[Tensor, "b g t v"], scale: float
+) -> Float[Tensor, "b g n v"]:
+    """``softmax(scale * Q K^T) V`` of every head, all tokens visible; sums and softmax are fp32.
+
+    Raises
+    ------
+    RuntimeError
+        The kernel cannot be had here (see `usable`), or memory is short.
+    """
+    kernel = library()
+    if kernel is None:
+        raise RuntimeError("the kernel needs a processor with AVX-512 bf16 and a C compiler: see mea.ops.cpu.usable")
+    (b, g, n, r), t, v = queries.shape, keys.shape[2], values.shape[3]
+    queries, output = queries.contiguous(), queries.new_empty(b, g, n, v)
+    sizes, threads = (ctypes.c_long * 6)(b, g, n, t, r, v), torch.get_num_threads()
+    strides = [(ctypes.c_long * 3)(*x.stride()[:3]) for x in (keys, values)]
+    addresses = [x.data_ptr() for x in (queries, keys, values, output)]
+    if kernel.mea_attend_latents(*addresses, sizes, *strides, scale, threads):
+        raise RuntimeError(f"not enough memory to attend to {t:,} tokens with {b * g * n:,} queries")
+    return output
+
+
+@functools.cache
+def library() -> ctypes.CDLL | None:
+    """The compiled kernel; None where it cannot be had, with a message in the log if only a compiler is missing."""
+    if os.environ.get("MEA_NO_KERNEL") or not _processor_has(FEATURES):
+        return None
+    try:
+        kernel = ctypes.CDLL(str(_compiled()))
+    except (OSError, subprocess.CalledProcessError) as error:
+        reason = getattr(error, "stderr", None) or error
+        logging.getLogger(__name__).warning("decoding in bf16 is slower than it could be: no kernel: %s", reason)
+        return None
+    addresses = [ctypes.c_void_p] * 4
+    kernel.mea_attend_latents.argtypes = [*addresses, *[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int]
+    return kernel
+
+
+def _processor_has(features: tuple[str, ...]) -> bool:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return False
+    flags = next((line.split() for line in lines if line.startswith("flags")), [])
+    return set(features) <= set(flags)
+
+
+def _compiled() -> Path:
+    """The library's file, compiled if it is not there; it appears complete or not at all."""
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise FileNotFoundError("no C compiler (cc, gcc or clang) on the path; install one or set CC")
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mea"
+    identity = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
+    target = folder / f"latent_cpu-{identity}.so"
+    if not target.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            made = Path(scratch, target.name)
+            command = [*compiler.split(), *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(made, target)
+    return target
