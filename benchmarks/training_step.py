@@ -2,7 +2,8 @@
 
 All variants live in one process and take turns, in a new random order every round, so that whatever else the machine
 does hits all of them alike; ratios are formed within a round. A step is forward, backward and AdamW, on random tokens.
-Peak memory on a CPU is that of a process of its own for each variant.
+Peak memory on a CPU is that of a process of its own for each variant, interpreter and libraries included. Talking-heads
+attention as published holds its score matrices, ``batch × heads × tokens²`` numbers several times per layer.
 
     python benchmarks/training_step.py --preset 30m --out record.json
 """
@@ -42,7 +43,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"], help="of autocast")
     parser.add_argument("--eager", action="store_true", help="do not compile")
-    parser.add_argument("--skip-memory", action="store_true", help="time only")
+    parser.add_argument("--only", choices=["time", "memory"], help="measure one of the two")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="where the record goes; standard output if absent")
     parser.add_argument("--memory-of", choices=list(VARIANTS), help=argparse.SUPPRESS)
@@ -118,14 +119,16 @@ def ratios(samples: dict[str, list[float]], variant: str, base: str) -> dict[str
     return {"median": median, "lower_quartile": lower, "upper_quartile": upper}
 
 
-def summary(args: argparse.Namespace, variant: str, samples: dict[str, list[float]], memory: int | None) -> dict:
-    config, seconds = preset(args.preset, variant), statistics.median(samples[variant])
-    found = {
-        "parameters": parameters(config),
-        "tokens_per_second": args.batch * args.tokens / seconds,
-        "flops_per_second": training_flops(config, args.batch, args.tokens) / seconds,
-        "peak_memory_bytes": memory,
-    }
+def summary(args: argparse.Namespace, variant: str, samples: dict[str, list[float]], memory: dict[str, int]) -> dict:
+    config = preset(args.preset, variant)
+    found: dict = {"parameters": parameters(config)}
+    if samples:
+        seconds = statistics.median(samples[variant])
+        found["tokens_per_second"] = args.batch * args.tokens / seconds
+        found["flops_per_second"] = training_flops(config, args.batch, args.tokens) / seconds
+    if memory:
+        found["peak_memory_bytes"] = memory[variant]
+        found[f"peak_memory_against_{BASELINE}"] = memory[variant] / memory[BASELINE]
     for base in (BASELINE, "groupnorm"):
         if base in samples:
             found[f"throughput_against_{base}"] = ratios(samples, variant, base)
@@ -139,13 +142,13 @@ def main() -> None:
         return
     variants = list(dict.fromkeys([BASELINE, *args.variants]))
     load = os.getloadavg()
-    memory = {} if args.skip_memory else {v: peak_memory_apart(args, v) for v in variants}
-    samples = time_in_turns(args, variants)
+    memory = {} if args.only == "time" else {v: peak_memory_apart(args, v) for v in variants}
+    samples = {} if args.only == "memory" else time_in_turns(args, variants)
     config = {name: value for name, value in vars(args).items() if name not in ("out", "memory_of", "seed")}
     record = make_record(
         "training_step",
         {**config, "load_average_before": load},
-        results={variant: summary(args, variant, samples, memory.get(variant)) for variant in variants},
+        results={variant: summary(args, variant, samples, memory) for variant in variants},
         samples={"seconds": samples, "peak_memory_bytes": memory},
         seeds={"tokens_weights_and_order": args.seed},
     )
