@@ -1,0 +1,81 @@
+"""Differences between arms at their own best rates, and the factorial effects of mixing and norm."""
+
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mea.scaling.draws import interval
+from mea.scaling.runs import Cell
+
+MIXINGS = ("none", "k", "v", "kv")
+
+
+def differences(best: Mapping[str, Cell], fixed: Mapping[str, NDArray], chosen: Mapping[str, NDArray]) -> list[dict]:
+    """Second arm minus first in final loss, for every pair of arms.
+
+    Parameters
+    ----------
+    best
+        Arm -> the cell at its own best rate.
+    fixed, chosen
+        Arm -> replicates of its loss at that rate, and at the rate that is best in the replicate: the latter counts the
+        choice of the rate among what is uncertain.
+    """
+    found = []
+    for first, second in combinations(best, 2):
+        delta = fixed[second] - fixed[first]
+        again = chosen[second] - chosen[first]
+        found.append(
+            {
+                "first": first,
+                "second": second,
+                "difference": float(best[second].finals.mean() - best[first].finals.mean()),
+                "interval": interval(delta),
+                "interval_with_choice": interval(again),
+                "probability_lower": float((again < 0).mean()),
+                "pairs": len(set(best[first].seeds) & set(best[second].seeds)),
+            }
+        )
+    return found
+
+
+def factorial_effects(best: Mapping[str, Cell], chosen: Mapping[str, NDArray]) -> list[dict[str, Any]]:
+    """Effects of mixing the keys, mixing the values and the norm, and their interactions, each in nats per token.
+
+    An effect is the mean loss with the factor less the mean loss without it, over the other factors; an interaction
+    is the effect of one where the other is on less that where it is off (halved, as usual in 2^n designs). Arms that
+    are not one of the eight of the design are left out; if one of the eight is missing, there are no effects.
+    """
+    arms: dict[tuple[int, int, int], str] = {}
+    for arm, cell in best.items():
+        factors = cell.runs[0].factors
+        mixing = str(factors.get("mixing", "")).lower()
+        if mixing in MIXINGS and "norm" in factors:
+            arms.setdefault((int("k" in mixing), int("v" in mixing), int(bool(factors["norm"]))), arm)
+    if len(arms) < 8:
+        return []
+    corners = sorted(arms)
+    signs = 2 * np.array(corners) - 1
+    losses = np.array([best[arms[corner]].finals.mean() for corner in corners])
+    replicates = np.stack([chosen[arms[corner]] for corner in corners], 1)
+    names = ("keys mixed", "values mixed", "norm")
+    found = []
+    for size in (1, 2, 3):
+        for group in combinations(range(3), size):
+            contrast = signs[:, list(group)].prod(1) / 4
+            found.append(
+                {
+                    "effect": " × ".join(names[i] for i in group),
+                    "value": float(contrast @ losses),
+                    "interval": interval(replicates @ contrast),
+                }
+            )
+    return found
+
+
+def pick(replicates: Sequence[NDArray]) -> NDArray:
+    """The least of several cells' losses in each replicate."""
+    return np.stack(replicates, 1).min(1)

@@ -1,0 +1,259 @@
+"""From pretraining records to the record of a fit: everything that `mea fit` prints and draws."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mea.records import Record, make_record
+from mea.scaling.curves import CellFit, fit_cell
+from mea.scaling.draws import Draws, SeedNoise, interval, pooled_noise
+from mea.scaling.effects import differences, factorial_effects, pick
+from mea.scaling.rates import (
+    choice_quality,
+    papers_rule,
+    papers_rule_replicates,
+    rank_correlation,
+    sensitivity,
+    spiked,
+)
+from mea.scaling.runs import CONSTANT, Cell, cells_of, read_runs
+from mea.scaling.stability import score_with_interval
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How fits are made.
+
+    Attributes
+    ----------
+    draws : int
+        Bootstrap replicates.
+    seed : int
+        Of the replicates.
+    skip : float
+        Share of a run's tokens at its beginning that is not fitted: no power law holds while the rate warms up.
+    held : float
+        Share of the tokens that the fit sees when it is to predict the rest.
+    horizon : float
+        How many times the tokens of the runs the choice is made for (the paper: 50B to 500B tokens).
+    """
+
+    draws: int = 4000
+    seed: int = 0
+    skip: float = 0.1
+    held: float = 0.5
+    horizon: float = 10.0
+
+    def __post_init__(self) -> None:
+        if self.draws < 100:
+            raise ValueError(f"draws is {self.draws}; an interval needs 100 or more")
+        if not 0 <= self.skip < self.held < 1:
+            raise ValueError(f"0 <= skip < held < 1 must hold; skip is {self.skip:g}, held {self.held:g}")
+        if self.horizon < 1:
+            raise ValueError(f"horizon is {self.horizon:g}; it must be 1 or more")
+
+
+def fit_records(
+    records: Iterable[Record], settings: FitSettings | None = None, *, progress: Progress | None = None
+) -> Record:
+    """Fit all runs among `records`.
+
+    Returns
+    -------
+    Record
+        Of the kind ``"fit"``. ``results.groups`` holds, for every schedule, ``cells`` (final losses, spikes),
+        ``fits``, ``arms`` (rates chosen, sensitivity), ``differences`` and ``effects``; ``results.after_decay``
+        compares the choice at a constant rate with the losses after decay. ``samples.curves`` are the mean curves
+        that were fitted.
+
+    Raises
+    ------
+    ValueError
+        As `read_runs` and `cells_of`.
+    """
+    settings = settings or FitSettings()
+    records = list(records)
+    cells = cells_of(read_runs(records))
+    draws = Draws(settings.draws, settings.seed)
+    groups, curves, losses = {}, [], {}
+    for schedule in dict.fromkeys(cell.schedule for cell in cells):
+        chosen = [cell for cell in cells if cell.schedule == schedule]
+        groups[schedule], found, losses[schedule] = _group(chosen, draws, settings, progress)
+        curves += found
+    results: dict[str, Any] = {"groups": groups, "after_decay": _after_decay(cells, losses)}
+    config = asdict(settings) | {
+        "preset": cells[0].runs[0].preset,
+        "tokens": cells[0].runs[0].planned,
+        "runs": sum(len(cell.runs) for cell in cells),
+        "commits": sorted({str(r["commit"]) for r in records if r["kind"] == "pretraining"}),
+    }
+    return make_record("fit", config, results=results, samples={"curves": curves}, seeds={"replicates": settings.seed})
+
+
+def _group(
+    cells: list[Cell], draws: Draws, settings: FitSettings, progress: Progress | None
+) -> tuple[dict[str, Any], list[dict], dict[tuple[str, float], NDArray]]:
+    """Everything about the cells of one schedule, its curves, and replicates of the final loss by arm and rate."""
+    arms = list(dict.fromkeys(cell.arm for cell in cells))
+    overall = pooled_noise(cells)
+    noise = {arm: pooled_noise([cell for cell in cells if cell.arm == arm]) or overall for arm in arms}
+    losses = {(cell.arm, cell.rate): draws.finals(cell, noise[cell.arm]) for cell in cells}
+    fits: dict[tuple[str, float], CellFit] = {}
+    for done, cell in enumerate(cells):
+        fit = fit_cell(cell, draws, noise[cell.arm], skip=settings.skip, held=settings.held, horizon=settings.horizon)
+        if fit is not None:
+            fits[cell.arm, cell.rate] = fit
+        if progress:
+            progress(f"fits ({cells[0].schedule})", done + 1, len(cells))
+    by_arm = {arm: [cell for cell in cells if cell.arm == arm] for arm in arms}
+    best = {arm: min(group, key=lambda cell: cell.finals.mean()) for arm, group in by_arm.items()}
+    chosen = {arm: pick([losses[arm, cell.rate] for cell in group]) for arm, group in by_arm.items()}
+    fixed = {arm: losses[arm, best[arm].rate] for arm in arms}
+    shared = _shared_rates(by_arm.values())
+    return (
+        {
+            "seed_noise": _noise(overall),
+            "cells": [_cell(cell, losses[cell.arm, cell.rate]) for cell in cells],
+            "fits": [fit.summary() for fit in fits.values()],
+            "arms": [_arm(group, losses, fits, noise[arm], shared, draws) for arm, group in by_arm.items()],
+            "differences": differences(best, fixed, chosen),
+            "effects": factorial_effects(best, chosen),
+            "prediction": _prediction(fits, by_arm),
+        },
+        [fit.samples() for fit in fits.values()],
+        losses,
+    )
+
+
+def _cell(cell: Cell, replicates: NDArray) -> dict[str, Any]:
+    scores = {}
+    for name in ("train_loss", "grad_norm"):
+        score, low, high, events = score_with_interval([getattr(run, name) for run in cell.runs])
+        if np.isfinite(score):
+            scores[name] = {"score": score, "interval": [low, high], "events": events}
+    return {
+        "arm": cell.arm,
+        "rate": cell.rate,
+        "seeds": cell.seeds,
+        "finals": [float(x) for x in cell.finals],
+        "loss": float(cell.finals.mean()),
+        "interval": interval(replicates),
+        "diverged": sum(run.diverged for run in cell.runs),
+        "spiked": sum(spiked(cell)),
+        "spikes": scores,
+    }
+
+
+def _arm(
+    group: list[Cell],
+    losses: dict[tuple[str, float], NDArray],
+    fits: dict[tuple[str, float], CellFit],
+    noise: SeedNoise | None,
+    shared: list[float],
+    draws: Draws,
+) -> dict[str, Any]:
+    """The rates that the rules choose for one arm, what they cost, and its sensitivity."""
+    group = sorted(group, key=lambda cell: cell.rate)
+    means = np.array([cell.finals.mean() for cell in group])
+    truth = np.stack([losses[cell.arm, cell.rate] for cell in group], 1)
+    best, rule = int(means.argmin()), papers_rule(group)
+    rules = {"paper": choice_quality(papers_rule_replicates(group, draws.count, draws.seed), truth)}
+    fitted = [fits.get((cell.arm, cell.rate)) for cell in group]
+    worst = np.full(draws.count, np.inf)  # a rate whose runs diverged is never predicted to be best
+    for name in ("early", "held", "far"):
+        values = np.stack([worst if fit is None else getattr(fit, name) for fit in fitted], 1)
+        if np.isfinite(values).any():
+            rules[name] = choice_quality(values.argmin(1), truth)
+    found: dict[str, Any] = {
+        "arm": group[0].arm,
+        "best_rate": group[best].rate,
+        "best_inside": 0 < best < len(group) - 1,
+        "loss": float(means[best]),
+        "interval": interval(truth[:, best]),
+        "probability_best": float((truth.argmin(1) == best).mean()),
+        "paper_rate": rule.rate if rule else None,
+        "paper_loss": float(rule.finals.mean()) if rule else None,
+        "predicted_rate": min((f for f in fitted if f), key=lambda f: f.far_value).rate if any(fitted) else None,
+        "rules": rules,
+        "seed_noise": _noise(noise),
+    }
+    rated = [index for index, cell in enumerate(group) if cell.rate in shared]
+    if len(rated) >= 3:
+        rates, initial = np.array([group[i].rate for i in rated]), float(np.mean([r.initial for r in group[0].runs]))
+        if np.isfinite(initial):
+            found["sensitivity"] = float(sensitivity(rates, means[rated], initial))
+            found["sensitivity_interval"] = interval(sensitivity(rates, truth[:, rated], initial))
+            found["sensitivity_rates"] = [float(rates[0]), float(rates[-1])]
+    return found
+
+
+def _shared_rates(groups: Iterable[Sequence[Cell]]) -> list[float]:
+    """The rates between the ends that all arms reach, so that sensitivities are over the same range."""
+    spans = [[cell.rate for cell in group] for group in groups]
+    spans = [span for span in spans if len(span) >= 3] or spans
+    low, high = max(map(min, spans)), min(map(max, spans))
+    return sorted({rate for span in spans for rate in span if low * 0.999 <= rate <= high * 1.001})
+
+
+def _prediction(fits: dict[tuple[str, float], CellFit], by_arm: dict[str, list[Cell]]) -> list[dict[str, Any]]:
+    """Rank correlation between the losses predicted from the first part of the runs and those they ended with."""
+    found = []
+    for arm in [*by_arm, None]:
+        chosen = [fit for (name, _), fit in fits.items() if arm in (name, None)]
+        if len(chosen) < 3 or (arm is None and len(by_arm) < 2):
+            continue
+        actual = np.array([fit.actual_value for fit in chosen])
+        line: dict[str, Any] = {"arm": arm or "all arms", "cells": len(chosen)}
+        for name in ("held", "early"):
+            value = np.array([getattr(fit, f"{name}_value") for fit in chosen])
+            replicates = rank_correlation(
+                np.stack([getattr(fit, name) for fit in chosen], 1), np.stack([fit.actual for fit in chosen], 1)
+            )
+            line[name] = {"correlation": _finite(rank_correlation(value, actual)), "interval": interval(replicates)}
+        errors = np.array([fit.held_value / fit.actual_value - 1 for fit in chosen])
+        line |= {"mean_error": float(errors.mean()), "largest_error": float(np.abs(errors).max())}
+        line["covered"] = sum(fit.covered for fit in chosen)
+        found.append(line)
+    return found
+
+
+def _after_decay(cells: list[Cell], losses: dict[str, dict[tuple[str, float], NDArray]]) -> list[dict[str, Any]]:
+    """For every arm and decaying schedule: does the order of the rates at a constant rate hold after decay?"""
+    found = []
+    for schedule in losses:
+        if schedule == CONSTANT or CONSTANT not in losses:
+            continue
+        for arm in dict.fromkeys(cell.arm for cell in cells):
+            rates = [rate for name, rate in losses[schedule] if name == arm and (arm, rate) in losses[CONSTANT]]
+            if len(rates) < 3:
+                continue
+            before, after = (np.stack([losses[s][arm, rate] for rate in rates], 1) for s in (CONSTANT, schedule))
+            means = {(c.schedule, c.rate): float(c.finals.mean()) for c in cells if c.arm == arm}
+            first, second = (np.array([means[s, rate] for rate in rates]) for s in (CONSTANT, schedule))
+            quality = choice_quality(before.argmin(1), after)
+            found.append(
+                {
+                    "arm": arm,
+                    "schedule": schedule,
+                    "rates": rates,
+                    "correlation": _finite(rank_correlation(first, second)),
+                    "interval": interval(rank_correlation(before, after)),
+                    "best_constant": rates[int(first.argmin())],
+                    "best_decayed": rates[int(second.argmin())],
+                    **quality,
+                }
+            )
+    return found
+
+
+def _noise(noise: SeedNoise | None) -> dict[str, float] | None:
+    return asdict(noise) if noise else None
+
+
+def _finite(value: Any) -> float | None:
+    return float(value) if np.isfinite(value) else None

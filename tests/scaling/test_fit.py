@@ -1,0 +1,134 @@
+"""From records to the record of a fit: known constants, choices, differences, and how often intervals hold them."""
+
+import numpy as np
+import pytest
+
+from mea.records import write_record
+from mea.scaling import FitSettings, fit_records
+from mea.scaling.draws import Draws, pooled_noise
+from mea.scaling.rates import rank_correlation, sensitivity
+from mea.scaling.runs import cells_of, read_runs
+
+QUICK = FitSettings(draws=400)
+
+
+def test_a_sweep_with_known_answers(sweep, tmp_path):
+    record = fit_records(sweep(), QUICK)
+    write_record(tmp_path / "fit.json", record)  # every value is JSON
+    group = record["results"]["groups"]["constant"]
+    a, b = group["arms"]
+    assert (a["best_rate"], b["best_rate"]) == (3e-3, 1e-2)
+    assert a["best_inside"]
+    assert b["best_inside"]
+    assert (a["paper_rate"], b["paper_rate"]) == (3e-3, 1e-2)
+    assert a["probability_best"] > 0.95
+    (difference,) = group["differences"]
+    low, high = difference["interval"]
+    assert low < -0.05 < high < 0
+    assert difference["pairs"] == 3
+    fit = next(f for f in group["fits"] if (f["arm"], f["rate"]) == ("a", 3e-3))
+    for name, truth in (("exponent", 0.4), ("scale", 1e6), ("floor", 2.0)):
+        low, high = fit[name]["interval"]
+        assert low < truth < high
+    assert fit["held"]["actual"] == pytest.approx(fit["held"]["predicted"], rel=0.02)
+    assert all(line["held"]["correlation"] > 0.7 for line in group["prediction"])
+
+
+def test_a_diverged_rate_is_not_fitted_but_counts_in_the_sensitivity(sweep):
+    group = fit_records(sweep(), QUICK)["results"]["groups"]["constant"]
+    assert ("a", 3e-2) not in [(fit["arm"], fit["rate"]) for fit in group["fits"]]
+    cell = next(c for c in group["cells"] if (c["arm"], c["rate"]) == ("a", 3e-2))
+    assert (cell["diverged"], cell["loss"]) == (3, pytest.approx(7.6))
+    a, b = group["arms"]
+    assert a["sensitivity"] > b["sensitivity"] > 0
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say(run):
+    """95 % intervals over 3 seeds, in 60 repetitions: fewer than 50 hits has a probability below 0.1 %."""
+    hits = {"exponent": 0, "floor": 0, "difference": 0}
+    for key in range(60):
+        records = [run(arm, 3e-3, seed, key=key, shift=s) for arm, s in (("a", 0.0), ("b", -0.01)) for seed in range(3)]
+        group = fit_records(records, FitSettings(draws=300, seed=key))["results"]["groups"]["constant"]
+        for name, truth in (("exponent", 0.4), ("floor", 2.0)):
+            low, high = group["fits"][0][name]["interval"]
+            hits[name] += low <= truth <= high
+        low, high = group["differences"][0]["interval"]
+        hits["difference"] += low <= -0.01 <= high
+    assert all(count >= 50 for count in hits.values()), hits
+
+
+def test_pairs_cancel_what_seeds_share(run):
+    """Without pairing, the difference would carry the noise of the seeds twice."""
+    cells = cells_of(read_runs([run(arm, 1e-3, seed, noise=0.01) for arm in "ab" for seed in range(4)]))
+    first, second = (Draws(2000).finals(cell, None) for cell in cells)
+    assert (second - first).std() < 0.7 * first.std()
+
+
+def test_one_seed_takes_the_pooled_noise(run):
+    records = [run("a", 1e-3, seed, noise=0.01) for seed in range(4)] + [run("a", 2e-3, 0)]
+    cells = cells_of(read_runs(records))
+    noise = pooled_noise(cells)
+    assert noise is not None
+    assert noise.freedom == 3
+    replicates = np.log(Draws(4000).finals(cells[1], noise))
+    low, high = np.percentile(replicates - np.log(cells[1].finals[0]), [2.5, 97.5]) / noise.deviation
+    assert (low, high) == (pytest.approx(-3.18, abs=0.25), pytest.approx(3.18, abs=0.25))  # t of 3 degrees of freedom
+
+
+def test_spread_over_seeds_is_that_of_students_t(run):
+    cells = cells_of(read_runs([run("a", 1e-3, seed, noise=0.01) for seed in range(3)]))
+    logs = np.log(cells[0].finals)
+    replicates = (np.log(Draws(20_000).finals(cells[0], None)) - logs.mean()) / (logs.std(ddof=1) / np.sqrt(3))
+    assert np.percentile(np.abs(replicates), 95) == pytest.approx(4.303, rel=0.06)
+
+
+def test_factorial_effects(run):
+    gain = {"none": 0.0, "k": -0.02, "v": -0.04, "kv": -0.06}
+    records = [
+        run(f"{mixing}-{norm}", 1e-3, seed, shift=gain[mixing] - 0.1 * norm, noise=1e-4, mixing=mixing, norm=norm)
+        for mixing in gain
+        for norm in (False, True)
+        for seed in range(3)
+    ]
+    effects = {e["effect"]: e for e in fit_records(records, QUICK)["results"]["groups"]["constant"]["effects"]}
+    for name, truth in (("norm", -0.1), ("keys mixed", -0.02), ("values mixed", -0.04), ("keys mixed × norm", 0.0)):
+        assert effects[name]["value"] == pytest.approx(truth, abs=2e-3)
+        low, high = effects[name]["interval"]
+        assert low - 1e-4 <= truth <= high + 1e-4
+
+
+def test_choice_at_constant_rate_against_decay(run):
+    records = []
+    for schedule, best in (("constant", 1), ("cosine", 2)):
+        for index, rate in enumerate((1e-3, 3e-3, 1e-2, 3e-2)):
+            shift = 0.1 * (index - best) ** 2
+            records += [run("a", rate, seed, shift=shift, schedule=schedule) for seed in range(2)]
+    (line,) = fit_records(records, QUICK)["results"]["after_decay"]
+    assert (line["best_constant"], line["best_decayed"]) == (3e-3, 1e-2)
+    assert line["probability"] < 0.2
+    assert line["regret"] == pytest.approx(0.1, rel=0.3)
+
+
+def test_sensitivity_is_the_mean_excess_over_log_rates():
+    rates = np.array([1e-3, 1e-2, 1e-1])
+    assert sensitivity(rates, np.array([2.5, 2.0, 99.0]), 4.0) == pytest.approx((0.25 + 1.0) / 2)
+
+
+def test_rank_correlation():
+    assert rank_correlation(np.array([1.0, 2, 3]), np.array([5.0, 7, 9])) == pytest.approx(1)
+    assert np.isnan(rank_correlation(np.array([1.0, 1, 1]), np.array([5.0, 7, 9])))
+
+
+def test_same_records_give_the_same_numbers(sweep):
+    assert fit_records(sweep(), QUICK)["results"] == fit_records(sweep(), QUICK)["results"]
+
+
+def test_errors(run, sweep):
+    with pytest.raises(ValueError, match="no record of the kind 'pretraining' among 0"):
+        fit_records([])
+    with pytest.raises(ValueError, match=r"two runs of a at rate 0\.001, constant, seed 0"):
+        fit_records([run("a", 1e-3, 0), run("a", 1e-3, 0)])
+    with pytest.raises(ValueError, match="one preset and length only"):
+        fit_records([run("a", 1e-3, 0), run("a", 1e-3, 1, preset="3m")])
+    with pytest.raises(ValueError, match=r"skip is 0\.6"):
+        FitSettings(skip=0.6)
