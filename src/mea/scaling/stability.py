@@ -1,6 +1,6 @@
 """Loss spikes: points far from what went before.
 
-The score is that of OLMo 2 (arXiv 2501.00656, section 3.1): the share of points at least seven standard deviations away
+The score is that of OLMo 2 (arXiv 2501.00656): the share of points at least seven standard deviations away
 from the rolling mean of the last 1,000.
 """
 
