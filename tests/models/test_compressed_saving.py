@@ -102,8 +102,8 @@ def test_the_saved_code_computes_the_same(without_this_package, kind):
     ids, models, results, _ = without_this_package
     name, logits_there, generated_there = results[kind]
     assert name == COMPRESSED_MODELS[kind].__name__
-    # Not equal to the bit: another process lays its memory out differently, and some products (those of experts, on some
-    # processors) sum in an order that depends on it. Every layer may round as often as its hidden state is wide.
+    # Not equal to the bit: another process lays its memory out differently, and some products (those of experts, on
+    # some processors) sum in an order that depends on it. Every layer may round as often as its hidden state is wide.
     expected, config = logits(models[kind], ids), models[kind].config
     roundings = config.num_hidden_layers * config.hidden_size
     allowed = roundings * torch.finfo(expected.dtype).eps * expected.abs().max()

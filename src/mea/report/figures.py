@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from textwrap import fill
-from typing import Any
 
 from mea.report.drawing import INK, axes_of_a_figure, legend, line, logarithmic, style, svg
 from mea.report.rows import Row, texts_of
