@@ -9,6 +9,7 @@ import typer
 from mea.cli.compress import compress
 from mea.cli.console import friendly
 from mea.cli.demo import demo
+from mea.cli.fit import fit
 from mea.cli.generate import generate
 from mea.cli.perplexity import perplexity
 
@@ -19,7 +20,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for name, command in {"compress": compress, "demo": demo, "perplexity": perplexity, "generate": generate}.items():
+COMMANDS = {
+    "compress": compress,
+    "demo": demo,
+    "fit": fit,
+    "perplexity": perplexity,
+    "generate": generate,
+}
+for name, command in COMMANDS.items():
     app.command(name)(friendly(command))
 
 

@@ -125,8 +125,9 @@ def pooled_noise(cells: Sequence[Cell]) -> SeedNoise | None:
     return SeedNoise(float(np.sqrt(sum(((g - g.mean()) ** 2).sum() for g in groups) / freedom)), freedom)
 
 
-def interval(replicates: NDArray, level: float = 0.95) -> list[float]:
-    """Percentile interval along the first axis of the finite replicates."""
+def interval(replicates: NDArray, level: float = 0.95, *, discrete: bool = False) -> list[float]:
+    """Percentile interval along the first axis of the finite replicates; its ends are two of them if `discrete`."""
     tail = 100 * (1 - level) / 2
     kept = replicates[np.isfinite(replicates)]
-    return [float(x) for x in np.percentile(kept, [tail, 100 - tail])] if len(kept) else []
+    method = "inverted_cdf" if discrete else "linear"
+    return [float(x) for x in np.percentile(kept, [tail, 100 - tail], method=method)] if len(kept) else []

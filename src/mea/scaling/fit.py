@@ -162,13 +162,18 @@ def _arm(
     means = np.array([cell.finals.mean() for cell in group])
     truth = np.stack([losses[cell.arm, cell.rate] for cell in group], 1)
     best, rule = int(means.argmin()), papers_rule(group)
-    rules = {"paper": choice_quality(papers_rule_replicates(group, draws.count, draws.seed), truth)}
+    rates = np.array([cell.rate for cell in group])
+
+    def judged(chosen: NDArray) -> dict[str, Any]:
+        return choice_quality(chosen, truth) | {"rates": interval(rates[chosen], discrete=True)}
+
+    rules = {"paper": judged(papers_rule_replicates(group, draws.count, draws.seed))}
     fitted = [fits.get((cell.arm, cell.rate)) for cell in group]
     worst = np.full(draws.count, np.inf)  # a rate whose runs diverged is never predicted to be best
     for name in ("early", "held", "far"):
         values = np.stack([worst if fit is None else getattr(fit, name) for fit in fitted], 1)
         if np.isfinite(values).any():
-            rules[name] = choice_quality(values.argmin(1), truth)
+            rules[name] = judged(values.argmin(1))
     found: dict[str, Any] = {
         "arm": group[0].arm,
         "best_rate": group[best].rate,
@@ -184,11 +189,11 @@ def _arm(
     }
     rated = [index for index, cell in enumerate(group) if cell.rate in shared]
     if len(rated) >= 3:
-        rates, initial = np.array([group[i].rate for i in rated]), float(np.mean([r.initial for r in group[0].runs]))
+        initial = float(np.mean([run.initial for run in group[0].runs]))
         if np.isfinite(initial):
-            found["sensitivity"] = float(sensitivity(rates, means[rated], initial))
-            found["sensitivity_interval"] = interval(sensitivity(rates, truth[:, rated], initial))
-            found["sensitivity_rates"] = [float(rates[0]), float(rates[-1])]
+            found["sensitivity"] = float(sensitivity(rates[rated], means[rated], initial))
+            found["sensitivity_interval"] = interval(sensitivity(rates[rated], truth[:, rated], initial))
+            found["sensitivity_rates"] = [float(rates[rated[0]]), float(rates[rated[-1]])]
     return found
 
 

@@ -1,0 +1,113 @@
+"""What a report is made of, before it becomes a page, Markdown, CSV or lines in a terminal."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table as RichTable
+from rich.text import Text
+
+ABSENT = "–"
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells as text.
+
+    Attributes
+    ----------
+    header, lines
+        Titles of the columns, and one list of as many cells per row; the first `texts` columns are text, the others
+        numbers, which stand to the right.
+    note
+        What the numbers mean.
+    best
+        Rows to point out.
+    """
+
+    header: list[str]
+    lines: list[list[str]]
+    note: str = ""
+    best: tuple[int, ...] = ()
+    texts: int = 1
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An ``<svg>`` element that takes its text colour from the page; `name` makes a file name."""
+
+    name: str
+    svg: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Something under one heading: numbers to take away, text, a table, figures, quoted texts; whatever there is.
+
+    Attributes
+    ----------
+    quotes
+        Who said it, and what.
+    """
+
+    heading: str = ""
+    text: str = ""
+    numbers: list[tuple[str, str]] = field(default_factory=list)
+    table: Table | None = None
+    figures: list[Figure] = field(default_factory=list)
+    quotes: list[tuple[str, str]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Section:
+    """All parts about one question."""
+
+    heading: str
+    parts: list[Part]
+
+
+def terminal(part: Part) -> Group:
+    """The table of a part for a terminal; intervals stand below their values, so that columns stay narrow.
+
+    Raises
+    ------
+    ValueError
+        The part has no table.
+    """
+    if part.table is None:
+        raise ValueError(f"{part.heading or 'this part'} has no table")
+    shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    lines = [[re.sub(r" \((\S+) to (\S+)\)", r"\n\1…\2", cell) for cell in line] for line in part.table.lines]
+    for index, title in enumerate(part.table.header):
+        number = index >= part.table.texts
+        longest = max((len(row) for line in lines for row in line[index].split("\n")), default=1)
+        width = longest if number else None  # titles and names are wrapped, numbers never
+        shown.add_column(Text(title), justify="right" if number else "left", min_width=width)
+    for index, line in enumerate(lines):
+        shown.add_row(*map(Text, line), style="bold" if index in part.table.best else "")
+    return Group(Text(part.heading, "bold"), shown, Text(part.table.note, "dim"), "")
+
+
+def with_interval(
+    value: float | int | None, interval: Sequence[float] | None, digits: int = 3, sign: str = "", unit: str = ""
+) -> str:
+    """``3.412 (3.401 to 3.423)``; without an interval only the value.
+
+    Parameters
+    ----------
+    digits
+        After the point; below 0: significant digits in scientific notation.
+    sign
+        ``"+"`` shows signs of positive values too.
+    unit
+        Behind the value.
+    """
+    if value is None:
+        return ABSENT
+    form = f"{sign},.{digits}f" if digits >= 0 else f"{sign}.{-digits - 1}e"
+    if not interval:
+        return format(value, form) + unit
+    return f"{format(value, form)}{unit} ({format(interval[0], form)} to {format(interval[1], form)})"
