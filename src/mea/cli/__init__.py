@@ -12,6 +12,8 @@ from mea.cli.demo import demo
 from mea.cli.fit import fit
 from mea.cli.generate import generate
 from mea.cli.perplexity import perplexity
+from mea.cli.pretrain import pretrain
+from mea.cli.sweep import sweep
 
 app = typer.Typer(
     name="mea",
@@ -26,6 +28,8 @@ COMMANDS = {
     "fit": fit,
     "perplexity": perplexity,
     "generate": generate,
+    "pretrain": pretrain,
+    "sweep": sweep,
 }
 for name, command in COMMANDS.items():
     app.command(name)(friendly(command))

@@ -36,15 +36,19 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (what, done, total) that shows one bar for each thing that is being done."""
+    """A function of (what, done, total) that shows one bar for each thing that is being done.
+
+    What stands in brackets after its name may change from call to call.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, TimeRemainingColumn(), console=errors) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = bars.add_task(what, total=total)
-            bars.update(tasks[what], completed=done, total=total)
+            name = what.partition(" (")[0]
+            if name not in tasks:
+                tasks[name] = bars.add_task(what, total=total)
+            bars.update(tasks[name], description=what, completed=done, total=total)
 
         yield report
 

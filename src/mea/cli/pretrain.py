@@ -1,0 +1,27 @@
+"""``mea pretrain``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from mea.cli.console import progress
+
+
+def pretrain(
+    config: Annotated[Path, typer.Argument(help="TOML file of the run's settings (docs/pretraining.md).")],
+    out: Annotated[Path, typer.Argument(help="Folder of the run; one that was interrupted goes on.")],
+    cache: Annotated[Path, typer.Option(help="Tokenised data, shared by runs.")] = Path("build/pretraining/data"),
+    record: Annotated[Path | None, typer.Option(help="Where the record goes, if not into OUT.")] = None,
+) -> None:
+    """Train a model of the attention family from nothing."""
+    from mea.train.pretraining import divergence_message
+    from mea.train.pretraining import pretrain as run
+    from mea.train.settings import read_settings
+
+    with progress() as report:
+        made = run(read_settings(config), out, cache=cache, record=record, progress=report)
+    if message := divergence_message(made):
+        raise ValueError(message)
+    Console().print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")

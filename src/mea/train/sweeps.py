@@ -1,0 +1,202 @@
+"""Many runs that differ in a few settings, as one thing that can be stopped and gone on with at any moment.
+
+A run is done when its record is there. Each runs in a process of its own: one that crashes takes no other with it.
+"""
+
+import copy
+import hashlib
+import itertools
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mea.records import read_record
+from mea.train.pretraining import KIND
+from mea.train.settings import read_toml, settings_from
+from mea.train.shards import Progress, prepare
+
+# The command that does one run; the arguments are the run's settings as JSON, its folder, the cache and the record.
+WORKER = "from mea.train.sweeps import work; import sys; work(*sys.argv[1:])"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep: its name, and its settings as nested tables."""
+
+    name: str
+    tables: dict[str, Any]
+
+
+def read_jobs(path: str | Path, files: list[str] | None = None) -> list[Job]:
+    """The runs of a sweep file, in the order in which they are to be done.
+
+    The tables ``data``, ``model``, ``optim`` and ``run`` are what all runs share. Each ``[[stage]]`` has ``arms``,
+    ``rates`` and ``seeds``. An arm is the name of an ``[arms.NAME]`` table, which holds what it changes; without such
+    a table it is the variant of that name. A stage's ``change`` holds more tables, for all its runs. Stages come one
+    after the other, in each the seeds, in these the rates, in these the arms; a run named twice is one run.
+
+    Parameters
+    ----------
+    path
+        TOML.
+    files
+        Replace ``data.files``: where the text is on this machine.
+
+    Raises
+    ------
+    ValueError
+        A table is missing, or a run's settings are not valid; the message names the run.
+    """
+    tables = read_toml(path)
+    stages, arms = tables.pop("stage", None), tables.pop("arms", {})
+    if not stages:
+        raise ValueError(f"{path} has no [[stage]] with arms, rates and seeds")
+    if files:
+        tables.setdefault("data", {})["files"] = files
+    jobs: dict[str, Job] = {}
+    for number, stage in enumerate(stages, 1):
+        missing = [name for name in ("arms", "rates", "seeds") if not stage.get(name)]
+        if missing:
+            raise ValueError(f"{path}: stage {number} lacks {', '.join(missing)}")
+        for seed, rate, arm in itertools.product(stage["seeds"], stage["rates"], stage["arms"]):
+            job = _job(tables, arm, arms.get(arm, {"model": {"variant": arm}}), rate, seed, stage.get("change", {}))
+            try:
+                settings_from(job.tables)
+            except ValueError as error:
+                raise ValueError(f"{path}, run {job.name}: {error}") from error
+            jobs.setdefault(job.name, job)
+    return list(jobs.values())
+
+
+def sweep(
+    jobs: list[Job],
+    results: str | Path,
+    work_folder: str | Path,
+    *,
+    workers: int = 1,
+    attempts: int = 3,
+    minutes: float | None = None,
+    progress: Progress | None = None,
+    note: Callable[[str], None] = print,
+) -> dict[str, int]:
+    """Do the runs that have no record yet.
+
+    Parameters
+    ----------
+    jobs
+        From `read_jobs`.
+    results
+        Folder of the records; ``NAME.json`` each.
+    work_folder
+        Tokenised data and the folders of unfinished runs; a run's is removed when its record is there.
+    workers
+        Processes at a time, on this machine.
+    attempts
+        Of a run that crashes; each goes on from the last checkpoint.
+    minutes
+        Start no run after so many.
+    note
+        Told of every run's end.
+
+    Returns
+    -------
+    Numbers of runs that are ``finished`` (before or now), of these ``diverged``, ``failed`` and ``left``.
+    """
+    results, work_folder = Path(results), Path(work_folder)
+    todo = [job for job in jobs if not (results / f"{job.name}.json").is_file()]
+    if todo:
+        for tables in _distinct_data(todo):  # once, before processes would do it side by side
+            prepare(settings_from(tables).data, work_folder / "data", progress)
+    start, failed, done = time.monotonic(), [], 0
+    with ThreadPoolExecutor(workers) as pool:
+        queue = iter(todo)
+
+        def run(job: Job) -> str | None:
+            if minutes is not None and time.monotonic() - start > 60 * minutes:
+                return None
+            return _attempt(job, results, work_folder, attempts)
+
+        futures = {pool.submit(run, job): job for job in queue}
+        for future in as_completed(futures):
+            job, error = futures[future], future.result()
+            if error:
+                failed.append(job.name)
+                note(f"{job.name} failed {attempts} times: {error}")
+            elif (results / f"{job.name}.json").is_file():
+                done += 1
+                note(f"{job.name}: {_outcome(results / f'{job.name}.json')}")
+            if progress:
+                progress("runs", len(jobs) - len(todo) + done, len(jobs))
+    there = [results / f"{job.name}.json" for job in jobs if (results / f"{job.name}.json").is_file()]
+    diverged = sum(bool(read_record(path)["results"]["diverged"]) for path in there)
+    left = len(jobs) - len(there) - len(failed)
+    return {"finished": len(there), "diverged": diverged, "failed": len(failed), "left": left}
+
+
+def work(tables: str, folder: str, cache: str, record: str) -> None:
+    """What one process of a sweep does."""
+    from mea.train.pretraining import pretrain
+
+    pretrain(settings_from(json.loads(tables)), folder, cache=cache, record=record)
+
+
+def _job(tables: dict[str, Any], arm: str, changes: dict[str, Any], rate: float, seed: int, more: dict) -> Job:
+    made = copy.deepcopy(tables)
+    for source in (changes, more):
+        for table, values in source.items():
+            made.setdefault(table, {}).update(copy.deepcopy(values))
+    made.setdefault("optim", {})["learning_rate"] = float(rate)
+    made.setdefault("run", {})["seed"] = seed
+    made.setdefault("labels", {})["arm"] = arm
+    suffix = f"-{_short(more)}" if more else ""
+    return Job(f"{arm}-{rate:g}-{seed}{suffix}", made)
+
+
+def _short(changes: dict[str, Any]) -> str:
+    """A stage's changes in a run's name: the schedule if that is what changes, else a hash."""
+    schedule = changes.get("optim", {}).get("schedule")
+    digest = hashlib.blake2b(json.dumps(changes, sort_keys=True).encode(), digest_size=3).hexdigest()
+    return schedule or digest
+
+
+def _distinct_data(jobs: list[Job]) -> Iterator[dict[str, Any]]:
+    seen = set()
+    for job in jobs:
+        key = json.dumps(job.tables.get("data"), sort_keys=True)
+        if key not in seen:
+            seen.add(key)
+            yield job.tables
+
+
+def _attempt(job: Job, results: Path, work_folder: Path, attempts: int) -> str | None:
+    """Run a job until its record is there; the last line of what it said if it never was."""
+    record, folder = results / f"{job.name}.json", work_folder / "runs" / job.name
+    arguments = [json.dumps(job.tables), str(folder), str(work_folder / "data"), str(record)]
+    error = ""
+    for _ in range(attempts):
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "log.txt").open("a", encoding="utf-8") as log:
+            code = subprocess.run([sys.executable, "-c", WORKER, *arguments], stdout=log, stderr=log).returncode
+        if code == 0 and record.is_file():
+            shutil.rmtree(folder)
+            return None
+        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        error = lines[-1] if lines else f"exit code {code}"
+    return error
+
+
+def _outcome(path: Path) -> str:
+    record = read_record(path)
+    if record["kind"] != KIND:
+        raise ValueError(f"{path} is no record of a run, but of the kind {record['kind']!r}")
+    results = record["results"]
+    if results["diverged"]:
+        return f"diverged ({results['reason']})"
+    return f"validation loss {results['validation_loss']:.4f} in {results['seconds_of_last_start']:,.0f} s"
