@@ -275,14 +275,15 @@ def _record(
         "processes": trainer.args.world_size,
     }
     samples = {
-        "train_loss": [_finite(entry["loss"]) for entry in steps],
-        "grad_norm": [_finite(entry["grad_norm"]) for entry in steps],
-        "learning_rate": [entry["learning_rate"] for entry in steps],
+        "train_loss": [entry["loss"] for entry in steps],
+        "grad_norm": [float(entry["grad_norm"]) for entry in steps],
         "validation_tokens": [step * batch for step in losses],
-        "validation_loss": [_finite(value) for value in losses.values()],
-        "validation_blocks": [[_finite(x) for x in _blocks(evaluations[step]["eval_blocks"])] for step in losses],
+        "validation_loss": list(losses.values()),
+        "validation_blocks": [_blocks(evaluations[step]["eval_blocks"]) for step in losses],
     }
-    samples = {name: [_rounded(value) for value in values] for name, values in samples.items()}
+    inspections = [evaluations[step]["inspection"] for step in losses]
+    samples |= {name: [found[name] for found in inspections] for name in inspections[0]} if inspections else {}
+    samples = {name: _rounded(values, 6 if "loss" in name else 4) for name, values in samples.items()}
     return make_record(KIND, config, results=results, samples=samples, seeds={"weights_and_order": settings.run.seed})
 
 
@@ -296,12 +297,10 @@ def _blocks(rows: list[float]) -> list[float]:
     return [sum(rows[a:b]) / (b - a) for a, b in pairwise(cuts)]
 
 
-def _finite(value: float) -> float | None:
-    return float(value) if math.isfinite(value) else None
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits: more than fp32 losses mean, at half the size of a record."""
+def _rounded(value: Any, digits: int) -> Any:
+    """Fewer digits make a record half the size; fp32 losses mean six, and what is not finite is None."""
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) else value
+        return [_rounded(item, digits) for item in value]
+    if isinstance(value, float):
+        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
+    return value

@@ -10,7 +10,10 @@ from torch.utils.data import DataLoader, SequentialSampler, Subset
 from transformers import Trainer
 
 from mea.attention.mixing import FrequencyMixing, HeadMixing
+from mea.train.inspection import inspect
 from mea.train.shards import IGNORED, collate
+
+INSPECTED = 8  # validation rows on which attention is looked into
 
 
 def parameter_groups(model: nn.Module, rate: float, decay: float, mixer_multiplier: float) -> list[dict[str, Any]]:
@@ -61,6 +64,7 @@ class PretrainTrainer(Trainer):
         model.eval()
         sums, counts = [], []
         rank, processes = self.args.process_index, self.args.world_size
+        few = collate([rows[i] for i in range(min(INSPECTED, len(rows)))])
         mine = [i % len(rows) for i in range(rank, -(-len(rows) // processes) * processes, processes)]
         for batch in DataLoader(Subset(rows, mine), self.validation_batch, collate_fn=collate):
             batch = self._prepare_inputs(batch)
@@ -71,12 +75,17 @@ class PretrainTrainer(Trainer):
             loss = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
             sums.append(loss.view_as(labels).sum(1))
             counts.append((labels != IGNORED).sum(1))
-        model.train(training)
         total, count = (self._of_all_processes(torch.cat(x), len(rows)) for x in (sums, counts))
         metrics = {"eval_loss": (total.sum() / count.sum()).item()}
         self.log(metrics)
         history: list[dict[str, Any]] = self.state.log_history
         history[-1]["eval_blocks"] = (total / count).tolist()  # not logged: a reporter could not show it
+        few = self._prepare_inputs(few)
+        del few["labels"]
+        with self.compute_loss_context_manager():
+            found = inspect(self.model, lambda: self.model(**few, use_cache=False))  # pyright: ignore
+        history[-1]["inspection"] = found
+        model.train(training)
         return metrics
 
     def _of_all_processes(self, values: Tensor, rows: int) -> Tensor:

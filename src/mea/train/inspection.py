@@ -1,0 +1,86 @@
+"""What goes on inside attention while a model trains: how large logits get, how loud heads are, what mixing became."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from mea.attention.base import Attention
+from mea.attention.mixing import HeadMixing
+
+Inspection = dict[str, list[Any]]
+
+
+@torch.no_grad()
+def inspect(model: nn.Module, forward: Callable[[], Any]) -> Inspection:
+    """Look into every attention layer during one forward pass.
+
+    Parameters
+    ----------
+    model
+        Whose modules hold the layers.
+    forward
+        Runs the model on some rows, without a cache.
+
+    Returns
+    -------
+    For every layer: ``largest_logit``, of scaled scores that the mask lets through; ``head_rms``, root mean square of
+    each head as the output projection gets it; ``key_mixing`` and ``value_mixing``, singular values of the mixing
+    matrices, if the layer has scalar ones.
+    """
+    layers = [module for module in model.modules() if isinstance(module, Attention)]
+    found: Inspection = {"largest_logit": [-math.inf] * len(layers), "head_rms": [[]] * len(layers)}
+    with _watched(layers, found):
+        forward()
+    for name in ("key_mixing", "value_mixing"):
+        mixings = [getattr(layer, name, None) for layer in layers]
+        if any(isinstance(mixing, HeadMixing) for mixing in mixings):
+            found[name] = [_spectrum(mixing) for mixing in mixings]
+    return found
+
+
+@contextmanager
+def _watched(layers: list[Attention], found: Inspection) -> Iterator[None]:
+    """Within, scores and heads of every pass are entered into `found`."""
+    hooks = []
+
+    def attend(index: int, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
+        largest = _largest(layers[index], q, k, mask)
+        found["largest_logit"][index] = max(found["largest_logit"][index], largest)
+        return type(layers[index]).attend(layers[index], q, k, v, mask)
+
+    def loudness(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        heads = inputs[0].float().unflatten(-1, (layers[index].num_heads, -1))
+        found["head_rms"][index] = heads.square().mean((0, 1, 3)).sqrt().tolist()
+
+    try:
+        for index, layer in enumerate(layers):
+            layer.attend = partial(attend, index)  # on the instance, over the class's method
+            hooks.append(layer.o_proj.register_forward_pre_hook(partial(loudness, index)))
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("attend", None)
+        for hook in hooks:
+            hook.remove()
+
+
+def _largest(layer: Attention, q: Tensor, k: Tensor, mask: Any) -> float:
+    """Largest scaled score of `q` ``[b, t, h, d]`` with `k` ``[b, h_kv, t, d]`` where a query may look."""
+    grouped = q.float().transpose(1, 2).unflatten(1, (k.shape[1], -1))
+    scores = grouped @ k.float().mT[:, :, None] * layer.head_dim**-0.5
+    t = q.shape[1]
+    seen = torch.ones(t, t, dtype=torch.bool, device=q.device).tril() if mask is None else mask[:, :, None]
+    return scores.masked_fill(~seen, -torch.inf).max().item()
+
+
+def _spectrum(mixing: Any) -> list[float]:
+    if not isinstance(mixing, HeadMixing):
+        return []
+    weight = mixing.weight.full_tensor() if isinstance(mixing.weight, DTensor) else mixing.weight
+    return torch.linalg.svdvals(weight.float()).tolist()
