@@ -13,6 +13,7 @@ from mea.cli.fit import fit
 from mea.cli.generate import generate
 from mea.cli.perplexity import perplexity
 from mea.cli.pretrain import pretrain
+from mea.cli.report import report
 from mea.cli.sweep import sweep
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ COMMANDS = {
     "generate": generate,
     "pretrain": pretrain,
     "sweep": sweep,
+    "report": report,
 }
 for name, command in COMMANDS.items():
     app.command(name)(friendly(command))

@@ -1,10 +1,26 @@
 """Records to tables, figures and one page; reads records only.
 
-`terminal_table` and `write_report` show records of the kind ``"comparison"``: one record is one model as it was
-measured, uncompressed (``config["method"] == "none"``) or compressed. `mea.report.rows` says which fields they read.
+`make_sections` finds out what records show (`mea.report.sections` says which kinds), `write_report` makes a page of
+it, `write_markdown` and `as_csv` the same for a README and for a spreadsheet. Every section is made of the parts in
+`mea.report.parts`; `terminal` prints one.
 """
 
 from mea.report.page import write_report
+from mea.report.parts import terminal
 from mea.report.rows import Row, rows, terminal_table
+from mea.report.sections import make_sections
+from mea.report.sources import find_records
+from mea.report.writing import as_csv, write_markdown, write_text
 
-__all__ = ["Row", "rows", "terminal_table", "write_report"]
+__all__ = [
+    "Row",
+    "as_csv",
+    "find_records",
+    "make_sections",
+    "rows",
+    "terminal",
+    "terminal_table",
+    "write_markdown",
+    "write_report",
+    "write_text",
+]

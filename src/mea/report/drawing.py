@@ -69,5 +69,12 @@ def svg(figure: Any) -> str:
         re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", text[: text.index(">")])
         + text[text.index(">") :]
     )
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups, and figures share a page
     text = re.sub(r"font: [^;\"]*?(\d+(?:\.\d+)?px)[^;\"]*", r"font-size: \1; font-family: inherit", text)
     return text.replace(INK, "currentColor").replace("<svg", '<svg role="img"', 1)
+
+
+def standalone(svg: str) -> str:
+    """A file of its own from what `svg` gives: grey text, which can be read on light and on dark ground."""
+    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="sans-serif"'
+    return svg.replace("currentColor", "#777").replace("<svg", f"<svg {names}", 1) + "\n"

@@ -162,9 +162,9 @@ def _prediction(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
             lines.append([fit["arm"], rate(fit["rate"]), *cells, error])
     share = f"{100 * config['held']:g} %"
     note = (
-        f"Fitted on the first {share} of the tokens, predicting the loss at the end of the same runs. Rank correlations are "
-        "of rates (and variants, in the last line) by predicted and by actual loss, beside ranks by the loss where the "
-        "first part ends."
+        f"Fitted on the first {share} of the tokens, predicting the loss at the end of the same runs. Rank "
+        "correlations are of rates (and variants, in the last line) by predicted and by actual loss, beside those by "
+        "the loss where the first part ends."
     )
     return Part("Does the fit predict?", table=Table(header, lines, note))
 

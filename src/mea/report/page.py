@@ -1,106 +1,103 @@
 """One HTML page that shows records: no script, nothing loaded from elsewhere, readable on paper and on a phone."""
 
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from mea.records import Record
-from mea.report import figures
-from mea.report.rows import Row, cells, footnote, header, rows, texts_of
+from mea.report.parts import Section
+from mea.report.sections import make_sections, not_shown
+from mea.report.writing import write_text
 
 
 def write_report(
-    records: Sequence[Record], path: str | Path, *, title: str = "", regenerate: str = "make demo"
+    records: Sequence[Record],
+    path: str | Path,
+    *,
+    title: str = "",
+    regenerate: str = "make demo",
+    sections: Sequence[Section] | None = None,
 ) -> Path:
-    """Write the page of a comparison.
+    """Write the page of some records.
 
     Parameters
     ----------
     records
-        As `mea.records.read_records` gives them; those of other kinds are left out.
+        As `mea.records.read_records` or `mea.report.find_records` gives them.
     path
         The HTML file to write.
     title
-        Heading; by default it names the models.
+        Heading; by default that of the only section, or "Report".
     regenerate
-        The command that made the records, for the reader who wants them anew.
+        The command that made the page, for the reader who wants it anew.
+    sections
+        From `make_sections`, if they were made already.
 
     Raises
     ------
     ValueError
-        No record is of the kind ``"comparison"``.
+        No record is of a kind that has a section.
     ImportError
         matplotlib or jinja2 is not installed.
     """
-    text = render(records, title=title, regenerate=regenerate)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    return write_text(path, render(records, title=title, regenerate=regenerate, sections=sections))
 
 
-def render(records: Sequence[Record], *, title: str = "", regenerate: str = "make demo") -> str:
+def render(
+    records: Sequence[Record],
+    *,
+    title: str = "",
+    regenerate: str = "make demo",
+    sections: Sequence[Section] | None = None,
+) -> str:
     """The page as text; see `write_report`."""
-    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
-    if missing:
-        raise ImportError(f"the report needs {' and '.join(missing)}: pip install 'mea[report]'")
+    check_packages()
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    found = rows(records)
-    models, shared = list(dict.fromkeys(row.model for row in found)), _shared(found)
-    environment = Environment(loader=PackageLoader("mea.report"), autoescape=True, undefined=StrictUndefined)
+    sections = make_sections(records) if sections is None else sections
+    environment = Environment(
+        loader=PackageLoader("mea.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    only = sections[0].heading if len(sections) == 1 else ""
     return environment.get_template("page.html").render(
-        title=title or f"Half the KV cache of {', '.join(models)}" if _halved(found) else title or ", ".join(models),
-        sections=[_section(model, [row for row in found if row.model == model]) for model in models],
-        machines=_distinct(_machine(row.record) for row in found),
-        versions=_distinct(row.record["versions"] for row in found),
-        settings=_in_words(shared, "; "),
-        runs=[_run(row, shared) for row in found],
+        title=title or only or "Report",
+        sections=sections,
+        headed=len(sections) > 1 or bool(title),
+        machines=_distinct(_machine(record) for record in records),
+        versions=_distinct(record["versions"] for record in records),
+        kinds=_kinds(records),
+        left_out=", ".join(f"{count} of the kind {kind}" for kind, count in not_shown(records).items()),
         regenerate=regenerate,
     )
 
 
-def _section(model: str, found: list[Row]) -> dict[str, Any]:
-    compressed = [row for row in found if row.compressed]
-    best = min(compressed, key=lambda row: row.main_ratio, default=None)
-    texts = texts_of(found)
-    return {
-        "model": model,
-        "summary": _summary(found[0], best, texts),
-        "header": header(found),
-        "lines": [(row.compressed and row is best, cells(row, texts)) for row in found],
-        "footnote": footnote(found),
-        "bytes": figures.perplexity_against_bytes(found),
-        "positions": figures.ratio_by_position(found),
-        "positions_text": next((row.results["position_text"] for row in found if "position_text" in row.results), ""),
-        "layers": figures.loss_by_layer(found),
-        "continuations": [(row.name, row.results["continuation"]) for row in found if row.results.get("continuation")],
-    }
+def check_packages() -> None:
+    """See to it that what the report needs is installed.
+
+    Raises
+    ------
+    ImportError
+        Something is not; the message says how to get it.
+    """
+    missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
+    if missing:
+        raise ImportError(f"the report needs {' and '.join(missing)}: pip install 'mea[report]'")
 
 
-def _summary(plain: Row, best: Row | None, texts: list[str]) -> list[tuple[str, str]]:
-    """The three numbers to take away: of the best method, against the uncompressed model."""
-    if best is None or plain.compressed:
-        return []
-    numbers = []
-    sizes = [row.results.get("cache", {}).get("bytes_per_token") for row in (plain, best)]
-    if all(sizes):
-        numbers.append((f"{100 * sizes[1] / sizes[0]:.3g} %", f"of the cache: {sizes[1]:,.0f} bytes per token"))
-    if texts and best.main_ratio < float("inf"):
-        numbers.append((f"× {best.main_ratio:.2f}", f"perplexity on {texts[0]}"))
-    speed = best.results.get("decode", {}).get("ratio")
-    if speed:
-        context = best.results["decode"].get("context")
-        numbers.append((f"× {speed:.2f}", "time per token" + (f" after {context:,} tokens" if context else "")))
-    return [*numbers, (best.name, "the best of the methods compared")] if numbers else []
-
-
-def _halved(found: list[Row]) -> bool:
-    return all(abs(row.record["config"].get("keep", 0) - 0.5) < 0.01 for row in found if row.compressed)
+def _kinds(records: Sequence[Record]) -> str:
+    """``36 pretraining (commits 0123456789ab)`` and so on."""
+    found = []
+    for kind in dict.fromkeys(record["kind"] for record in records):
+        chosen = [record for record in records if record["kind"] == kind]
+        commits = sorted({(record["commit"] or "unknown")[:12] for record in chosen})
+        dates = sorted(record["date"][:10] for record in chosen)
+        span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
+        found.append(f"{len(chosen)} {kind} ({span}, commit{'s' * (len(commits) > 1)} {', '.join(commits)})")
+    return "; ".join(found)
 
 
 def _machine(record: Record) -> dict[str, str]:
@@ -112,42 +109,11 @@ def _machine(record: Record) -> dict[str, str]:
         "system": machine.get("system"),
         "cores": machine.get("cores"),
         "memory": f"{memory / 2**30:.0f} GiB" if memory else None,
-        "threads of torch": machine.get("torch_threads"),
         "accelerator": machine.get("accelerator") or "none",
     }
     return {name: str(value) for name, value in shown.items() if value is not None}
 
 
-def _shared(found: list[Row]) -> dict[str, Any]:
-    """The part of the configuration that all models were measured with."""
-    first = _config(found[0])
-    return {name: value for name, value in first.items() if all(_config(row).get(name) == value for row in found)}
-
-
-def _config(row: Row) -> dict[str, Any]:
-    return row.record["config"] | {f"seed of {name}": seed for name, seed in row.record["seeds"].items()}
-
-
-def _run(row: Row, shared: dict[str, Any]) -> dict[str, Any]:
-    """What ran, for the last table: every choice that is not the same for all."""
-    own = {name: value for name, value in _config(row).items() if name not in shared and name != "label"}
-    commit = row.record["commit"] or "–"
-    return {
-        "name": row.name,
-        "config": _in_words(own, "; "),
-        "commit": commit[:12] + ("+" if commit.endswith("+changes") else ""),
-        "date": row.record["date"][:16].replace("T", " "),
-    }
-
-
-def _in_words(value: Any, separator: str = ", ") -> str:
-    """A configuration as text; lists that nobody would read by their length."""
-    if isinstance(value, dict):
-        return separator.join(f"{name} {_in_words(item)}" for name, item in value.items() if item is not None)
-    if isinstance(value, list):
-        return f"[{', '.join(map(_in_words, value))}]" if len(value) <= 8 else f"[{len(value)} entries]"
-    return str(value)
-
-
-def _distinct(items: Any) -> list[dict[str, str]]:
-    return [dict(pairs) for pairs in dict.fromkeys(tuple(item.items()) for item in items)]
+def _distinct(items: Iterable[dict[str, str]]) -> list[str]:
+    texts = (", ".join(f"{name} {value}" for name, value in item.items()) for item in items)
+    return list(dict.fromkeys(texts))

@@ -125,7 +125,7 @@ def _group(
             "effects": factorial_effects(best, chosen),
             "prediction": _prediction(fits, by_arm),
         },
-        [fit.samples() for fit in fits.values()],
+        [{"schedule": cells[0].schedule} | fit.samples() for fit in fits.values()],
         losses,
     )
 

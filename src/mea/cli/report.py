@@ -1,0 +1,40 @@
+"""``mea report``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def report(
+    records: Annotated[list[Path], typer.Argument(help="Folders of records, searched all the way down, or records.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write, or to bring up to date.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file of all tables.")] = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
+) -> None:
+    """Make one page of whatever records there are: pretraining, compression, tasks, long context."""
+    from mea.report import as_csv, find_records, make_sections, write_markdown, write_report, write_text
+    from mea.report.page import check_packages
+
+    if out is None and markdown is None and csv is None:
+        raise ValueError("nothing to write: give --out, --markdown or --csv")
+    check_packages()
+    found = find_records(records)
+    sections = make_sections(found)
+    written = []
+    if out:
+        command = " ".join(["mea report", *map(_shown, records), "--out", _shown(out)])
+        written.append(write_report(found, out, title=title, regenerate=command, sections=sections))
+    if markdown:
+        written.append(write_markdown(sections, markdown))
+    if csv:
+        written.append(write_text(csv, as_csv(sections)))
+    for path in written:
+        Console().print(path, soft_wrap=True, highlight=False)
+
+
+def _shown(path: Path) -> str:
+    """A path for other readers: of an absolute one the last part."""
+    return path.name if path.is_absolute() else str(path)
