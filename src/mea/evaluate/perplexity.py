@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
+Read = Callable[[Any, Tensor], Tensor]  # model and the tokens of a window -> losses of all but the first
 ROWS = 128  # logits made at a time: a vocabulary of 150,000 makes them 77 MB in fp32
 BLOCK = 128  # tokens whose losses are averaged before the standard error: neighbours are not independent
 
@@ -70,6 +71,7 @@ def token_losses(
     window: int = 1024,
     *,
     start: int | None = None,
+    read: Read | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "windows scored"]:
     """Loss of every scored token, one row per window; the last column belongs to position ``window - 1``.
@@ -84,6 +86,8 @@ def token_losses(
         Tokens per window, `start` included; ``window - 1`` of them are scored.
     start
         Token that opens every window, see `start_token`.
+    read
+        How a window is read: at once if None, or over a cache (`mea.evaluate.through_cache`).
     progress
         Called with the windows done and the windows in all.
 
@@ -103,7 +107,7 @@ def token_losses(
     losses = []
     try:
         for done, row in enumerate(rows):
-            losses.append(_window_losses(model, row.to(model.device)))
+            losses.append((read or _window_losses)(model, row.to(model.device)))
             if not losses[-1].isfinite().all():
                 raise ValueError(
                     f"the model's losses are not finite numbers in window {done + 1} of {len(rows)}: its weights or "
@@ -189,26 +193,27 @@ def _window_losses(model: Any, row: Int[Tensor, " t"]) -> Float[Tensor, " scored
     output = None if body is model else body(input_ids=row[None], use_cache=False)
     hidden = getattr(output, "last_hidden_state", None)
     if output is None or hidden is None:
-        return _cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
+        return cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
     losses = []
     for first in range(0, len(row) - 1, ROWS):
         targets = row[first + 1 : first + 1 + ROWS]
         output.last_hidden_state = hidden[:, first : first + len(targets)]
-        with _replaced_forward(body, output) as calls:
+        with replaced_forward(body, output) as calls:
             logits = model(input_ids=row[None, first : first + len(targets)], use_cache=False).logits
         if calls != [1]:  # this model calls parts of its body one by one: everything at once then
-            return _cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
-        losses.append(_cross_entropy(logits[0], targets))
+            return cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
+        losses.append(cross_entropy(logits[0], targets))
     return torch.cat(losses)
 
 
-def _cross_entropy(logits: Float[Tensor, "t vocabulary"], targets: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
+def cross_entropy(logits: Float[Tensor, "t vocabulary"], targets: Int[Tensor, " t"]) -> Float[Tensor, " t"]:
+    """Losses on the CPU, taken in fp32 a few rows at a time."""
     parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
     return torch.cat([functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in parts]).cpu()
 
 
 @contextmanager
-def _replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
+def replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
     """Let the body answer `output` instead of computing; yields how often it was asked.
 
     So the model's own forward pass makes the logits from given hidden states, with whatever it does to them there

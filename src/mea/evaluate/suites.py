@@ -1,0 +1,82 @@
+"""Suites of tasks by name, in lm-evaluation-harness's names, and what of the paper they reach (arXiv 2601.19611)."""
+
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+ZERO_SHOT = ("piqa", "openbookqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Tasks of the harness, and the paper's columns that no task of the harness measures."""
+
+    name: str
+    what: str
+    tasks: tuple[str, ...]
+    columns: dict[str, str]  # the paper's column -> task
+    missing: tuple[str, ...] = ()
+
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        Suite(
+            "zero-shot",
+            "the paper's Table 1: accuracy without examples; the likelier answer counts, not normalised by length",
+            ZERO_SHOT,
+            dict(
+                zip(("PIQA", "OBQA", "WinoGrande", "HellaSwag", "ARC-e", "ARC-c"), ZERO_SHOT, strict=True),
+            ),
+        ),
+        Suite(
+            "knowledge",
+            "the paper's Table 2, knowledge",
+            ("mmlu_pro", "gpqa_diamond_cot_zeroshot"),
+            {"MMLU-Pro": "mmlu_pro", "GPQA-Diamond": "gpqa_diamond_cot_zeroshot"},
+            ("SuperGPQA",),
+        ),
+        Suite(
+            "science",
+            "the paper's Table 2, science: none of its columns is a task of the harness; the nearest that are",
+            ("sciq", "medqa_4options", "mmlu_pro_physics", "mmlu_pro_chemistry", "mmlu_pro_biology"),
+            {},
+            ("PHYSICS", "ChemBench", "ClimaQA", "MedXpertQA"),
+        ),
+        Suite(
+            "math",
+            "the paper's Table 2, mathematics; beside AIME 2025 two easier tasks, for small models",
+            ("aime25", "minerva_math500", "gsm8k"),
+            {"AIME 2025": "aime25"},
+            ("OlympiadBench", "LiveMathBench-hard", "OlymMATH"),
+        ),
+    )
+}
+
+
+def select(suite: str | None, tasks: Sequence[str] = (), known: Iterable[str] = ZERO_SHOT) -> tuple[str, ...]:
+    """The tasks of a suite, or those named.
+
+    Raises
+    ------
+    ValueError
+        An unknown suite or task, or neither given.
+    """
+    if suite is not None and suite not in SUITES:
+        raise ValueError(f"no suite named {suite!r}: {_guess(suite, SUITES)}suites are {', '.join(SUITES)}")
+    chosen = tuple(tasks) or (SUITES[suite].tasks if suite else ())
+    if not chosen:
+        raise ValueError(f"nothing to evaluate: give a suite ({', '.join(SUITES)}) or tasks")
+    names = set(known)
+    for task in chosen:
+        if task not in names:
+            listed = f"tasks are {', '.join(sorted(names))}" if len(names) < 20 else f"{len(names):,} tasks are known"
+            raise ValueError(f"no task named {task!r}: {_guess(task, names)}{listed}")
+    if len(set(chosen)) != len(chosen):
+        raise ValueError(f"a task is named twice: {', '.join(chosen)}")
+    return chosen
+
+
+def _guess(name: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name.lower(), list(names), n=1)
+    return f"did you mean {close[0]}? " if close else ""
