@@ -7,6 +7,7 @@
 Both run in fp32 on the first tokens of the calibration text, whatever the model's dtype.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 from mea.compression.convert import latent_copy
 from mea.compression.fit import FittedLayer
 from mea.compression.stream import embed, layer_inputs, read_out, run_layer_cached
+from mea.models.fold import stock_form
 
 CHECKED_TOKENS = 24
 TOLERANCE = 1e-4
@@ -25,6 +27,31 @@ TOLERANCE = 1e-4
 
 class ConversionError(ValueError):
     """A converted model does not compute what it must; nothing of it should be used."""
+
+
+@torch.no_grad()
+def checked_stock_form(model: Any, tokens: Int[Tensor, "n t"]) -> Any:
+    """`mea.models.fold.stock_form`, held in fp32 to the logits of the model that it was made from.
+
+    Raises
+    ------
+    ValueError
+        As `stock_form`.
+    ConversionError
+        The two models compute different things.
+    """
+    stock = stock_form(model)
+    if stock is model:
+        return model
+    ids, wide = tokens[:1, :CHECKED_TOKENS], copy.deepcopy(model).float()
+    expected, found = (each.eval()(ids, use_cache=False).logits for each in (wide, stock_form(wide)))
+    error = ((found - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
+    if not error <= TOLERANCE:
+        raise ConversionError(
+            f"with its mixing folded the model's logits differ by {error:.1e} (allowed: {TOLERANCE:.0e}); nothing was "
+            "saved. Please report the model's config"
+        )
+    return stock
 
 
 class SelfCheck:

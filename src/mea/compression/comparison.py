@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mea.compression.check import checked_stock_form
 from mea.compression.compress import Compressed, calibration_tokens, run_plans
 from mea.compression.plan import Calibration, make_plan
 from mea.evaluate.cache import cache_size, decode_seconds, speed_ratio
@@ -113,8 +114,10 @@ def compare(
     model, tokenizer = load(source, "float32")
     options = [asdict(contender) for contender in contenders]
     labels = [option.pop("label") for option in options]
+    tokens = calibration_tokens(tokenizer, calibration)
+    model = checked_stock_form(model, tokens)
     plans = [make_plan(model.config, 4, calibration=calibration, **option) for option in options]
-    results = run_plans(model, calibration_tokens(tokenizer, calibration), plans, progress=progress)
+    results = run_plans(model, tokens, plans, progress=progress)
     measuring = _Measuring(model, tokenizer, protocol, progress)
     records = [measuring.record(ORIGINAL, None, settings)]
     records += [measuring.record(label, result, settings) for label, result in zip(labels, results, strict=True)]

@@ -12,7 +12,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.card import model_card
-from mea.compression.check import SelfCheck
+from mea.compression.check import SelfCheck, checked_stock_form
 from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.fit import Target, fit_layers
 from mea.compression.plan import Calibration, Plan, estimate, make_plan
@@ -20,6 +20,7 @@ from mea.compression.store import FactorStore, check_output, complete_folder, fi
 from mea.compression.stream import check_weights, evaluating
 from mea.evaluate.cache import cache_size
 from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
+from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
 from mea.records import make_record, write_record
 from mea.texts import load_text
@@ -69,7 +70,7 @@ def compress(
     ----------
     model
         A causal language model of transformers, of a supported architecture. It is left as it is; weights that do not
-        change are shared with the result.
+        change are shared with the result. Of this package's decoder, whose mixing is folded first, all are copied.
     tokenizer
         Its tokenizer, for the calibration text.
     keep, budget, layout, method, odd
@@ -91,11 +92,11 @@ def compress(
         The result does not compute what it must.
     """
     plan = make_plan(
-        model.config, model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method, odd=odd,
-        calibration=calibration,
+        stock_config(model.config), model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method,
+        odd=odd, calibration=calibration,
     )  # fmt: skip
     tokens = calibration_tokens(tokenizer, plan.calibration)
-    return run_plans(model, tokens, [plan], progress=progress)[0].model
+    return run_plans(checked_stock_form(model, tokens), tokens, [plan], progress=progress)[0].model
 
 
 def run_plans(
@@ -184,13 +185,16 @@ def compress_to_folder(
     """
     out = Path(out)
     check_output(out)
-    config = load_config(source)
-    plan = make_plan(config, resolve_dtype(config, dtype).itemsize, **options)
+    given = load_config(source)
+    config = stock_config(given)
+    plan = make_plan(config, resolve_dtype(given, dtype).itemsize, **options)
     tokens = calibration_tokens(load_tokenizer(source), plan.calibration)
     work = out.with_name(out.name + ".partial")
-    weights = f"{resolve_dtype(config, dtype)} {weights_mark(source)}"
+    weights = f"{resolve_dtype(given, dtype)} {weights_mark(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
-    model, tokenizer = load(source, dtype, offload_folder=work / "offload")
+    # What has to be folded first has to be in memory.
+    model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is given else None)
+    model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
     record = _measure(source, model, tokenizer, result, measure_tokens, progress)
@@ -212,8 +216,8 @@ def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, An
     ValueError
         As `compress_to_folder`, as far as it can be known without weights.
     """
-    config = load_config(source)
-    kind = resolve_dtype(config, dtype)
+    given = load_config(source)
+    config, kind = stock_config(given), resolve_dtype(given, dtype)
     plan = make_plan(config, kind.itemsize, **options)
     cost, context = estimate(config, plan), config.max_position_embeddings
     return {

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from mea.compression.factors import Factors
 from mea.compression.layout import Layout
 from mea.compression.stream import weights_of
-from mea.models.compressed import COMPRESSED_CONFIGS, COMPRESSED_MODELS, to_latent_attention
+from mea.models.compressed import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedProjection, to_latent_attention
 
 
 class LayerFactors(NamedTuple):
@@ -42,8 +42,10 @@ def compress_attention(attention: Any, factors: LayerFactors) -> None:
     _use_own_forward(attention)
 
 
-def _with_weight(linear: nn.Linear, weight: Tensor) -> nn.Linear:
+def _with_weight(linear: Any, weight: Tensor) -> nn.Module:
     """A new module, because accelerate would read the old one's weight from disk again."""
+    if isinstance(linear, NormedProjection):
+        return NormedProjection(_with_weight(linear.linear, weight), linear.head_dim, linear.eps)  # pyright: ignore
     like = linear.weight
     new = nn.Linear(linear.in_features, linear.out_features, linear.bias is not None, like.device, like.dtype)
     new.weight.copy_(weight)

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from mea.compression.stream import LayerInputs
+from mea.models.compressed import NormedProjection
 
 EVERY = 2  # one query in so many is averaged for: neighbours attend alike, and cost as much as more text
 BLOCK_NUMBERS = 4096  # a block of query heads with all kv heads' values: 64 MiB of second moments
@@ -136,6 +137,14 @@ def with_bias(linear: nn.Linear) -> Float[Tensor, "n _"]:
     return weight if linear.bias is None else torch.cat([weight, linear.bias[:, None]], dim=1)
 
 
+def head_scale(attention: Any, heads: Float[Tensor, "t _"]) -> Float[Tensor, "t h 1"]:
+    """What a head norm before ``W_O`` multiplies each token's heads by, their outputs being `heads`; 1 without one."""
+    outputs = heads.unflatten(1, (-1, attention.head_dim))
+    if not isinstance(attention.o_proj, NormedProjection):
+        return torch.ones_like(outputs[..., :1])
+    return (outputs.square().mean(-1, keepdim=True) + attention.o_proj.eps).rsqrt()
+
+
 class AveragedValuesSum:
     """Adds up `AveragedValues` over windows, under the attention maps that the compressed keys give.
 
@@ -177,10 +186,12 @@ class AveragedValuesSum:
         rows = keys[0].transpose(0, 1).reshape(t, g * d) @ self.key_projection.T
         keys = rows.view(t, g, 1, d).permute(1, 2, 3, 0)
         queries, root, heads = queries[0, :, attending], weight[attending].sqrt()[:, None], heads[attending]
+        scale = head_scale(self.attention, heads)
+        heads = (heads.unflatten(1, (-1, d)) * scale).flatten(1)
         scores = (queries.unflatten(0, (g, -1)) @ keys).flatten(0, 1) * self.attention.scaling
         maps = (scores + self.inputs.mask[0, :, attending]).softmax(dim=-1)
         averaged = maps @ values.transpose(0, 1).reshape(t, g * d)
-        averaged = averaged.transpose(0, 1).reshape(len(heads), c, -1).transpose(0, 1) * root
+        averaged = (averaged.transpose(0, 1) * scale).reshape(len(heads), c, -1).transpose(0, 1) * root
         output = torch.einsum("tcmd,cmod->cto", heads.unflatten(1, (c, m, d)), self.output_weight) * root
         self.gram += averaged.transpose(1, 2) @ averaged
         self.target += averaged.transpose(1, 2) @ output

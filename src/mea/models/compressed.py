@@ -78,6 +78,34 @@ class HeadMixing(nn.Module):
         self.key_encoder.copy_(torch.eye(self.key_encoder.shape[0], width))
 
 
+class NormedProjection(nn.Module):
+    """``W_O`` behind an RMSNorm of each head (MEA's head norm, arXiv 2601.19611); the norm's gain is in the weight.
+
+    It takes the place of ``o_proj``, so that no attention needs a forward of its own for it. Not a kind of `nn.Linear`:
+    what replaces linear layers (quantisation, LoRA) would drop the norm without a word.
+    """
+
+    def __init__(self, linear: nn.Linear, head_dim: int, eps: float):
+        super().__init__()
+        self.linear, self.head_dim, self.eps = linear, head_dim, eps
+
+    @property
+    def weight(self) -> Tensor:
+        """``W_O``."""
+        return self.linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = x.unflatten(-1, (-1, self.head_dim))
+        return self.linear(nn.functional.rms_norm(heads, (self.head_dim,), None, self.eps).flatten(-2))
+
+
+def add_head_norm(model: Any, eps: float) -> None:
+    """Put a norm of each head before every layer's output projection, in place."""
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        attention.o_proj = NormedProjection(attention.o_proj, attention.head_dim, eps)
+
+
 # Mixed in before stock classes, whose attributes and methods they use.
 _Mixin: Any = object
 
@@ -176,7 +204,8 @@ class LatentAttention(_Mixin):
 class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
-    ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was.
+    ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was. With
+    ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
     """
 
     _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
@@ -192,6 +221,8 @@ class LatentCausalLM(_Mixin):
         for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
             if widths is not None:
                 to_latent_attention(layer.self_attn, *widths)
+        if config.head_norm_eps is not None:
+            add_head_norm(self, config.head_norm_eps)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -275,8 +306,13 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
     stock_attention = getattr(sys.modules[stock_model.__module__], f"{prefix}Attention")
     fields = {
         "__module__": __name__,
-        "__annotations__": {"latent_widths": "list | None", "compression": "dict | None"},
+        "__annotations__": {
+            "latent_widths": "list | None",
+            "compression": "dict | None",
+            "head_norm_eps": "float | None",
+        },
         "latent_widths": None,
+        "head_norm_eps": None,
         "compression": None,
         "model_type": MODEL_TYPE_PREFIX + model_type,
         "base_model_tp_plan": None,

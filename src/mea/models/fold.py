@@ -1,18 +1,32 @@
 """Take the mixing out of a trained model: a square HLC disappears into the key and value projections."""
 
 import copy
+from typing import Any
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mea.attention import MultiheadExplicitAttention
+from mea.models.compressed import add_head_norm
 from mea.models.config import MeaConfig
 from mea.models.decoder import MeaForCausalLM
 
+FOLDING = ("gqa", "mea", "modified_talking_heads")
+STOCK_MODELS = {LlamaConfig: LlamaForCausalLM, MistralConfig: MistralForCausalLM, Qwen3Config: Qwen3ForCausalLM}
+
 
 @torch.no_grad()
-def fold(model: MeaForCausalLM) -> MeaForCausalLM | LlamaForCausalLM:
+def fold(model: MeaForCausalLM) -> Any:
     """The same function without mixing, at the cost of grouped attention.
 
     Without head norm, QK-norm and sliding window the result is a stock Llama checkpoint, which runs wherever Llama
@@ -29,9 +43,87 @@ def fold(model: MeaForCausalLM) -> MeaForCausalLM | LlamaForCausalLM:
         For another method, which no projection can absorb, or for fewer component than key/value heads.
     """
     config = model.config
-    methods = ("gqa", "mea", "modified_talking_heads")
-    if config.attention not in methods:
-        raise ValueError(f"{config.attention!r} does not fold into grouped attention; only {', '.join(methods)} do")
+    if config.attention not in FOLDING:
+        raise ValueError(f"{config.attention!r} does not fold into grouped attention; only {', '.join(FOLDING)} do")
+    state, folded = _folded_state(model), _plain_config(config)
+    if not folded.attention_options and folded.sliding_window is None and _is_llama_rope(folded):
+        return _build(LlamaForCausalLM, _stock_config(folded), state, model)
+    return _build(MeaForCausalLM, folded, state, model)
+
+
+def stock_config(config: Any) -> Any:
+    """The configuration of `stock_form`'s result; that of another model than this package's decoder as it is.
+
+    Raises
+    ------
+    ValueError
+        The model has no such form; the message says why and what to do.
+    """
+    if config.model_type != MeaConfig.model_type:
+        return config
+    if config.attention not in FOLDING:
+        raise ValueError(
+            f"the cache of {config.attention!r} attention cannot be compressed: its heads are not read one by one, as "
+            f"they are in {', '.join(FOLDING)}; train one of these"
+        )
+    options = config.attention_options or {}
+    components = options.get("num_component_heads") or config.num_key_value_heads
+    if components < config.num_key_value_heads:
+        raise ValueError(
+            f"this model caches {components} component heads for {config.num_key_value_heads} key/value heads already; "
+            "compress one that was trained with as many components as heads, or train one with fewer"
+        )
+    if not _is_llama_rope(config):
+        raise ValueError("a decoder with partial or no rotary embedding cannot be compressed; train it with all of it")
+    if config.sliding_window is not None and config.attention_bias and not options.get("qk_norm"):
+        raise ValueError(
+            "a decoder with a sliding window and attention_bias cannot be compressed without qk_norm; train it without "
+            "one of the two"
+        )
+    plain = _plain_config(config)
+    stock = _stock_config(plain)
+    if "head_norm" in (plain.attention_options or {}):
+        stock.head_norm_eps = config.head_norm_eps
+    return stock
+
+
+@torch.no_grad()
+def stock_form(model: Any) -> Any:
+    """The same function by transformers' own classes (Llama, Mistral or Qwen3): what the compression works on.
+
+    The mixing goes into ``W_K`` and ``W_V``, the gain of a head norm into ``W_O``; the norm itself stands before
+    ``W_O`` (`mea.models.compressed.NormedProjection`). Another model than this package's decoder is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        As `stock_config`.
+    """
+    config = model.config
+    stock = stock_config(config)
+    if stock is config:
+        return model
+    state = _folded_state(copy.deepcopy(model).float())  # products of weights are rounded once, at the end
+    # Qwen3 has one eps for all norms: its QK-norm of s x is this one of x, whose eps is smaller by s².
+    scale = (config.rms_norm_eps / config.head_norm_eps) ** 0.5
+    for i in range(config.num_hidden_layers):
+        prefix = f"model.layers.{i}.self_attn."
+        gain = state.pop(prefix + "head_norm.weight", None)
+        if gain is not None:
+            weight = state[prefix + "o_proj.weight"]
+            state[prefix + "o_proj.weight"] = (weight.unflatten(1, (-1, gain.shape[-1])) * gain).flatten(1)
+        if isinstance(stock, Qwen3Config):
+            for name in ("q_proj.weight", "q_proj.bias", "k_proj.weight", "k_proj.bias"):
+                if prefix + name in state:
+                    state[prefix + name] = state[prefix + name] * scale
+    built = _build(STOCK_MODELS[type(stock)], stock, state, model)
+    if getattr(stock, "head_norm_eps", None) is not None:
+        add_head_norm(built, stock.head_norm_eps)
+    return built
+
+
+def _folded_state(model: MeaForCausalLM) -> dict[str, Tensor]:
+    """The weights, with every mixing inside the projections."""
     state = model.state_dict()
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
@@ -39,15 +131,20 @@ def fold(model: MeaForCausalLM) -> MeaForCausalLM | LlamaForCausalLM:
             prefix = f"model.layers.{i}.self_attn."
             state = {name: x for name, x in state.items() if not name.startswith(prefix)}
             state.update({prefix + name: x for name, x in attention.folded().state_dict().items()})
+    return state
 
-    folded = _plain_config(config)
-    if not folded.attention_options and folded.sliding_window is None and _is_llama_rope(folded):
-        plain: MeaForCausalLM | LlamaForCausalLM = LlamaForCausalLM(_llama_config(folded))
-    else:
-        plain = MeaForCausalLM(folded)
-    nn.Module.to(plain, model.device, model.dtype)
-    plain.load_state_dict(state)
-    return plain.train(model.training)
+
+def _build(
+    cls: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], like: MeaForCausalLM
+) -> PreTrainedModel:
+    """A model with these weights, of the dtype and on the device of another.
+
+    Not moved to its dtype afterwards, which would round the rotary frequencies.
+    """
+    with torch.device(like.device):
+        model = cls._from_config(config, dtype=like.dtype, attn_implementation=like.config._attn_implementation)
+    model.load_state_dict(state)
+    return model.train(like.training)
 
 
 def _plain_config(config: MeaConfig) -> MeaConfig:
@@ -67,8 +164,12 @@ def _is_llama_rope(config: MeaConfig) -> bool:
     return rope is not None and rope.fraction == 1.0
 
 
-def _llama_config(config: MeaConfig) -> LlamaConfig:
-    """What a stock Llama needs to know of `config`: the fields that both have."""
+def _stock_config(plain: MeaConfig) -> Any:
+    """What a stock model with the same projections, QK-norm and window needs to know: the fields that both have."""
     own = ("model_type", "architectures", "transformers_version", "attention", "attention_options", "head_norm_eps")
-    fields = {name: value for name, value in config.to_dict().items() if name not in (*own, "sliding_window")}
-    return LlamaConfig(**fields)
+    fields = {name: value for name, value in plain.to_dict().items() if name not in (*own, "sliding_window")}
+    window = plain.sliding_window
+    if (plain.attention_options or {}).get("qk_norm"):
+        sliding = {"use_sliding_window": window is not None, "sliding_window": window, "max_window_layers": 0}
+        return Qwen3Config(**fields, **sliding)
+    return LlamaConfig(**fields) if window is None else MistralConfig(**fields, sliding_window=window)
