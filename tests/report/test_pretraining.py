@@ -49,7 +49,19 @@ def test_one_seed_is_not_passed_off_as_more(runs):
 
 def test_an_edge_of_the_grid_is_said(runs):
     fit = fit_records([run for run in runs if run["config"]["learning_rate"] > 2e-3], FitSettings(draws=200))
-    assert table(fit_parts(fit), "Rates").lines[0][1] == "0.003 (edge)"
+    rates = table(fit_parts(fit), "Rates")
+    assert rates.lines[0][1] == "0.003 (edge)"
+    assert "only one" not in rates.note
+
+
+def test_one_rate_is_no_best_rate(runs):
+    fit = fit_records([run for run in runs if run["config"]["learning_rate"] == 3e-3], FitSettings(draws=200))
+    rates = table(fit_parts(fit), "Rates")
+    assert [line[1] for line in rates.lines] == ["0.003 (only one)"] * 2
+    assert [line[3] for line in rates.lines] == ["–"] * 2
+    assert "nothing is said of rates" in rates.note
+    (section,) = sections([fit])
+    assert section.parts[0].numbers[0][1].endswith("at the one rate that was tried")
 
 
 def test_errors_of_the_prediction_where_there_are_too_few_rates_to_rank():

@@ -44,9 +44,9 @@ def test_a_diverged_rate_is_not_fitted_but_counts_in_the_sensitivity(sweep):
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say(run):
-    """95 % intervals over 3 seeds, in 60 repetitions: fewer than 50 hits has a probability below 0.1 %."""
+    """95 % intervals over 3 seeds, in 40 repetitions: fewer than 33 hits has a probability below 0.1 %."""
     hits = {"exponent": 0, "floor": 0, "difference": 0}
-    for key in range(60):
+    for key in range(40):
         records = [run(arm, 3e-3, seed, key=key, shift=s) for arm, s in (("a", 0.0), ("b", -0.01)) for seed in range(3)]
         group = fit_records(records, FitSettings(draws=300, seed=key))["results"]["groups"]["constant"]
         for name, truth in (("exponent", 0.4), ("floor", 2.0)):
@@ -54,7 +54,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say(run):
             hits[name] += low <= truth <= high
         low, high = group["differences"][0]["interval"]
         hits["difference"] += low <= -0.01 <= high
-    assert all(count >= 50 for count in hits.values()), hits
+    assert all(count >= 33 for count in hits.values()), hits
 
 
 def test_pairs_cancel_what_seeds_share(run):
@@ -80,6 +80,21 @@ def test_spread_over_seeds_is_that_of_students_t(run):
     logs = np.log(cells[0].finals)
     replicates = (np.log(Draws(20_000).finals(cells[0], None)) - logs.mean()) / (logs.std(ddof=1) / np.sqrt(3))
     assert np.percentile(np.abs(replicates), 95) == pytest.approx(4.303, rel=0.06)
+
+
+def test_the_baseline_stands_first(run):
+    records = [run(arm, 1e-3, seed) for arm in ("mea", "transformer", "groupnorm") for seed in range(2)]
+    group = fit_records(records, QUICK)["results"]["groups"]["constant"]
+    assert [arm["arm"] for arm in group["arms"]] == ["transformer", "mea", "groupnorm"]
+    assert group["differences"][0]["first"] == "transformer"
+
+
+def test_the_paper_rule_tells_the_range_of_what_it_takes(run):
+    """A spike in one of two seeds: with one seed each, the rule takes either rate about every second time."""
+    records = [run("a", 1e-3, seed) for seed in range(2)] + [run("a", 2e-3, seed, spike=seed == 1) for seed in range(2)]
+    arm = fit_records(records, QUICK)["results"]["groups"]["constant"]["arms"][0]
+    assert arm["paper_rate"] == 1e-3
+    assert arm["rules"]["paper"]["rates"] == [1e-3, 2e-3]
 
 
 def test_factorial_effects(run):

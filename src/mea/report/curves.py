@@ -13,6 +13,7 @@ from mea.report.parts import Figure
 BINS = 150  # points of a training curve
 HIGHEST = 1.2  # times the lowest loss: cells further away would press the others flat
 MILLION = 1e6
+BASELINE = "transformer"  # stands first
 
 
 def of_arms(runs: Sequence[Record], fit: Record | None, schedule: str) -> list[Figure]:
@@ -95,7 +96,7 @@ def at_best_rates(runs: Sequence[Record], group: dict[str, Any], schedule: str) 
         axes.set_xlabel("tokens, millions")
         axes.set_ylabel("validation loss, nats per token")
         legend(figure, axes)
-        text = "Every variant at its own best rate, mean over seeds, from half of the tokens on."
+        text = "Every variant at its own best rate of those tried, mean over seeds, from half of the tokens on."
         return Figure(f"best-{schedule}", svg(figure), text)
 
 
@@ -237,7 +238,7 @@ def _arm(record: Record) -> str:
 
 
 def _arms(runs: Iterable[Record]) -> list[str]:
-    return list(dict.fromkeys(_arm(record) for record in runs))
+    return sorted(dict.fromkeys(_arm(record) for record in runs), key=lambda arm: arm != BASELINE)
 
 
 def _names(group: dict[str, Any]) -> list[str]:

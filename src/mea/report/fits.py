@@ -50,13 +50,19 @@ def _arms(group: dict[str, Any], config: dict[str, Any]) -> Part:
     header = ["variant", "best rate", "loss there", "sure of the rate", "paper's rule", "loss there", "predicted best"]
     lines = []
     for arm in group["arms"]:
-        edge = "" if arm["best_inside"] else " (edge)"
+        alone = _rates_tried(group, arm["arm"]) == 1
+        edge = " (only one)" if alone else "" if arm["best_inside"] else " (edge)"
         line = [arm["arm"], rate(arm["best_rate"]) + edge, with_interval(arm["loss"], arm["interval"])]
-        line += [f"{100 * arm['probability_best']:.0f} %", _chosen(arm["paper_rate"], arm["rules"].get("paper"))]
+        line += [
+            ABSENT if alone else f"{100 * arm['probability_best']:.0f} %",
+            _chosen(arm["paper_rate"], arm["rules"].get("paper")),
+        ]
         line += [with_interval(arm["paper_loss"], None), _chosen(arm["predicted_rate"], arm["rules"].get("far"))]
         lines.append(line)
     best = min(range(len(lines)), key=lambda i: group["arms"][i]["loss"])
-    note = f"{_noise_note(group)} Predicted: at {config['horizon']:g} times the tokens. (edge): none beyond was tried."
+    note = f"{_noise_note(group)} Predicted: at {config['horizon']:g} times the tokens."
+    note += " (edge): none beyond was tried." if any(" (edge)" in line[1] for line in lines) else ""
+    note += " (only one): no other rate was tried, so that nothing is said of rates." if _any_alone(group) else ""
     return Part("Rates", table=Table(header, lines, note, best=(best,)))
 
 
@@ -90,6 +96,10 @@ def _differences(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
         "Final validation loss in nats per token, each variant at its own best rate. The second interval also counts "
         "that another rate might be the best."
     )
+    if group["seed_noise"] is None:
+        note += " With one seed, intervals and shares tell of the validation text only."
+    if _any_alone(group):
+        note += " Of some variants one rate is all that was tried: it is no best rate of theirs."
     return Part("Differences between variants", table=Table(header, lines, note, texts=2))
 
 
@@ -170,7 +180,7 @@ def _prediction(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
 
 
 def _rules(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
-    arms = [arm for arm in group["arms"] if sum(cell["arm"] == arm["arm"] for cell in group["cells"]) > 1]
+    arms = [arm for arm in group["arms"] if _rates_tried(group, arm["arm"]) > 1]
     names = [name for name in RULES if any(name in arm["rules"] for arm in arms)]
     if not names:
         return None
@@ -208,6 +218,14 @@ def _after_decay(found: Sequence[dict[str, Any]]) -> Part | None:
     note = "Rates ranked by the loss at a constant rate and by the loss after decay; the last columns as above."
     header += ["takes the best rate", "expected loss"]
     return Part("Does the choice at a constant rate hold after decay?", table=Table(header, lines, note, texts=2))
+
+
+def _rates_tried(group: dict[str, Any], arm: str) -> int:
+    return sum(cell["arm"] == arm for cell in group["cells"])
+
+
+def _any_alone(group: dict[str, Any]) -> bool:
+    return any(_rates_tried(group, arm["arm"]) == 1 for arm in group["arms"])
 
 
 def _chosen(value: float | None, rule: dict[str, Any] | None) -> str:

@@ -62,7 +62,9 @@ def _figures(runs: list[Record], fit: Record | None, schedule: str) -> list[Figu
 
 def _summary(group: dict[str, Any]) -> list[tuple[str, str]]:
     best = min(group["arms"], key=lambda arm: arm["loss"])
-    numbers = [(best["arm"], "lowest loss among the variants, each at its own best rate")]
+    several = len({cell["rate"] for cell in group["cells"]}) > 1
+    where = "each at its own best rate" if several else "at the one rate that was tried"
+    numbers = [(best["arm"], f"lowest loss among the variants, {where}")] if len(group["arms"]) > 1 else []
     numbers += [
         (f"{best['loss']:.3f}", f"its validation loss in nats per token, at a rate of {rate(best['best_rate'])}")
     ]

@@ -12,6 +12,7 @@ from mea.records import Record
 
 KIND = "pretraining"
 CONSTANT = "constant"
+BASELINE = "transformer"  # the arm that others are compared to stands first
 
 
 @dataclass(frozen=True)
@@ -89,7 +90,7 @@ def read_runs(records: Iterable[Record]) -> list[Run]:
 
 
 def cells_of(runs: Sequence[Run]) -> list[Cell]:
-    """Runs grouped by arm, schedule and rate, in the order in which the arms first appear.
+    """Runs grouped by arm, schedule and rate: arms in the order of their first appearance, the baseline before all.
 
     Raises
     ------
@@ -106,7 +107,7 @@ def cells_of(runs: Sequence[Run]) -> list[Cell]:
         if run.seed in seeds:
             raise ValueError(f"two runs of {run.arm} at rate {run.rate:g}, {run.schedule}, seed {run.seed}")
         seeds[run.seed] = run
-    arms = list(dict.fromkeys(run.arm for run in runs))
+    arms = sorted(dict.fromkeys(run.arm for run in runs), key=lambda arm: arm != BASELINE)  # stable
     ordered = sorted(groups, key=lambda key: (arms.index(key[0]), key[1] != CONSTANT, key[1], key[2]))
     return [Cell(arm, rate, schedule, _by_seed(groups[arm, schedule, rate])) for arm, schedule, rate in ordered]
 
