@@ -8,30 +8,12 @@ import pytest
 from datasets import Dataset
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
-from lm_eval.tasks import TaskManager
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from mea.evaluate.harness import PackedLM, harness_task, task_names
+from mea.evaluate.harness import PackedLM, harness_task, task_manager, task_names
 from mea.evaluate.local_data import read_task
 from mea.evaluate.suites import SUITES, ZERO_SHOT, select
 
 DATA = Path(__file__).parent / "data"
-
-
-@pytest.fixture(scope="module")
-def manager():
-    return TaskManager()
-
-
-@pytest.fixture(scope="module")
-def bytes_tokenizer():
-    """A byte is a token, so that a tiny model can read anything."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {"<pad>": 0, "</s>": 1} | {letter: i + 2 for i, letter in enumerate(alphabet)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
 
 
 def published(task: str) -> dict[str, Dataset]:
@@ -53,18 +35,18 @@ def published(task: str) -> dict[str, Dataset]:
 
 
 @pytest.mark.parametrize("task", ZERO_SHOT)
-def test_scores_are_those_of_the_harness_item_by_item(tiny, manager, bytes_tokenizer, monkeypatch, task):
+def test_scores_are_those_of_the_harness_item_by_item(tiny, bytes_tokenizer, monkeypatch, task):
     """The harness's task as it stands, its data set replaced at the door; its own model class."""
     model = tiny("Llama", vocab_size=258, max_position_embeddings=1024)
     ours = evaluator.evaluate(
         PackedLM(model, bytes_tokenizer, batch_tokens=2048),
-        {"tasks": harness_task(task, read_task(DATA, task, 8), manager)},
+        {"tasks": harness_task(task, read_task(DATA, task, 8))},
         bootstrap_iters=0,
     )
     monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: published(task))
     reference = evaluator.evaluate(
         HFLM(pretrained=model, tokenizer=bytes_tokenizer, batch_size=4),
-        {"tasks": manager.load(task)["tasks"]},
+        {"tasks": task_manager().load(task)["tasks"]},
         limit=8,
         bootstrap_iters=0,
     )
@@ -127,8 +109,8 @@ def test_missing_files_are_named(tmp_path):
         read_task(tmp_path, "piqa")
 
 
-def test_suites_name_tasks_that_the_harness_has(manager):
-    known = task_names(manager)
+def test_suites_name_tasks_that_the_harness_has():
+    known = task_names()
     for suite in SUITES.values():
         assert select(suite.name, (), known) == suite.tasks
         assert set(suite.columns.values()) <= set(suite.tasks)

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 from datasets import Dataset
@@ -20,9 +21,15 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 Progress = Callable[[int, int], None]  # tokens (of scored texts) or answers (of generated ones) done, and in all
 
 
-def harness_task(name: str, data: TaskData | None = None, manager: Any = None) -> Any:
+@cache
+def task_manager() -> TaskManager:
+    """The harness's index of its tasks; to make it takes seconds."""
+    return TaskManager()
+
+
+def harness_task(name: str, data: TaskData | None = None) -> Any:
     """A task of the harness, untouched but for where its rows come from if `data` is given."""
-    manager = manager or TaskManager()
+    manager: Any = task_manager()
     if data is None:
         return manager.load(name)["tasks"]
     splits = {f"{split}_split": split if split == data.split else None for split in ("training", "validation", "test")}
@@ -33,9 +40,9 @@ def harness_task(name: str, data: TaskData | None = None, manager: Any = None) -
     return {name: ConfigurableTask(config=config | {"custom_dataset": lambda **_: rows} | splits)}
 
 
-def task_names(manager: Any = None) -> list[str]:
+def task_names() -> list[str]:
     """Every task, group and tag that the harness knows."""
-    return list((manager or TaskManager()).all_tasks)
+    return list(task_manager().all_tasks)
 
 
 _HFLM: Any = HFLM  # the harness registers it by a decorator that hides its type
