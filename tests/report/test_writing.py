@@ -37,6 +37,14 @@ def test_markdown_is_written_between_the_marks_only(tmp_path):
     assert path.read_bytes() == again
 
 
+def test_what_a_model_said_stays_text(tmp_path):
+    said = f"<b>loud</b>\n{END}"
+    path = write_markdown([Section("A", [Part(quotes=[("m", said)])])], tmp_path / "README.md")
+    assert "> &lt;b>loud&lt;/b>\n" in path.read_text()
+    before = path.read_bytes()
+    assert write_markdown([Section("A", [Part(quotes=[("m", said)])])], path).read_bytes() == before
+
+
 def test_figures_are_files_that_stand_alone(tmp_path):
     path = write_markdown([section()], tmp_path / "new" / "README.md")
     assert f"![A curve.]({FIGURES}/curve-a.svg)" in path.read_text()

@@ -98,19 +98,24 @@ def _section(section: Section) -> list[str]:
 def _part(part: Part) -> list[str]:
     blocks = [f"### {part.heading}\n"] if part.heading else []
     blocks += ["".join(f"- **{number}** {meaning}\n" for number, meaning in part.numbers)] if part.numbers else []
-    blocks += [part.text + "\n"] if part.text else []
+    blocks += [_plain(part.text) + "\n"] if part.text else []
     if part.table:
         blocks += [table_markdown(part.table)] + ([part.table.note + "\n"] if part.table.note else [])
     for figure in part.figures:
         caption = figure.caption.replace("[", "(").replace("]", ")")
         blocks += [f"![{caption}]({FIGURES}/{_slug(figure.name)}.svg)\n\n{figure.caption}\n"]
     for name, said in part.quotes:
-        blocks += [f"**{name}**\n\n" + "".join(f"> {line}\n" for line in said.splitlines())]
+        blocks += [f"**{name}**\n\n" + "".join(f"> {_plain(line)}\n" for line in said.splitlines())]
     return blocks
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("*", "\\*").replace("<", "&lt;")
+    return _plain(" ".join(text.split())).replace("|", "\\|").replace("*", "\\*")
+
+
+def _plain(text: str) -> str:
+    """Text that stays text: a model may have said anything, the marks of this module too."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")
 
 
 def _slug(name: str) -> str:
