@@ -1,14 +1,13 @@
-"""A few hundred tiny documents, and settings of runs that take a second."""
+"""Settings of runs that take a second."""
 
-import random
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mea.train.settings import PretrainSettings, settings_from
+from tiny_corpus import SEPARATOR, merged, some_documents
 
-WORDS = ["the", "old", "house", "by", "river", "stood", "empty", "and", "no", "one", "came", "to", "see", "it", "again"]
 TINY = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -18,19 +17,10 @@ TINY = {
 }
 
 
-def some_documents(count: int = 200) -> list[str]:
-    rng = random.Random(0)
-    return [f"{i}. " + " ".join(rng.choices(WORDS, k=rng.randint(5, 80))) for i in range(count)]
-
-
-def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
-    return {name: {**base.get(name, {}), **changes.get(name, {})} for name in {*base, *changes}}
-
-
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "text.txt"
-    path.write_text("\n<>\n".join(some_documents()), encoding="utf-8")
+    path.write_text(SEPARATOR.join(some_documents()), encoding="utf-8")
     return path
 
 
@@ -44,7 +34,7 @@ def tables(corpus) -> dict[str, Any]:
     return {
         "data": {
             "files": [str(corpus)],
-            "separator": "\n<>\n",
+            "separator": SEPARATOR,
             "vocabulary": 300,
             "validation_fraction": 0.1,
             "validation_tokens": 512,

@@ -1,5 +1,6 @@
 """``mea pretrain``."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -24,4 +25,5 @@ def pretrain(
         made = run(read_settings(config), out, cache=cache, record=record, progress=report)
     if message := divergence_message(made):
         raise ValueError(message)
-    Console().print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+        Console().print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")

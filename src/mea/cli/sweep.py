@@ -17,14 +17,25 @@ def sweep(
     workers: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
     attempts: Annotated[int, typer.Option(help="Of a run that crashes.")] = 3,
     minutes: Annotated[float | None, typer.Option(help="Start no run after so many minutes.")] = None,
+    ray: Annotated[bool, typer.Option("--ray", help="Run on the Ray cluster this machine belongs to.")] = False,
+    gpus: Annotated[float, typer.Option(help="GPUs of a run on Ray.")] = 1,
 ) -> None:
     """Variants, learning rates and seeds as one set of runs that can be stopped and gone on with."""
-    from mea.train.sweeps import read_jobs
+    from mea.train.sweeps import on_ray, read_jobs
     from mea.train.sweeps import sweep as run
 
     jobs = read_jobs(config, files)
+    launch = on_ray(gpus) if ray else None
     with progress() as report:
         counts = run(
-            jobs, results, work, workers=workers, attempts=attempts, minutes=minutes, progress=report, note=errors.print
+            jobs,
+            results,
+            work,
+            workers=workers,
+            attempts=attempts,
+            minutes=minutes,
+            progress=report,
+            launch=launch,
+            note=errors.print,
         )
     Console().print(", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -3,10 +3,10 @@
 import bz2
 import gzip
 import hashlib
+import io
 import lzma
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from mea.train.settings import DataSettings
 
@@ -75,7 +75,9 @@ def _from_file(path: Path, data: DataSettings) -> Iterator[str]:
     try:
         with opener(path, "rt", encoding="utf-8") as file:
             yield from _split(file, data.separator)
-    except (EOFError, UnicodeDecodeError, gzip.BadGzipFile, lzma.LZMAError) as error:
+    except (EOFError, UnicodeDecodeError, lzma.LZMAError, OSError) as error:
+        if getattr(error, "errno", None) is not None:  # the system's, not a decompressor's
+            raise
         raise ValueError(f"{path} is damaged, or not UTF-8 text: {error}") from error
 
 
@@ -94,7 +96,7 @@ def _column(rows, column: str, where: str) -> Iterator[str]:
         yield row[column]
 
 
-def _split(file: IO[str], separator: str | None) -> Iterator[str]:
+def _split(file: io.TextIOWrapper, separator: str | None) -> Iterator[str]:
     """The parts of a file between separators, reading a piece at a time; the whole file without a separator."""
     if separator is None:
         yield file.read()

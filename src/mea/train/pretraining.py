@@ -21,7 +21,8 @@ from mea.models.presets import preset
 from mea.records import Record, make_record, write_record
 from mea.train.checkpoints import last_complete
 from mea.train.interventions import FoldMixing, freeze_mixing
-from mea.train.settings import PretrainSettings
+from mea.train.settings import DataSettings, PretrainSettings
+from mea.train.sharding import shard
 from mea.train.shards import Progress, TokenStream, TrainingRows, ValidationRows, collate, load_tokenizer, prepare
 from mea.train.trainer import PretrainTrainer
 from mea.train.watching import MarkCheckpoints, StopDiverged, TellProgress, peak_flops
@@ -78,9 +79,11 @@ def pretrain(
     rows, validation = _rows(settings, shards)
     torch.manual_seed(settings.run.seed)
     model = build_model(settings, len(tokenizer), end)
+    flops = training_flops(model.config, settings.rows_per_batch, settings.data.row)
+    if settings.run.shard:
+        model = shard(model, args.world_size, args.device)
     stop = StopDiverged(math.log(len(tokenizer)) + settings.run.divergence, settings.optim.warmup_steps)
     callbacks: list[Any] = [stop, MarkCheckpoints()]
-    flops = training_flops(model.config, settings.rows_per_batch, settings.data.row)
     if settings.run.fold_at is not None:
         callbacks.append(FoldMixing(int(settings.run.fold_at * settings.optim.steps)))
     if progress:
@@ -104,10 +107,10 @@ def pretrain(
     _train(trainer, checkpoint, out)
     made = _record(settings, trainer, stop.reason, model, time.perf_counter() - start)
     made["results"]["incomplete_checkpoints"] = len(broken)
+    if not stop.reason:
+        trainer.save_model(str(out / "model"))  # with the tokenizer
+        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
     if args.should_save:
-        if not stop.reason:
-            model.save_pretrained(out / "model")
-            tokenizer.save_pretrained(out / "model")
         write_record(target, made)
     return made
 
@@ -169,6 +172,7 @@ def training_arguments(settings: PretrainSettings, out: Path) -> TrainingArgumen
         remove_unused_columns=False,
         dataloader_pin_memory=False,
         disable_tqdm=True,
+        ddp_find_unused_parameters=run.fold_at is not None,
     )
     micro = run.micro_batch_rows or max(1, settings.rows_per_batch // args.world_size)
     if settings.rows_per_batch % (micro * args.world_size):
@@ -216,7 +220,13 @@ def _same_settings(settings: PretrainSettings, out: Path) -> None:
     given = json.loads(json.dumps(given))
     if place.is_file():
         there = json.loads(place.read_text(encoding="utf-8"))
-        changed = [f"{t}.{k}" for t in given for k in given[t] if given[t][k] != there.get(t, {}).get(k)]
+        plain = asdict(PretrainSettings(DataSettings(("any",))))  # what older settings could not say
+        changed = [
+            f"{table}.{name}"
+            for table, values in given.items()
+            for name, value in values.items()
+            if value != there.get(table, {}).get(name, plain[table].get(name))
+        ]
         if changed:
             raise ValueError(f"{out} holds a run with other settings ({', '.join(changed)}): choose another folder")
         return

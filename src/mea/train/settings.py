@@ -190,6 +190,9 @@ class RunSettings:
         How often the state is saved.
     report_to
         Hugging Face Trainer's reporters: ``["tensorboard"]``.
+    shard
+        FSDP2: parameters, gradients and moments are shared out among the processes that torchrun starts, instead of
+        each having all.
     fold_at
         Fraction of the steps after which mixing is folded into the projections and stays the identity.
     divergence
@@ -204,12 +207,15 @@ class RunSettings:
     checkpoints: int = 4
     log_every: int = 1
     report_to: tuple[str, ...] = ()
+    shard: bool = False
     fold_at: float | None = None
     divergence: float = 0.5
 
     def __post_init__(self) -> None:
         for name in ("validations", "checkpoints", "log_every"):
             _positive(f"run.{name}", getattr(self, name))
+        if self.shard and self.fold_at is not None:
+            raise ValueError("run.fold_at changes whole matrices: it does not go with run.shard")
         if self.fold_at is not None and not 0 < self.fold_at < 1:
             raise ValueError(f"run.fold_at is a fraction of the run, between 0 and 1: {self.fold_at}")
 

@@ -116,11 +116,13 @@ def _first(data: DataSettings) -> Iterator[str]:
 
 def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
     batch: list[str] = []
+    characters = 0
     for text in texts:
         batch.append(text)
-        if sum(map(len, batch)) >= BATCH_CHARACTERS or len(batch) >= 10_000:
+        characters += len(text)
+        if characters >= BATCH_CHARACTERS:
             yield batch
-            batch = []
+            batch, characters = [], 0
     if batch:
         yield batch
 

@@ -10,6 +10,7 @@ import json
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -22,6 +23,7 @@ from mea.train.pretraining import KIND
 from mea.train.settings import read_toml, settings_from
 from mea.train.shards import Progress, prepare
 
+Launch = Callable[[list[str], str], int]
 # The command that does one run; the arguments are the run's settings as JSON, its folder, the cache and the record.
 WORKER = "from mea.train.sweeps import work; import sys; work(*sys.argv[1:])"
 
@@ -84,6 +86,7 @@ def sweep(
     attempts: int = 3,
     minutes: float | None = None,
     progress: Progress | None = None,
+    launch: Launch | None = None,
     note: Callable[[str], None] = print,
 ) -> dict[str, int]:
     """Do the runs that have no record yet.
@@ -102,6 +105,8 @@ def sweep(
         Of a run that crashes; each goes on from the last checkpoint.
     minutes
         Start no run after so many.
+    launch
+        Runs a command, its output added to a file, and returns its exit code; None for a process on this machine.
     note
         Told of every run's end.
 
@@ -109,31 +114,35 @@ def sweep(
     -------
     Numbers of runs that are ``finished`` (before or now), of these ``diverged``, ``failed`` and ``left``.
     """
-    results, work_folder = Path(results), Path(work_folder)
+    results, work_folder = Path(results).absolute(), Path(work_folder).absolute()
     todo = [job for job in jobs if not (results / f"{job.name}.json").is_file()]
     if todo:
         for tables in _distinct_data(todo):  # once, before processes would do it side by side
             prepare(settings_from(tables).data, work_folder / "data", progress)
     start, failed, done = time.monotonic(), [], 0
+    stopping = threading.Event()
+
+    def run(job: Job) -> str | None:
+        late = minutes is not None and time.monotonic() - start > 60 * minutes
+        return None if late else _attempt(job, results, work_folder, attempts, launch, stopping)
+
     with ThreadPoolExecutor(workers) as pool:
-        queue = iter(todo)
-
-        def run(job: Job) -> str | None:
-            if minutes is not None and time.monotonic() - start > 60 * minutes:
-                return None
-            return _attempt(job, results, work_folder, attempts)
-
-        futures = {pool.submit(run, job): job for job in queue}
-        for future in as_completed(futures):
-            job, error = futures[future], future.result()
-            if error:
-                failed.append(job.name)
-                note(f"{job.name} failed {attempts} times: {error}")
-            elif (results / f"{job.name}.json").is_file():
-                done += 1
-                note(f"{job.name}: {_outcome(results / f'{job.name}.json')}")
-            if progress:
-                progress("runs", len(jobs) - len(todo) + done, len(jobs))
+        futures = {pool.submit(run, job): job for job in todo}
+        try:
+            for future in as_completed(futures):
+                job, error = futures[future], future.result()
+                if error:
+                    failed.append(job.name)
+                    note(f"{job.name} failed {attempts} times: {error}")
+                elif (results / f"{job.name}.json").is_file():
+                    done += 1
+                    note(f"{job.name}: {_outcome(results / f'{job.name}.json')}")
+                if progress:
+                    progress("runs", len(jobs) - len(todo) + done, len(jobs))
+        except BaseException:  # an interruption too: start nothing more, and nothing again
+            stopping.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     there = [results / f"{job.name}.json" for job in jobs if (results / f"{job.name}.json").is_file()]
     diverged = sum(bool(read_record(path)["results"]["diverged"]) for path in there)
     left = len(jobs) - len(there) - len(failed)
@@ -147,7 +156,7 @@ def work(tables: str, folder: str, cache: str, record: str) -> None:
     pretrain(settings_from(json.loads(tables)), folder, cache=cache, record=record)
 
 
-def _job(tables: dict[str, Any], arm: str, changes: dict[str, Any], rate: float, seed: int, more: dict) -> Job:
+def _job(tables: dict[str, Any], arm: str, changes: dict[str, Any], rate: int | float, seed: int, more: dict) -> Job:
     made = copy.deepcopy(tables)
     for source in (changes, more):
         for table, values in source.items():
@@ -175,20 +184,46 @@ def _distinct_data(jobs: list[Job]) -> Iterator[dict[str, Any]]:
             yield job.tables
 
 
-def _attempt(job: Job, results: Path, work_folder: Path, attempts: int) -> str | None:
+def run_command(command: list[str], log: str) -> int:
+    """Run a command with its output added to a file; return its exit code."""
+    with open(log, "a", encoding="utf-8") as file:
+        return subprocess.run(command, stdout=file, stderr=file).returncode
+
+
+def on_ray(gpus: float) -> Launch:
+    """Run each command somewhere on a Ray cluster, with so many GPUs; its nodes must share the folders of the sweep.
+
+    Raises
+    ------
+    ImportError
+        Ray is not installed.
+    """
+    try:
+        import ray  # pyright: ignore[reportMissingImports]
+    except ImportError as error:
+        raise ImportError("a sweep on a cluster needs Ray (pip install ray); without it runs are local") from error
+    ray.init(address="auto", ignore_reinit_error=True)
+    remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_command)
+    return lambda command, log: ray.get(remote.remote(command, log))
+
+
+def _attempt(
+    job: Job, results: Path, work_folder: Path, attempts: int, launch: Launch | None, stopping: threading.Event
+) -> str | None:
     """Run a job until its record is there; the last line of what it said if it never was."""
     record, folder = results / f"{job.name}.json", work_folder / "runs" / job.name
     arguments = [json.dumps(job.tables), str(folder), str(work_folder / "data"), str(record)]
-    error = ""
+    log, error = folder / "log.txt", ""
     for _ in range(attempts):
+        if stopping.is_set():
+            return None
         folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "log.txt").open("a", encoding="utf-8") as log:
-            code = subprocess.run([sys.executable, "-c", WORKER, *arguments], stdout=log, stderr=log).returncode
+        code = (launch or run_command)([sys.executable, "-c", WORKER, *arguments], str(log))
         if code == 0 and record.is_file():
             shutil.rmtree(folder)
             return None
-        lines = (folder / "log.txt").read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        error = lines[-1] if lines else f"exit code {code}"
+        lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        error = f"{lines[-1] if lines else 'no output'} (exit code {code}; all of it is in {log})"
     return error
 
 

@@ -1,5 +1,6 @@
 """The Hugging Face Trainer with this package's optimiser groups, data order and validation."""
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,10 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, SequentialSampler, Subset
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
 
 from mea.attention.mixing import FrequencyMixing, HeadMixing
 from mea.train.inspection import inspect
+from mea.train.sharding import is_sharded, load_state, load_weights, save_state
 from mea.train.shards import IGNORED, collate
 
 INSPECTED = 8  # validation rows on which attention is looked into
@@ -35,8 +37,12 @@ def parameter_groups(model: nn.Module, rate: float, decay: float, mixer_multipli
 class PretrainTrainer(Trainer):
     """Rows come in the data set's own order, which is the shuffled one; validation scores every token alike."""
 
-    def __init__(self, *args: Any, mixer_multiplier: float, validation_batch: int, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: Any, args: TrainingArguments, *, mixer_multiplier: float, validation_batch: int, **kwargs: Any
+    ) -> None:
+        args.save_only_model = is_sharded(model)  # else it refuses, not knowing that this class can save such states
+        super().__init__(model, args, **kwargs)
+        args.save_only_model = False
         self.mixer_multiplier, self.validation_batch = mixer_multiplier, validation_batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
@@ -51,6 +57,24 @@ class PretrainTrainer(Trainer):
             self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
         assert self.optimizer is not None
         return self.optimizer
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if is_sharded(self.model):
+            save_state(self.model, self.optimizer, self.lr_scheduler, Path(output_dir), self.args.should_save)  # pyright: ignore
+        else:
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and is_sharded(self.model):
+            load_state(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint))  # pyright: ignore
+        else:
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if is_sharded(self.model):
+            load_weights(self.model, Path(resume_from_checkpoint))  # pyright: ignore[reportArgumentType]
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
