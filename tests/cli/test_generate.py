@@ -69,3 +69,11 @@ def test_help_lists_the_commands(mea):
     assert result.exit_code == 0
     assert "perplexity" in result.stdout
     assert "generate" in result.stdout
+
+
+def test_over_a_cache_in_few_bits(mea, models_):
+    """A short text lies in the tokens that are stored as they are: the continuation is the same."""
+    options = ("--prompt", "w1 w2 w3", "--max-new-tokens", 6)
+    plain, stored = (mea("generate", models_["a"], *options, *more) for more in ((), ("--cache-bits", 4)))
+    assert stored.exit_code == 0, stored.output
+    assert stored.stdout == plain.stdout

@@ -73,3 +73,20 @@ def test_defects_of_the_program_are_not_hidden(mea, models_, monkeypatch):
 
     monkeypatch.setattr("mea.evaluate.measure.perplexity_record", broken)
     assert isinstance(mea("perplexity", models_["a"]).exception, KeyError)
+
+
+def test_through_a_cache_in_few_bits(mea, models_, text, tmp_path):
+    """The more bits, the nearer to the model itself; the record says how many."""
+    ratios = []
+    for bits in (8, 2):
+        out = tmp_path / f"{bits}.json"
+        options = ("--text", text, "--window", 100, "--against", models_["a"], "--cache-bits", bits, "--json", out)
+        result = mea("perplexity", models_["a"], *options)
+        assert result.exit_code == 0, result.output
+        record = read_record(out)
+        assert record["config"]["cache_bits"] == bits
+        ratios.append(abs(record["results"]["ratio"] - 1))
+    assert 0 < ratios[0] < ratios[1]
+    wrong = mea("perplexity", models_["a"], "--text", text, "--cache-bits", 3)
+    assert wrong.exit_code == 2
+    assert "2, 4, 8 bits, not in 3" in wrong.stderr

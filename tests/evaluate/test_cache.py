@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import transformers
 
 from mea.evaluate import cache
 from mea.evaluate.cache import cache_size, decode_seconds, speed_ratio
+from mea.models.quantised import QuantisedCache
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -57,3 +59,24 @@ def test_model_without_a_cache(tiny, monkeypatch):
     monkeypatch.setattr(model.base_model, "forward", lambda **_: object())
     with pytest.raises(ValueError, match="gives back no cache"):
         cache.cache_size(model, 8)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_caches_in_few_bits_with_their_scales(tiny, bits):
+    """100 tokens: 4 as they are, one block of 64 in codes with two 16-bit numbers a group, 32 as they are."""
+    size = cache_size(tiny(), 100, lambda config: QuantisedCache(config, bits))
+    keys = 64 * 16 * bits // 8 + 2 * 2 * 16
+    values = 64 * 16 * bits // 8 + 2 * 2 * 64 * 2
+    assert size.layer_bytes == (keys + values + 36 * 2 * 16 * 4,) * 2
+
+
+def test_caches_of_transformers_in_few_bits(tiny):
+    """One scale for all, in the eight bits of a number each: what it keeps beside them is of no size."""
+    size = cache_size(tiny(), 100, lambda config: transformers.QuantizedCache("fp8", config))
+    assert size.layer_bytes == (100 * 2 * 16,) * 2
+
+
+def test_decoding_over_another_cache(tiny):
+    caches = {"b": lambda config: QuantisedCache(config, 8)}
+    samples = decode_seconds({"a": tiny(), "b": tiny()}, 70, steps=3, warmup=1, caches=caches)
+    assert [len(x) for x in samples.values()] == [3, 3]

@@ -14,6 +14,9 @@ def generate(
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Of the draws, if the temperature is above 0.")] = 0,
+    cache_bits: Annotated[
+        int | None, typer.Option(help="Store the cache in 8, 4 or 2 bits instead of as it is.")
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     against: Annotated[str | None, typer.Option(help="Another model, to continue the same prompt.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
@@ -36,6 +39,7 @@ def generate(
             top_p=top_p,
             seed=seed,
             chat=chat,
+            cache_bits=cache_bits,
             stream=lambda piece: typer.echo(piece, nl=False),
         )
         typer.echo()

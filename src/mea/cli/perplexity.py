@@ -17,6 +17,9 @@ def perplexity(
     tokens: Annotated[int | None, typer.Option(help="Only this many tokens of the text.")] = None,
     against: Annotated[str | None, typer.Option(help="Another model, to give the ratio to.")] = None,
     dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
+    cache_bits: Annotated[
+        int | None, typer.Option(help="Store the cache in 8, 4 or 2 bits instead of as it is.")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="Write the record, with every sample, to this file.")] = None,
 ) -> None:
     """Perplexity of a model on a text, compressed or not, and its ratio to another model's."""
@@ -26,7 +29,14 @@ def perplexity(
 
     with progress() as report:
         record = perplexity_record(
-            model, text=text, window=window, tokens=tokens, against=against, dtype=dtype, progress=report
+            model,
+            text=text,
+            window=window,
+            tokens=tokens,
+            against=against,
+            dtype=dtype,
+            cache_bits=cache_bits,
+            progress=report,
         )
     if json:
         write_record(json, record)

@@ -10,9 +10,11 @@ import torch
 from torch import Tensor
 
 from mea.models.cache import PreallocatedCache, PreallocatedLayer
+from mea.models.quantised import QuantisedLayer
 
 PROMPT = 512
 Progress = Callable[[int, int], None]  # steps done, steps in all
+MakeCache = Callable[[Any], Any]  # from a model's configuration to an empty cache
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,13 @@ class CacheSize:
 
 
 @torch.no_grad()
-def cache_size(model: Any, tokens: int = 256) -> CacheSize:
+def cache_size(model: Any, tokens: int = 256, make_cache: MakeCache | None = None) -> CacheSize:
     """Run `tokens` tokens through the model and add up the tensors that its cache holds afterwards.
+
+    Parameters
+    ----------
+    make_cache
+        From the model's configuration to an empty cache; the model's own if None.
 
     Raises
     ------
@@ -42,7 +49,8 @@ def cache_size(model: Any, tokens: int = 256) -> CacheSize:
         The model does not give a cache back, or its context is too short.
     """
     _check_context(model, tokens)
-    output = model.base_model(input_ids=_some_tokens(model, tokens), use_cache=True)
+    options = {} if make_cache is None else {"past_key_values": make_cache(model.config.get_text_config())}
+    output = model.base_model(input_ids=_some_tokens(model, tokens), use_cache=True, **options)
     layers = getattr(getattr(output, "past_key_values", None), "layers", None)
     if not layers:
         raise ValueError(f"{type(model).__name__} gives back no cache whose layers could be measured")
@@ -55,6 +63,7 @@ def decode_seconds(
     context: int,
     steps: int = 32,
     *,
+    caches: Mapping[str, MakeCache] | None = None,
     warmup: int = 3,
     progress: Progress | None = None,
 ) -> dict[str, list[float]]:
@@ -70,6 +79,8 @@ def decode_seconds(
         Name -> model; every model keeps its own cache.
     context
         Tokens in the cache before the first step.
+    caches
+        For the models named here, another cache than a preallocated one.
     progress
         Called with the steps done and the steps in all.
 
@@ -83,7 +94,8 @@ def decode_seconds(
     total = context + warmup + steps
     for model in models.values():
         _check_context(model, total)
-    states = {name: _prefill(model, context, total) for name, model in models.items()}
+    caches = caches or {}
+    states = {name: _prefill(model, context, total, caches.get(name)) for name, model in models.items()}
     samples: dict[str, list[float]] = {name: [] for name in models}
     for step in range(warmup + steps):
         for name, model in models.items():
@@ -107,7 +119,7 @@ def speed_ratio(seconds: list[float], reference: list[float]) -> tuple[float, fl
     return median(ratios), ratios[(n - 1) // 4], ratios[n - 1 - (n - 1) // 4]
 
 
-def _prefill(model: Any, context: int, total: int) -> tuple[Any, Tensor]:
+def _prefill(model: Any, context: int, total: int, make_cache: MakeCache | None) -> tuple[Any, Tensor]:
     cache = PreallocatedCache(model.config.get_text_config(), capacity=total)
     tokens = _some_tokens(model, context)
     # What is cached does not change the time of a step, so that a long context may repeat a short one.
@@ -119,6 +131,11 @@ def _prefill(model: Any, context: int, total: int) -> tuple[Any, Tensor]:
     times = -(-missing // prompt.shape[1])
     for layer in layers if missing else ():
         layer.update(*(cached.repeat(1, 1, times, 1)[:, :, :missing] for cached in (layer.keys, layer.values)))
+    if make_cache is not None:
+        other = make_cache(model.config.get_text_config())
+        for index, layer in enumerate(layers):
+            other.update(layer.keys, layer.values, index)
+        cache = other
     return cache, tokens[:, -1:]
 
 
@@ -129,8 +146,18 @@ def _some_tokens(model: Any, count: int) -> Tensor:
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    values = [value for item in vars(layer).values() for value in (item if isinstance(item, list | tuple) else [item])]
-    return [value for value in values if isinstance(value, Tensor) and value.dim() > 1]
+    if isinstance(layer, QuantisedLayer):
+        return layer.stored()
+    return [tensor for item in vars(layer).values() for tensor in _within(item) if tensor.dim() > 1]
+
+
+def _within(item: Any) -> list[Tensor]:
+    """Tensors in nested lists: transformers' quantised layers keep codes with a dictionary of scales."""
+    if isinstance(item, dict):
+        item = [value for name, value in item.items() if name != "_buffers"]
+    if isinstance(item, list | tuple):
+        return [tensor for part in item for tensor in _within(part)]
+    return [item] if isinstance(item, Tensor) else []
 
 
 def _now(model: Any) -> float:

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from mea.models.quantised import QuantisedCache
+
 
 class _Streamer(TextStreamer):
     """Hands each finished piece of text on instead of printing it."""
@@ -29,6 +31,7 @@ def continue_prompt(
     top_p: float = 1.0,
     seed: int = 0,
     chat: bool = False,
+    cache_bits: int | None = None,
     stream: Callable[[str], None] | None = None,
 ) -> str:
     """The continuation of a prompt, without the prompt.
@@ -49,6 +52,8 @@ def continue_prompt(
         Of the draws.
     chat
         Put the prompt into the tokenizer's chat template.
+    cache_bits
+        Store what is cached in so many bits, see `mea.models.quantised`; None stores it as it is.
     stream
         Called with each piece of text as soon as it is there.
 
@@ -78,6 +83,8 @@ def continue_prompt(
         torch.manual_seed(seed)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         options["pad_token_id"] = tokenizer.eos_token_id
+    if cache_bits is not None:
+        options["past_key_values"] = QuantisedCache(model.config.get_text_config(), cache_bits)
     streamer = _Streamer(tokenizer, stream) if stream else None
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
     return tokenizer.decode(output[0, length:], skip_special_tokens=True)

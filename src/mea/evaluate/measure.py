@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
+from mea.evaluate.through_cache import reading_in
 from mea.models.loading import load
 from mea.records import Record, make_record
 from mea.texts import load_text
@@ -19,6 +20,7 @@ def perplexity_record(
     tokens: int | None = None,
     against: str | None = None,
     dtype: str = "auto",
+    cache_bits: int | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """Perplexity of a model, and its ratio to that of another one on the same tokens.
@@ -35,6 +37,8 @@ def perplexity_record(
         Tokens per window, and of the text's beginning (all of it if None).
     dtype
         To compute in; ``"auto"`` is that of the weights.
+    cache_bits
+        Read the text of `source` in blocks over a cache in so many bits; `against` is read at once.
     progress
         Called with what is being done, the windows done and the windows in all.
 
@@ -50,10 +54,11 @@ def perplexity_record(
     ValueError, OSError
         What loading, reading and measuring raise; or the two models read the text as different tokens.
     """
+    reading = reading_in(cache_bits)
     content = load_text(text)
     first: Any = None
     measured = []
-    for name in filter(None, (source, against)):
+    for place, name in enumerate(filter(None, (source, against))):
         model, tokenizer = load(name, dtype)
         ids, start = encode_text(tokenizer, content, tokens), start_token(tokenizer)
         if first is None:
@@ -67,7 +72,8 @@ def perplexity_record(
             if progress:
                 progress(f"perplexity of {name}", done, total)
 
-        measured.append(token_losses(model, ids, window, start=start, progress=report))
+        read = reading if place == 0 else None  # both may be the same model
+        measured.append(token_losses(model, ids, window, start=start, read=read, progress=report))
         del model
     estimate = perplexity(measured[0])
     results = {
@@ -82,4 +88,6 @@ def perplexity_record(
         results |= {"ratio": relative.value, "ratio_standard_error": relative.standard_error}
         samples["against_block_losses"] = block_means(measured[1])
     config = {"model": source, "against": against, "text": text, "window": window, "tokens": tokens, "dtype": dtype}
+    if cache_bits is not None:
+        config["cache_bits"] = cache_bits
     return make_record("perplexity", config, results=results, samples=samples)

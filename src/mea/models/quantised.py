@@ -1,0 +1,242 @@
+"""A cache whose older tokens are stored in 8, 4 or 2 bits: for latents and for ordinary keys and values.
+
+transformers' own `QuantizedCache` does not fit latents: it wants every length times width to be a multiple of the group
+(and, in 4 bits, an even number of groups), quantises everything anew whenever its exact window is full, so that errors
+add up, and quantises the first tokens, which attention reads most. Here a block of tokens is quantised once, when it is
+complete, and any width will do.
+
+Numbers that share a scale stand next to each other in time (``"channel"``: one channel of a block of tokens) or in one
+token (``"token"``: `group` neighbouring channels), as in KIVI (arXiv 2402.02750). Each group stores its lowest number
+and the step between codes, in 16 bits each.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+BITS = (2, 4, 8)
+ALONG = ("channel", "token")
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How cached numbers are stored.
+
+    Attributes
+    ----------
+    bits
+        Per number, 2, 4 or 8.
+    keys, values
+        What shares a scale: ``"channel"`` or ``"token"``.
+    block
+        Tokens that are quantised together; until a block is complete, its tokens are stored as they are.
+    first
+        Tokens at the beginning of the text that stay as they are: attention falls back on them everywhere.
+    group
+        Channels at most that share a scale along ``"token"``; the largest divisor of the width is taken.
+
+    Raises
+    ------
+    ValueError
+        A number is out of range.
+    """
+
+    bits: int = 8
+    keys: str = "channel"
+    values: str = "token"
+    block: int = 64
+    first: int = 4
+    group: int = 32
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise ValueError(f"cached numbers can be stored in {', '.join(map(str, BITS))} bits, not in {self.bits}")
+        for name in ("keys", "values"):
+            if getattr(self, name) not in ALONG:
+                raise ValueError(f"{name} share scales along 'channel' or 'token', not {getattr(self, name)!r}")
+        if self.block < 8 or self.first < 0 or self.group < 1:
+            raise ValueError(
+                f"block must be at least 8 tokens, first not negative and group positive, "
+                f"not {self.block}, {self.first} and {self.group}"
+            )
+
+
+class Store:
+    """The keys or the values of one layer: first tokens, complete blocks in few bits, newest tokens.
+
+    Parameters
+    ----------
+    form
+        See `CacheFormat`.
+    along
+        What shares a scale here.
+    """
+
+    PARTS = ("first", "codes", "step", "low", "recent")
+
+    def __init__(self, form: CacheFormat, along: str):
+        self.form, self.along = form, along
+        self.first = self.codes = self.step = self.low = self.recent = None
+
+    def append(self, new: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
+        """Add tokens; returns all that are stored, the new ones as they were given."""
+        form = self.form
+        before = [part for part in (self.first, self._decoded(new.dtype), self.recent) if part is not None]
+        everything = torch.cat([*before, new], dim=2) if before else new
+        recent = new if self.recent is None else torch.cat([self.recent, new], dim=2)
+        if form.first and (self.first is None or self.first.shape[2] < form.first):
+            there = 0 if self.first is None else self.first.shape[2]
+            taken, recent = recent[:, :, : form.first - there], recent[:, :, form.first - there :]
+            self.first = taken.clone() if self.first is None else torch.cat([self.first, taken], dim=2)
+        complete = recent.shape[2] // form.block
+        if complete:
+            self._encode(recent[:, :, : complete * form.block].unflatten(2, (complete, form.block)))
+            recent = recent[:, :, complete * form.block :]
+        self.recent = recent.clone()  # not a view, which would keep alive what it was cut from
+        return everything
+
+    def change(self, function: Callable[[Tensor], Tensor]) -> None:
+        """Replace every stored tensor, all of which have the batch first, by what the function makes of it."""
+        for name in self.PARTS:
+            if getattr(self, name) is not None:
+                setattr(self, name, function(getattr(self, name)))
+
+    def tensors(self) -> list[Tensor]:
+        """All that is stored."""
+        return [getattr(self, name) for name in self.PARTS if getattr(self, name) is not None]
+
+    def _encode(self, blocks: Float[Tensor, "b h n block w"]) -> None:
+        # [b, h, n, groups in time, tokens of a group, groups of channels, channels of a group]
+        self.width = blocks.shape[-1]
+        grouped = self._grouped(blocks.float())
+        dims = (4, 6)
+        low, high = grouped.amin(dims, keepdim=True), grouped.amax(dims, keepdim=True)
+        largest = 2**self.form.bits - 1
+        low = low.half()
+        # Codes are made with the rounded numbers that decoding uses. Rounding must not leave the highest out of reach.
+        step = ((high - low.float()) * (1 + 2**-10) / largest).half().clamp_min(torch.finfo(torch.float16).tiny)
+        codes = ((grouped - low.float()) / step.float()).round_().clamp_(0, largest).to(torch.uint8)
+        new = {"codes": pack(codes.reshape(blocks.shape), self.form.bits), "step": step, "low": low}
+        for name, tensor in new.items():
+            old = getattr(self, name)
+            setattr(self, name, tensor if old is None else torch.cat([old, tensor], dim=2))
+
+    def _decoded(self, dtype: torch.dtype) -> Tensor | None:
+        if self.codes is None or self.step is None or self.low is None:
+            return None
+        codes = self._grouped(unpack(self.codes, self.form.bits, self.width).float())
+        # In 32 bits: the product of a code and a step has more digits than 16 bits hold.
+        return (codes * self.step.float() + self.low.float()).reshape(*codes.shape[:2], -1, self.width).to(dtype)
+
+    def _grouped(self, blocks: Tensor) -> Tensor:
+        """``[b, h, n, block or 1, 1 or block, w / group, group]``: dimensions 4 and 6 share a scale."""
+        group = 1 if self.along == "channel" else _largest_divisor(self.width, self.form.group)
+        return blocks.unflatten(-1, (-1, group)).unsqueeze(3 if self.along == "channel" else 4)
+
+
+class QuantisedLayer(DynamicLayer):
+    """One layer of a cache in few bits; `keys` and `values` hold the newest tokens only."""
+
+    is_croppable = False
+
+    def __init__(self, form: CacheFormat):
+        super().__init__()
+        self.form = form
+        self.length = 0
+        self.stores = (Store(form, form.keys), Store(form, form.values))
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.length += key_states.shape[-2]
+        keys, values = (store.append(x) for store, x in zip(self.stores, (key_states, value_states), strict=True))
+        self._show()
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def stored(self) -> list[Tensor]:
+        """All tensors that the layer keeps."""
+        return [tensor for store in self.stores for tensor in store.tensors()]
+
+    def reset(self) -> None:
+        self.__init__(self.form)
+
+    def crop(self, tokens_to_remove: int) -> None:
+        raise NotImplementedError("tokens cannot be taken back from blocks that are quantised: use an ordinary cache")
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._change(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.is_initialized:
+            self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def _change(self, function: Callable[[Tensor], Tensor]) -> None:
+        for store in self.stores:
+            store.change(function)
+        self._show()
+
+    def _show(self) -> None:
+        self.keys, self.values = (store.recent for store in self.stores)
+
+
+class QuantisedCache(DynamicCache):
+    """A cache in few bits for any model of transformers: ``model.generate(..., past_key_values=QuantisedCache(...))``.
+
+    Layers with a sliding window, which hold few tokens anyway, stay as they are.
+
+    Parameters
+    ----------
+    config
+        Of the model that the cache is for.
+    form
+        How to store; or just the number of bits.
+
+    Raises
+    ------
+    ValueError
+        As `CacheFormat`.
+    """
+
+    def __init__(self, config: Any, form: CacheFormat | int = 8):
+        super().__init__(config=config)
+        form = CacheFormat(form) if isinstance(form, int) else form
+        self.layers = [QuantisedLayer(form) if type(x) is DynamicLayer else x for x in self.layers]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Codes below ``2 ** bits`` as bytes ``[..., ceil(w * bits / 8)]``."""
+    each = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    packed = codes[..., 0]
+    for place in range(1, each):
+        packed = packed | codes[..., place] << bits * place
+    return packed
+
+
+def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
+    """The codes ``[..., width]``; the inverse of `pack`."""
+    places = range(8 // bits)
+    codes = torch.stack([packed >> bits * place & 2**bits - 1 for place in places], dim=-1)
+    return codes.flatten(-2)[..., :width]
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    return max(divisor for divisor in range(1, min(number, limit) + 1) if number % divisor == 0)
