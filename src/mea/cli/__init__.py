@@ -9,10 +9,12 @@ import typer
 from mea.cli.compress import compress
 from mea.cli.console import friendly
 from mea.cli.demo import demo
+from mea.cli.eval import evaluate
 from mea.cli.fit import fit
 from mea.cli.generate import generate
 from mea.cli.perplexity import perplexity
 from mea.cli.pretrain import pretrain
+from mea.cli.recover import recover
 from mea.cli.report import report
 from mea.cli.sweep import sweep
 
@@ -26,11 +28,13 @@ app = typer.Typer(
 COMMANDS = {
     "compress": compress,
     "demo": demo,
+    "eval": evaluate,
     "fit": fit,
     "perplexity": perplexity,
     "generate": generate,
     "pretrain": pretrain,
     "sweep": sweep,
+    "recover": recover,
     "report": report,
 }
 for name, command in COMMANDS.items():
