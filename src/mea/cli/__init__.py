@@ -14,6 +14,7 @@ from mea.cli.fit import fit
 from mea.cli.generate import generate
 from mea.cli.perplexity import perplexity
 from mea.cli.pretrain import pretrain
+from mea.cli.recover import recover
 from mea.cli.report import report
 from mea.cli.sweep import sweep
 
@@ -33,6 +34,7 @@ COMMANDS = {
     "generate": generate,
     "pretrain": pretrain,
     "sweep": sweep,
+    "recover": recover,
     "report": report,
 }
 for name, command in COMMANDS.items():

@@ -1,0 +1,44 @@
+"""``mea recover``: from a compressed folder to a compressed folder."""
+
+import json
+import shutil
+
+import torch
+
+from mea.compression.convert import LayerFactors, assemble, latent_config
+from mea.compression.layout import Layout
+from mea.models.loading import load
+from tiny_models import Factors
+
+
+def halved(folder: str, out: str) -> str:
+    """Half of the cache, with random factors: something to recover from."""
+    model, tokenizer = load(folder)
+    torch.manual_seed(0)
+    bases = [torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64)).Q[:8] for _ in range(4)]
+    pairs = [LayerFactors(Factors(k, k.T), Factors(v, v.T)) for k, v in (bases[:2], bases[2:])]
+    made = assemble(model, pairs, latent_config(model.config, Layout(((8, 8),) * 2), {}))
+    made.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def test_a_compressed_folder_is_trained_into_one_that_loads(models_, text, tmp_path, mea):
+    start = halved(models_["a"], str(tmp_path / "half"))
+    small = ["--window", 16, "--batch", 2, "--micro-batch", 2, "--tokens", 128, "--held-out", 32]
+    arguments = ["recover", start, tmp_path / "out", "--original", models_["a"], "--text", text]
+    arguments += [*small, "--precision", "float32", "--measure", 0]
+    found = mea(*arguments)
+    assert found.exit_code == 0, found.stderr
+    assert "128 tokens in 4 steps" in found.stderr
+    record = json.loads((tmp_path / "out" / "recovery.json").read_text())
+    assert record["results"]["held_out"]["ce"] <= record["results"]["held_out_start"]["ce"]
+    assert record["config"]["texts"] == ["text.txt"]
+    assert load(str(tmp_path / "out"))[0].config.latent_widths == [[8, 8], [8, 8]]
+    assert not (tmp_path / "out.partial").exists()
+
+    assert "not an empty folder" in mea(*arguments).stderr
+    shutil.rmtree(tmp_path / "out")
+    arguments[1] = models_["a"]
+    assert "not compressed" in mea(*arguments).stderr
+    assert not (tmp_path / "out").exists()
