@@ -1,0 +1,66 @@
+"""Recover SmolLM2-135M at half of its cache from several starts, and the rows of the paper's second table, in small.
+
+    python experiments/recovery/run.py position --text wiki.txt --text books.txt --text docstrings.txt
+
+Each row is compressed, trained and written to ``records/``; an interrupted row goes on, a finished one is not repeated.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mea.compression.comparison import packaged_model
+from mea.compression.compress import compress_to_folder
+from mea.train.recovery_folder import recover_to_folder
+from mea.train.recovery_settings import recovery
+
+HERE = Path(__file__).parent
+SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
+SHORT, LONG = 200_000, 1_000_000
+# name -> how it is compressed, stages, tokens of each
+ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
+    "position": ({"method": "position"}, ("distil",), SHORT),
+    "frequency": ({"method": "frequency"}, ("distil",), SHORT),
+    "svd": ({"method": "svd"}, ("distil",), SHORT),
+    "million": ({"method": "position"}, ("distil",), LONG),
+    "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
+    "half-cpt": ({"method": "svd", "layout": "half"}, ("cpt",), SHORT),
+    "deep-cpt": ({"method": "svd", "layout": "deep"}, ("cpt",), SHORT),
+    "full-cpt": ({"method": "svd", "layout": "full"}, ("cpt",), SHORT),
+    "full-recover-cpt": ({"method": "svd", "layout": "full"}, ("distil", "cpt"), SHORT),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", nargs="+", choices=list(ROWS))
+    parser.add_argument("--text", action="append", required=True, help="may be repeated; neither split of WikiText")
+    parser.add_argument("--work", type=Path, default=Path("build/recovery"))
+    options = parser.parse_args()
+    source = packaged_model()
+    for name in options.rows:
+        record = HERE / "records" / f"{name}.json"
+        if record.is_file():
+            continue
+        how, stages, tokens = ROWS[name]
+        start, out = options.work / f"{name}-start", options.work / name
+        if not start.is_dir():
+            compress_to_folder(source, start, dtype="float32", measure_tokens=0, **how)
+        if not out.is_dir():
+            settings = [recovery(stage, tokens=tokens, **SCALE) for stage in stages]
+            made = recover_to_folder(
+                str(start), out, settings, options.text, original=source, measure_tokens=20480, progress=tell
+            )
+            print(name, made["results"])
+        record.parent.mkdir(exist_ok=True)
+        shutil.copy(out / "recovery.json", record)
+
+
+def tell(what: str, done: int, of: int) -> None:
+    if done == of or done % 10 == 0:
+        print(what, done, of, flush=True)
+
+
+if __name__ == "__main__":
+    main()
