@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 import mea
 from mea.compression import Calibration, ConversionError
 from mea.compression.check import TOLERANCE, checked_stock_form
+from mea.compression.comparison import Contender, Protocol, compare
 from mea.compression.compress import calibration_tokens, compress_to_folder, run_plans
 from mea.compression.convert import sharing_copy
 from mea.compression.plan import make_plan
@@ -42,6 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "linear", "factor": 2.0},
     },
     "modified_talking_heads-bias": {"attention": "modified_talking_heads", "attention_bias": True},
+    "mea-fewer_components": {"attention": "mea", "attention_options": {"num_component_heads": 2}},
     "gqa-window": {"attention": "gqa", "sliding_window": 24},
     "gqa-norm": {"attention": "gqa", "attention_options": {"head_norm": "shared_gain"}},
 }
@@ -179,6 +181,36 @@ def test_moments_are_those_of_normed_heads(tokenizer: Any, calibration: Calibrat
     assert found.item() == pytest.approx(1.0, rel=1e-4)
 
 
+@pytest.mark.parametrize("method", ["position", "frequency", "svd"])
+def test_as_many_numbers_as_components_hold_all_of_them(method: str, tokenizer: Any, calibration: Calibration) -> None:
+    """`keep` counts from what the model caches, and its components are found again: nothing is lost of them."""
+    model = build("mea-fewer_components")
+    plan = make_plan(model.config, 4, keep=1.0, method=method, calibration=calibration)
+    assert plan.layout.widths == ((16, 16),) * 3
+    assert plan.bytes_before(100) == cache_size(model, 100).bytes
+    result = mea.compress(model, tokenizer, keep=1.0, method=method, calibration=calibration)
+    assert cache_size(result, 100).bytes == cache_size(model, 100).bytes
+    assert_same(logits(result), logits(model))
+
+
+def test_fewer_components_of_values_alone_go_with_a_norm_of_keys(calibration: Calibration) -> None:
+    """That norm is why components of keys cannot be folded; here keys have none."""
+    torch.manual_seed(0)
+    options = {"num_component_heads": 1, "mix": "values", "qk_norm": True}
+    model = MeaForCausalLM(MeaConfig(**SHAPE, attention="mea", attention_options=options)).eval()
+    assert_same(logits(stock_form(model)), logits(model))
+    plan = make_plan(model.config, 4, keep=0.8, calibration=calibration)
+    assert plan.bytes_before(100) == cache_size(model, 100).bytes
+
+
+def test_fewer_components_do_not_grow(tokenizer: Any, calibration: Calibration, tmp_path: Path) -> None:
+    (tmp_path / "widths.json").write_text("[[16, 16], null, [8, 8]]")
+    with pytest.raises(
+        ValueError, match=r"would cache .* bytes per token and the model, with its fewer component heads"
+    ):
+        mea.compress(build("mea-fewer_components"), tokenizer, layout=tmp_path / "widths.json", calibration=calibration)
+
+
 def test_losses_grow_as_less_is_kept(tokenizer: Any, calibration: Calibration) -> None:
     tokens = calibration_tokens(tokenizer, calibration)
     model = checked_stock_form(build("mea"), tokens)
@@ -200,7 +232,10 @@ def test_a_model_of_transformers_is_its_own_stock_form(tokenizer: Any, calibrati
         ({"attention": "differential_v1"}, "'differential_v1' attention cannot be compressed.*train one of these"),
         ({"attention": "differential_v2"}, "'differential_v2' attention cannot be compressed"),
         ({"attention": "talking_heads"}, "'talking_heads' attention cannot be compressed"),
-        ({"attention_options": {"num_component_heads": 2}}, "caches 2 component heads for 4 key/value heads already"),
+        (
+            {"attention_options": {"num_component_heads": 2, "qk_norm": True}},
+            "caches 2 component heads.*without qk_norm",
+        ),
         ({"rope_parameters": {"rope_type": "none"}}, "partial or no rotary embedding"),
         ({"sliding_window": 8, "attention_bias": True}, "a sliding window and attention_bias"),
     ],
@@ -221,11 +256,29 @@ def test_a_wrong_fold_is_refused(tokenizer: Any, calibration: Calibration, monke
 
     right = MultiheadExplicitAttention.folded
 
-    def wrong(self: Any) -> Any:
-        plain = sharing_copy(right(self))
+    def wrong(self: Any, **options: Any) -> Any:
+        plain = sharing_copy(right(self, **options))
         plain.k_proj.weight.data = 1.01 * plain.k_proj.weight.data
         return plain
 
     monkeypatch.setattr(MultiheadExplicitAttention, "folded", wrong)
     with pytest.raises(ConversionError, match="with its mixing folded the model's logits differ"):
         mea.compress(build("mea"), tokenizer, calibration=calibration)
+
+
+@pytest.mark.parametrize("kind", ["mea-no_gain", "mea-fewer_components"])
+def test_comparisons_count_from_the_model_as_it_was_given(
+    kind: str, tokenizer: Any, calibration: Calibration, tmp_path: Path
+) -> None:
+    model = build(kind)
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    protocol = Protocol(
+        texts=(("technical", 256),), window=128, position_text="technical", positions=(0, 128, 256),
+        prompt="The", new_tokens=2, decode_context=64, decode_steps=2,
+    )  # fmt: skip
+    records = compare(
+        str(tmp_path / "model"), tmp_path / "out", [Contender("svd", "svd")], protocol=protocol, calibration=calibration
+    )
+    sizes = [record["results"]["cache"]["bytes_per_token"] for record in records]
+    assert sizes == [cache_size(model, 64).bytes_per_token, cache_size(model, 64).bytes_per_token / 2]

@@ -151,15 +151,17 @@ class MultiheadExplicitAttention(Attention):
         return self.heads(F.linear(x, mixing.fold(proj.weight), bias))
 
     @torch.no_grad()
-    def folded(self) -> GroupedQueryAttention:
+    def folded(self, *, expand: bool = False) -> GroupedQueryAttention:
         """The same function without mixing: grouped attention, head norm kept, with ``W_lc`` inside ``W_K``, ``W_V``.
 
         Raises
         ------
         ValueError
-            With fewer component than key/value heads: folding would give up the smaller cache.
+            With fewer component than key/value heads: folding would give up the smaller cache, unless `expand` allows
+            it. Never with a norm of component keys, which stands between ``W_K`` and the mixing.
         """
-        if self.compressed:
+        normed = self.key_mixing is not None and not isinstance(self.k_norm, nn.Identity)
+        if self.compressed and (normed or not expand):
             raise ValueError(
                 f"{self.num_component_heads} component heads for {self.num_kv_heads} key/value heads do not fold into "
                 "grouped attention without losing the smaller cache; only a square mixing folds"

@@ -20,6 +20,7 @@ from mea.compression.compress import Compressed, calibration_tokens, run_plans
 from mea.compression.plan import Calibration, make_plan
 from mea.evaluate.cache import cache_size, decode_seconds, speed_ratio
 from mea.evaluate.fastest import in_fastest_form
+from mea.evaluate.generation import continue_prompt
 from mea.evaluate.perplexity import (
     Estimate,
     block_means,
@@ -30,6 +31,8 @@ from mea.evaluate.perplexity import (
     start_token,
     token_losses,
 )
+from mea.models.accounting import cached_share
+from mea.models.fold import stock_form
 from mea.models.loading import load
 from mea.records import Record, make_record, read_record, write_record
 from mea.texts import load_text
@@ -115,9 +118,8 @@ def compare(
     options = [asdict(contender) for contender in contenders]
     labels = [option.pop("label") for option in options]
     tokens = calibration_tokens(tokenizer, calibration)
-    model = checked_stock_form(model, tokens)
     plans = [make_plan(model.config, 4, calibration=calibration, **option) for option in options]
-    results = run_plans(model, tokens, plans, progress=progress)
+    results = run_plans(checked_stock_form(model, tokens), tokens, plans, progress=progress)
     measuring = _Measuring(model, tokenizer, protocol, progress)
     records = [measuring.record(ORIGINAL, None, settings)]
     records += [measuring.record(label, result, settings) for label, result in zip(labels, results, strict=True)]
@@ -175,7 +177,9 @@ class _Measuring:
             results["positions"] = self._positions(losses, result)
             samples["loss_by_position"] = block_means(losses)
         results["cache"] = {"bytes_per_token": cache_size(model).bytes_per_token, "tokens": 256}
-        results["continuation"] = {"prompt": self.protocol.prompt, "text": self._continue(model)}
+        prompt, count = self.protocol.prompt, self.protocol.new_tokens
+        text = continue_prompt(model, self.tokenizer, prompt, max_new_tokens=count)
+        results["continuation"] = {"prompt": prompt, "text": text}
         config = dict(settings, label=label, method="none", keep=1.0)
         if result is not None:
             config |= {**result.plan.describe(), "widths": result.plan.layout.widths}
@@ -218,12 +222,6 @@ class _Measuring:
             ranges.append(values if result is None else values | _estimate("ratio", relative.estimate))
         return ranges
 
-    @torch.no_grad()
-    def _continue(self, model: Any) -> str:
-        prompt = self.tokenizer(self.protocol.prompt, return_tensors="pt")
-        ids = model.generate(**prompt, max_new_tokens=self.protocol.new_tokens, do_sample=False)
-        return self.tokenizer.decode(ids[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-
     def _decode(self, model: Any) -> tuple[dict[str, list[float]], dict[str, Any]]:
         protocol = self.protocol
         dtype = getattr(torch, protocol.decode_dtype)
@@ -232,10 +230,10 @@ class _Measuring:
             if self.progress:
                 self.progress("decoding in turns", done, of)
 
-        pair = {
-            ORIGINAL: in_fastest_form(copy.deepcopy(self.model).to(dtype)),
-            "compressed": copy.deepcopy(model).to(dtype),
-        }
+        original = copy.deepcopy(self.model).to(dtype)
+        if cached_share(original.config) == 1:  # a model that caches components is fastest as it is
+            original = in_fastest_form(stock_form(original))
+        pair = {ORIGINAL: original, "compressed": copy.deepcopy(model).to(dtype)}
         seconds = decode_seconds(pair, protocol.decode_context, protocol.decode_steps, progress=report)
         middle, low, high = speed_ratio(seconds["compressed"], seconds[ORIGINAL])
         return seconds, {

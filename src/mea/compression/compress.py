@@ -92,8 +92,8 @@ def compress(
         The result does not compute what it must.
     """
     plan = make_plan(
-        stock_config(model.config), model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method,
-        odd=odd, calibration=calibration,
+        model.config, model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method, odd=odd,
+        calibration=calibration,
     )  # fmt: skip
     tokens = calibration_tokens(tokenizer, plan.calibration)
     return run_plans(checked_stock_form(model, tokens), tokens, [plan], progress=progress)[0].model
@@ -187,17 +187,18 @@ def compress_to_folder(
     check_output(out)
     given = load_config(source)
     config = stock_config(given)
-    plan = make_plan(config, resolve_dtype(given, dtype).itemsize, **options)
+    plan = make_plan(given, resolve_dtype(given, dtype).itemsize, **options)
     tokens = calibration_tokens(load_tokenizer(source), plan.calibration)
     work = out.with_name(out.name + ".partial")
     weights = f"{resolve_dtype(given, dtype)} {weights_mark(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     # What has to be folded first has to be in memory.
     model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is given else None)
+    before = cache_size(model, min(CACHE_TOKENS, config.max_position_embeddings)).bytes_per_token
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
-    record = _measure(source, model, tokenizer, result, measure_tokens, progress)
+    record = _measure(source, model, tokenizer, result, before, measure_tokens, progress)
     with complete_folder(out, work) as folder:
         result.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
@@ -218,16 +219,16 @@ def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, An
     """
     given = load_config(source)
     config, kind = stock_config(given), resolve_dtype(given, dtype)
-    plan = make_plan(config, kind.itemsize, **options)
+    plan = make_plan(given, kind.itemsize, **options)
     cost, context = estimate(config, plan), config.max_position_embeddings
     return {
         "model": Path(source).name,
         "dtype": str(kind).removeprefix("torch."),
         "widths": [None if pair is None else list(pair) for pair in plan.layout.widths],
-        "bytes_per_token_before": plan.shape.bytes(1),
+        "bytes_per_token_before": plan.bytes_before(1),
         "bytes_per_token": plan.layout.bytes(plan.shape, 1),
         "context": context,
-        "bytes_at_context_before": plan.shape.bytes(context),
+        "bytes_at_context_before": plan.bytes_before(context),
         "bytes_at_context": plan.layout.bytes(plan.shape, context),
         "memory": cost.memory,
         "seconds": cost.seconds,
@@ -256,14 +257,19 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
 
 
 def _measure(
-    source: str, model: Any, tokenizer: Any, result: Compressed, measure_tokens: int, progress: Progress | None
+    source: str,
+    model: Any,
+    tokenizer: Any,
+    result: Compressed,
+    before: float,
+    measure_tokens: int,
+    progress: Progress | None,
 ) -> dict[str, Any]:
     plan = result.plan
     length = min(CACHE_TOKENS, model.config.max_position_embeddings)
-    before, after = cache_size(model, length), cache_size(result.model, length)
     results: dict[str, Any] = {
-        "cache_bytes_per_token_before": before.bytes_per_token,
-        "cache_bytes_per_token": after.bytes_per_token,
+        "cache_bytes_per_token_before": before,
+        "cache_bytes_per_token": cache_size(result.model, length).bytes_per_token,
         "layer_lost": result.lost,
         "self_check": result.errors,
         "seconds": result.seconds,

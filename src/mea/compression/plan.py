@@ -21,6 +21,8 @@ from mea.compression.layout import (
 from mea.compression.methods import DEFAULT_METHOD, Method, find_method
 from mea.compression.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.values import CG_STEPS, ROUNDS
+from mea.models.accounting import cached_share
+from mea.models.fold import stock_config
 from mea.models.loading import check_supported
 
 DEFAULT_KEEP = 0.5
@@ -55,19 +57,31 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Plan:
-    """Method and layout for one model."""
+    """Method and layout for one model.
+
+    Attributes
+    ----------
+    cached
+        What the given model caches, as a fraction of `shape`: below 1 for this package's models with fewer component
+        than key/value heads.
+    """
 
     method: Method
     layout: Layout
     shape: CacheShape
     calibration: Calibration
+    cached: float = 1.0
+
+    def bytes_before(self, context: int) -> int:
+        """Bytes of the given model's cache after `context` tokens of one sequence."""
+        return round(self.shape.bytes(context) * self.cached)
 
     def describe(self) -> dict[str, Any]:
         """What is written into the compressed model's configuration and the record."""
         calibration = self.calibration
         return {
             "method": self.method.name,
-            "keep": round(self.layout.keep(self.shape), 6),
+            "keep": round(self.layout.keep(self.shape) / self.cached, 6),
             "calibration_text": Path(calibration.text).name,
             "calibration_tokens": calibration.tokens,
             "calibration_window": calibration.window,
@@ -107,7 +121,7 @@ def make_plan(
     Parameters
     ----------
     config
-        Of the model, from transformers.
+        Of the model, from transformers or of this package.
     itemsize
         Bytes of a cached number.
     keep
@@ -126,6 +140,7 @@ def make_plan(
     ValueError
         The model is not supported, or no layout meets the budget.
     """
+    cached, config = cached_share(config), stock_config(config)
     check_supported(config)
     if budget is not None and (keep is not None or layout is not None):
         raise ValueError("give one budget: keep, bytes at a context length, or a layout")
@@ -134,7 +149,7 @@ def make_plan(
     shape = CacheShape.of(config, itemsize)
     chosen = find_method(method, shape.num_kv_heads)
     step = chosen.step(shape.head_dim, odd)
-    fraction = DEFAULT_KEEP if keep is None else keep
+    fraction = (DEFAULT_KEEP if keep is None else keep) * cached
     if budget is not None:
         widths = layout_for_bytes(shape, *parse_budget(budget), step)
     elif layout is None:
@@ -151,7 +166,13 @@ def make_plan(
             f"a calibration window of {calibration.window} tokens is longer than the model's context of "
             f"{config.max_position_embeddings}"
         )
-    return Plan(chosen, widths, shape, calibration)
+    plan = Plan(chosen, widths, shape, calibration, cached)
+    if cached < 1 and widths.bytes(shape, 1) > plan.bytes_before(1):
+        raise ValueError(
+            f"the result would cache {widths.bytes(shape, 1):,} bytes per token and the model, with its fewer "
+            f"component heads, caches {plan.bytes_before(1):,}; give a smaller budget, and widths to every layer"
+        )
+    return plan
 
 
 def estimate(config: Any, plan: Plan) -> Cost:

@@ -6,6 +6,7 @@ that skip masked blocks. Each function is tested against a count of the real thi
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from mea.attention.mea import folding_is_cheaper
 from mea.models.config import MeaConfig
@@ -66,6 +67,14 @@ def cache_bytes_per_token(config: MeaConfig, bytes_per_number: int = 2) -> int:
     """Bytes that one more token adds to the cache of one sequence, all layers together."""
     heads = _heads(config)
     return config.num_hidden_layers * (heads.key + heads.value) * (config.head_dim or 0) * bytes_per_number
+
+
+def cached_share(config: Any) -> float:
+    """What a model caches, as a fraction of what grouped attention with as many key/value heads would: 1 of others."""
+    if config.model_type != MeaConfig.model_type:
+        return 1.0
+    heads = _heads(config)
+    return (heads.key + heads.value) / (2 * (config.num_key_value_heads or 1))
 
 
 def training_flops(config: MeaConfig, batch: int, tokens: int) -> int:

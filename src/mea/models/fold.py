@@ -68,10 +68,11 @@ def stock_config(config: Any) -> Any:
         )
     options = config.attention_options or {}
     components = options.get("num_component_heads") or config.num_key_value_heads
-    if components < config.num_key_value_heads:
+    mixed = config.attention == "mea" and options.get("mix", "both") in ("both", "keys")
+    if components < config.num_key_value_heads and mixed and options.get("qk_norm"):
         raise ValueError(
-            f"this model caches {components} component heads for {config.num_key_value_heads} key/value heads already; "
-            "compress one that was trained with as many components as heads, or train one with fewer"
+            f"this model caches {components} component heads for {config.num_key_value_heads} key/value heads "
+            "and normalises them, so that they do not fold into the key projection; train one without qk_norm"
         )
     if not _is_llama_rope(config):
         raise ValueError("a decoder with partial or no rotary embedding cannot be compressed; train it with all of it")
@@ -91,8 +92,10 @@ def stock_config(config: Any) -> Any:
 def stock_form(model: Any) -> Any:
     """The same function by transformers' own classes (Llama, Mistral or Qwen3): what the compression works on.
 
-    The mixing goes into ``W_K`` and ``W_V``, the gain of a head norm into ``W_O``; the norm itself stands before
-    ``W_O`` (`mea.models.compressed.NormedProjection`). Another model than this package's decoder is returned as it is.
+    The mixing goes into ``W_K`` and ``W_V``; where components are fewer than key/value heads, they get that many heads,
+    of low rank together, and a layout as small as the components loses nothing. The gain of a head norm goes into
+    ``W_O``; the norm itself stands before it (`mea.models.compressed.NormedProjection`). Another model than this
+    package's decoder is returned as it is.
 
     Raises
     ------
@@ -103,7 +106,7 @@ def stock_form(model: Any) -> Any:
     stock = stock_config(config)
     if stock is config:
         return model
-    state = _folded_state(copy.deepcopy(model).float())  # products of weights are rounded once, at the end
+    state = _folded_state(copy.deepcopy(model).float(), expand=True)  # products of weights are rounded once, at the end
     # Qwen3 has one eps for all norms: its QK-norm of s x is this one of x, whose eps is smaller by s².
     scale = (config.rms_norm_eps / config.head_norm_eps) ** 0.5
     for i in range(config.num_hidden_layers):
@@ -122,15 +125,15 @@ def stock_form(model: Any) -> Any:
     return built
 
 
-def _folded_state(model: MeaForCausalLM) -> dict[str, Tensor]:
-    """The weights, with every mixing inside the projections."""
+def _folded_state(model: MeaForCausalLM, *, expand: bool = False) -> dict[str, Tensor]:
+    """The weights, with every mixing inside the projections; with `expand` also that of fewer components."""
     state = model.state_dict()
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
         if isinstance(attention, MultiheadExplicitAttention):
             prefix = f"model.layers.{i}.self_attn."
             state = {name: x for name, x in state.items() if not name.startswith(prefix)}
-            state.update({prefix + name: x for name, x in attention.folded().state_dict().items()})
+            state.update({prefix + name: x for name, x in attention.folded(expand=expand).state_dict().items()})
     return state
 
 
