@@ -40,7 +40,7 @@ def test_full_rank_is_exact(name: str) -> None:
         torch.testing.assert_close(each.projection, torch.eye(N, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "gauge"])  # which keeps its form instead
 def test_widths_are_as_asked_and_decoders_orthonormal(name: str) -> None:
     method = METHODS[name]
     width = 2 * D if method.whole_heads else 10
@@ -172,7 +172,7 @@ def test_position_loses_least_over_all_positions() -> None:
 
 def test_methods_are_found_by_name() -> None:
     assert find_method("gram", 4) is METHODS["gram"]
-    with pytest.raises(ValueError, match="the methods are svd, gram, frequency, position, not 'garm'; did you mean"):
+    with pytest.raises(ValueError, match=r"the methods are svd, gram, .*, position, not 'garm'; did you mean 'gram'"):
         find_method("garm", 4)
     with pytest.raises(ValueError, match="one kv head only; use frequency, position"):
         find_method("svd", 1)

@@ -129,9 +129,9 @@ def test_conjugate_gradients_stop_at_a_solution() -> None:
     """Started where nothing is left to do, they stay there instead of dividing zero by zero."""
     matrix = torch.diag(torch.tensor([1.0, 2.0, 0.0]))
     x = torch.tensor([1.0, 1.0, 5.0])
-    assert torch.equal(values._conjugate_gradients(lambda y: matrix @ y, matrix @ x, x), x)
+    assert torch.equal(values.conjugate_gradients(lambda y: matrix @ y, matrix @ x, x), x)
     zero = torch.zeros(3)
-    assert torch.equal(values._conjugate_gradients(lambda y: matrix @ y, zero, zero), zero)
+    assert torch.equal(values.conjugate_gradients(lambda y: matrix @ y, zero, zero), zero)
 
 
 def fit(problem: Problem, blocks: int, rank: int) -> tuple[Factors, Tensor]:

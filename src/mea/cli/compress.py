@@ -17,9 +17,11 @@ def compress(
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Instead: bytes at a context, '64k tokens in 2 GiB'.")] = None,
     layout: Annotated[str | None, typer.Option(help="Instead: full, half or deep, or a JSON file of widths.")] = None,
-    method: Annotated[str, typer.Option(help="position, frequency, gram or svd.")] = "position",
+    method: Annotated[
+        str, typer.Option(help="position, frequency, gauge, gqa-procrustes, gqa-mean, gram or svd.")
+    ] = "position",
     odd: Annotated[
-        str, typer.Option(help="Which get an odd component head, keys or values (gram and svd).")
+        str, typer.Option(help="Which get an odd component head, keys or values (methods with whole heads).")
     ] = "values",
     text: Annotated[str, typer.Option(help="Calibration text: a packaged one or a .txt file.")] = "calibration",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,

@@ -12,7 +12,7 @@ from mea.compression.layout import Layout
 from mea.compression.methods import Method
 from mea.compression.statistics import AveragedValuesSum, LayerStatistics, StatisticsSum
 from mea.compression.stream import AttentionPass, LayerInputs, embed, layer_inputs, resident, rotations, run_layer
-from mea.compression.values import covariance_values, fit_values
+from mea.compression.values import covariance_values
 
 LOST_WINDOWS = 2
 
@@ -108,7 +108,7 @@ def _fit(
     averaged = AveragedValuesSum(layer.self_attn, inputs, keys.projection.float())
     for window in passes:
         averaged.add(window.attention_in, window.heads_out, window.weight)
-    return LayerFactors(keys, *fit_values(averaged.result(), statistics.num_kv_heads, widths[1]))
+    return LayerFactors(keys, *method.averaged(averaged.result(), statistics.num_kv_heads, widths[1]))
 
 
 @torch.no_grad()

@@ -11,6 +11,13 @@ alone. Tokens are weighted by the inverse energy of the residual stream that the
 divides by it, and without the weight a few tokens with huge activations (attention sinks) would be all that counts.
 Values are not centred, for the same sinks' sake.
 
+Where a head norm stands between the average and ``W_O`` (MEA), ``y = sum_i W_i n(o_i)`` with ``o_i = A_i v_g(i)`` and
+``n(o) = o / rho(o)``, ``rho(o) = sqrt(mean(o^2) + eps)``: no longer linear in the factors. With ``rho`` kept at its
+uncompressed value it is, and the objective is the one above with ``u_i / rho(o_i)`` in the place of ``u_i``: every head
+of every token is weighted by its inverse RMS, so that heads count by their direction, as the norm has it, and not by
+their size. What is neglected is of first order only along ``o_i`` itself: for small eps ``n(o + e) - n(o)`` is
+``(I - n n^T / d) e / rho + O(e^2)``, an error along ``o_i`` that the norm takes out and this objective still counts.
+
 In a model with many heads their products are kept within blocks of query heads only (`AveragedValues`), each block
 having its own target: the moments of all pairs would not fit.
 """
@@ -34,19 +41,39 @@ def fit_values(averaged: AveragedValues, num_kv_heads: int, width: int) -> tuple
 
     Starts at the best subspace when every query head is taken by itself, below full rank.
     """
-    c, m, n, _, _ = averaged.gram.shape
-    output, g = averaged.output_weight, num_kv_heads
+    moment, metric = single_heads(averaged, num_kv_heads)
+    encoder, decoder = weighted_subspace(moment, metric, width)
+    encoder, decoder, output = alternate(averaged, encoder, decoder.view(num_kv_heads, -1, width))
+    return orthonormal(encoder, decoder.reshape(-1, width)), output
+
+
+def single_heads(averaged: AveragedValues, num_kv_heads: int) -> tuple[Float[Tensor, "n n"], Float[Tensor, "g d d"]]:
+    """Without products of different query heads: the values' moment, and what ``W_O`` makes of their errors."""
+    output = averaged.output_weight
     d = output.shape[-1]
-    own = torch.einsum("cinim->nm", averaged.gram).double()
-    metric = torch.einsum("cioa,cioe->ciae", output, output).view(g, c * m // g, d, d).sum(1).double()
-    encoder, decoder = weighted_subspace(own, metric, width)
-    encoder, decoder = encoder.float(), decoder.float().view(g, d, width)
+    moment = torch.einsum("cinim->nm", averaged.gram)
+    metric = torch.einsum("cioa,cioe->ciae", output, output).view(num_kv_heads, -1, d, d).sum(1)
+    return moment.double(), metric.double()
+
+
+DecoderStep = Callable[[AveragedValues, Float[Tensor, "r n"], Float[Tensor, "g d r"]], Float[Tensor, "g d r"]]
+
+
+def alternate(
+    averaged: AveragedValues,
+    encoder: Float[Tensor, "r n"],
+    decoder: Float[Tensor, "g d r"],
+    fit_decoder: DecoderStep | None = None,
+) -> tuple[Float[Tensor, "r n"], Float[Tensor, "g d r"], Float[Tensor, "D _"]]:
+    """Rounds of least squares from a start, with any step for the decoder; the last result is the output projection."""
+    output, fit_decoder = averaged.output_weight, fit_decoder or _fit_decoder
+    encoder, decoder = encoder.float(), decoder.float()
     for _ in range(ROUNDS):
-        decoder = _fit_decoder(averaged, encoder, decoder)
+        decoder = fit_decoder(averaged, encoder, decoder)
         encoder = _fit_encoder(averaged, encoder, decoder)
         averaged = averaged._replace(output_weight=_fit_output(averaged, encoder, decoder, output))
-    factors = orthonormal(encoder.double(), decoder.reshape(n, width).double())
-    return factors, averaged.output_weight.permute(2, 0, 1, 3).reshape(-1, c * m * d)
+    width = output.shape[2]
+    return encoder.double(), decoder.double(), averaged.output_weight.permute(2, 0, 1, 3).reshape(width, -1)
 
 
 def covariance_values(statistics: LayerStatistics, width: int) -> Factors:
@@ -68,21 +95,29 @@ def _read(averaged: AveragedValues, decoder: Float[Tensor, "g d r"]) -> Float[Te
 def _fit_decoder(
     averaged: AveragedValues, encoder: Float[Tensor, "r n"], start: Float[Tensor, "g d r"]
 ) -> Float[Tensor, "g d r"]:
-    output, (g, d, r) = averaged.output_weight, start.shape
-    c, m = output.shape[:2]
+    normal, right = decoder_equations(averaged, encoder, start.shape[0])
+    return conjugate_gradients(normal, right, start)
+
+
+def decoder_equations(
+    averaged: AveragedValues, encoder: Float[Tensor, "r n"], num_kv_heads: int
+) -> tuple[Callable[[Tensor], Tensor], Float[Tensor, "g d r"]]:
+    """The best decoder solves ``normal(decoder) = right``."""
+    output, r = averaged.output_weight, len(encoder)
+    c, m, _, d = output.shape
     gram = torch.einsum("cinjm,sm->cinjs", averaged.gram, encoder)
     gram = torch.einsum("rn,cinjs->cirjs", encoder, gram)
     overlap = torch.einsum("cioa,cjoe->ciaje", output, output)
     right = torch.einsum("ciro,cioa->ciar", torch.einsum("rn,cino->ciro", encoder, averaged.target), output)
 
     def per_group(x: Float[Tensor, "c m d r"]) -> Float[Tensor, "g d r"]:
-        return x.reshape(g, -1, d, r).sum(1)
+        return x.reshape(num_kv_heads, -1, d, r).sum(1)
 
     def normal(x: Float[Tensor, "g d r"]) -> Float[Tensor, "g d r"]:
         inner = torch.einsum("cirjs,cjes->cirje", gram, _per_query_head(x, c, m))
         return per_group(torch.einsum("cirje,ciaje->ciar", inner, overlap))
 
-    return _conjugate_gradients(normal, per_group(right), start)
+    return normal, per_group(right)
 
 
 def _fit_encoder(
@@ -96,7 +131,7 @@ def _fit_encoder(
         inner = torch.einsum("cinjm,sm->cinjs", averaged.gram, x)
         return torch.einsum("cinjs,cirjs->rn", inner, overlap)
 
-    return _conjugate_gradients(normal, right, start)
+    return conjugate_gradients(normal, right, start)
 
 
 def _fit_output(
@@ -117,7 +152,7 @@ def _fit_output(
     return solved.view(c, m, d, width).transpose(2, 3)
 
 
-def _conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, x: Tensor) -> Tensor:
+def conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, x: Tensor) -> Tensor:
     """A few steps towards ``normal(x) = right`` for a positive semi-definite `normal`; stops at rounding."""
     left = right - normal(x)
     direction, energy = left, left.square().sum()

@@ -8,12 +8,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from jaxtyping import Float
+from torch import Tensor
+
 from mea.compression.factors import Factors
 from mea.compression.layout import Step
-from mea.compression.methods import frequency, gram, position, svd
-from mea.compression.statistics import LayerStatistics
+from mea.compression.methods import frequency, gauge, gqa_mean, gqa_procrustes, gram, position, svd
+from mea.compression.statistics import AveragedValues, LayerStatistics
+from mea.compression.values import fit_values
 
 Factorise = Callable[[LayerStatistics, int], Factors]
+FitAveraged = Callable[[AveragedValues, int, int], tuple[Factors, Float[Tensor, "D _"]]]
 WIDTH_STEP = 8  # attention kernels want widths that are multiples of 8
 
 
@@ -25,6 +30,8 @@ class Method:
     ----------
     keys, values
         From statistics and a width to factors; no `values` means attention-averaged ones.
+    averaged
+        From attention-averaged values, the number of kv heads and a width to factors and the ``W_O`` fitted to them.
     whole_heads
         Widths are whole component heads, as in arXiv 2601.19611: one scalar per pair of heads.
     """
@@ -33,6 +40,7 @@ class Method:
     keys: Factorise
     values: Factorise | None = None
     whole_heads: bool = False
+    averaged: FitAveraged = fit_values
 
     def step(self, head_dim: int, odd: str = "values") -> Step:
         """The steps in which a layer's widths grow."""
@@ -44,6 +52,9 @@ METHODS = {
     for method in (
         Method("svd", svd.keys, svd.values, whole_heads=True),
         Method("gram", gram.keys, gram.values, whole_heads=True),
+        Method("gqa-mean", gqa_mean.keys, gqa_mean.values, whole_heads=True),
+        Method("gqa-procrustes", gqa_procrustes.keys, gqa_procrustes.values, whole_heads=True),
+        Method("gauge", gauge.keys, whole_heads=True, averaged=gauge.values),
         Method("frequency", frequency.keys),
         Method("position", position.keys),
     )
