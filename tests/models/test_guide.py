@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from mea.models.presets import VARIANTS, parameter_table
+from mea.records import read_record
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
 
@@ -31,4 +32,39 @@ def table() -> str:
             if name == variant:
                 cells.append(f"{count:,}" if variant == "transformer" else f"{100 * relative:+.2f} %")
         lines.append(f"| `{variant}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+TRAINING = Path(__file__).parents[2] / "benchmarks" / "results"
+
+
+def test_the_training_steps_of_the_guide_are_those_of_the_records():
+    assert training_table() in GUIDE
+
+
+def training_table() -> str:
+    """Training throughput and peak memory of every variant against the plain Transformer's, as Markdown."""
+    columns = {
+        "10m fp32": "training_step_10m_float32*.json",
+        "10m bf16": "training_step_10m_bfloat16*.json",
+        "30m fp32": "training_step_30m_float32*.json",
+        "30m bf16": "training_step_30m_bfloat16*.json",
+        "10m memory": "training_memory_10m_float32.json",
+        "30m memory": "training_memory_30m_float32.json",
+    }
+    found: dict[str, dict[str, str]] = {}
+    for column, pattern in columns.items():
+        for path in sorted(TRAINING.glob(pattern)):
+            for variant, result in read_record(path)["results"].items():
+                if column.endswith("memory"):
+                    cell = f"{result['peak_memory_against_transformer']:.2f}"
+                else:
+                    ratio = result["throughput_against_transformer"]
+                    cell = f"{ratio['median']:.2f} ({ratio['lower_quartile']:.2f}-{ratio['upper_quartile']:.2f})"
+                found.setdefault(variant, {})[column] = cell
+    lines = [f"| variant | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    for variant in VARIANTS:
+        if variant in found and variant != "transformer":
+            cells = [found[variant].get(column, "–") for column in columns]
+            lines.append(f"| `{variant}` | {' | '.join(cells)} |")
     return "\n".join(lines)
