@@ -21,7 +21,7 @@ LINTED := src tests $(wildcard benchmarks experiments scripts)
 # The tests use local files only: an attempt to reach a model hub fails at once instead of hanging.
 test test-full: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo bench test test-full lint pytest-compile format clean
+.PHONY: help setup demo bench test test-full lint pytest-compile eval-smoke format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -34,7 +34,7 @@ demo: $(READY) ## Compress a real language model and write a report of what it c
 bench: $(READY) ## Measure decoding on this machine and write the records
 	@$(BIN)/python benchmarks/run.py
 
-test: $(READY) lint pytest-compile ## Lint, types, layers and the tests (at most 20 minutes on 2 cores)
+test: $(READY) lint pytest-compile eval-smoke ## Lint, types, layers and the tests (at most 20 minutes on 2 cores)
 	@$(BIN)/python -m pytest -q -m "not slow and not compile" --durations=10
 
 test-full: $(READY) lint pytest-compile ## The same with the slow tests
@@ -52,6 +52,11 @@ pytest-compile: $(READY)
 	@if grep -rqE --include='test_*.py' 'mark\.compile\b' tests; then \
 		JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -q -m "compile$(if $(filter test-full,$(MAKECMDGOALS)),, and not slow)"; \
 	fi
+
+eval-smoke: $(READY) ## The zero-shot tasks on 50 rows each, by the packaged model (under 4 minutes on 2 cores)
+	@rm -rf build/eval-smoke
+	@$(BIN)/mea eval "$$($(BIN)/python -c 'from mea.compression.comparison import packaged_model as m; print(m())')" \
+		--suite zero-shot --data tests/evaluate/data --dtype bfloat16 --out build/eval-smoke
 
 format: $(DEPENDENCIES) ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix $(LINTED)
