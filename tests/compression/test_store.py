@@ -47,13 +47,13 @@ def in_a_process(code: str, *values: object) -> subprocess.CompletedProcess:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lists the layers' fits from now on."""
     calls: list[int] = []
-    original = fit.fit_values
+    original = fit._fit
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return original(*args)
 
-    monkeypatch.setattr(fit, "fit_values", counted)
+    monkeypatch.setattr(fit, "_fit", counted)
     return calls
 
 
