@@ -82,8 +82,8 @@ def test_every_stage_lowers_what_it_minimises(pair, tmp_path, preset):
 
 
 def test_distillation_comes_nearer_to_the_original_on_held_out_text(pair, tmp_path):
-    # Held-out tokens here are random, so that only the divergence says anything. Twelve steps on a model this small take
-    # off 4 to 23 %, depending on its weights; steps in the wrong direction would add more than that.
+    # Held-out tokens here are random, so that only the divergence says anything. Twelve steps on a model this small
+    # take off 4 to 23 %, depending on its weights; steps in the wrong direction would add more than that.
     first, *_, last = run(pair, tmp_path).curve
     assert last["kl"] < 0.99 * first["kl"]
 
