@@ -1,6 +1,6 @@
 """Make docstrings.txt.gz: documentation and code of Python packages, as they are installed.
 
-    python experiments/calibration_text/make_docstrings.py [--out src/mea/data]
+    python experiments/calibration_text/make_docstrings.py [--out FOLDER]
 
 Docstrings of public functions and classes, and a smaller share of plain functions as code; both without anything that
 shares 13 consecutive words with a text that is tested on. The same versions of the packages give the same bytes.
@@ -79,7 +79,7 @@ def choose(found: list[str], characters: int, rng: random.Random, taken: set[tup
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("src/mea/data"))
+    parser.add_argument("--out", type=Path, default=Path())
     out = parser.parse_args().out
     rng = random.Random(SEED)
     taken = set().union(*(runs(load_text(name)) for name in TESTED))
