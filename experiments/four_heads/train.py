@@ -69,7 +69,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("build/four_heads"))
     parser.add_argument(
-        "--text", nargs="+", default=["calibration", "wikitext-2-valid"], help="packaged texts or files"
+        "--text", nargs="+", default=["encyclopaedic", "wikitext-2-valid"], help="packaged texts or files"
     )
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8)

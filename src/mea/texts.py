@@ -6,7 +6,7 @@ import zlib
 from importlib.resources import files
 from pathlib import Path
 
-NAMES = ("wikitext-2-test", "wikitext-2-valid", "technical", "calibration")
+NAMES = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
 
 
 def load_text(name_or_path: str | Path) -> str:
