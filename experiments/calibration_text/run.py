@@ -3,8 +3,8 @@
     python scripts/make_texts.py … --technical 0.33 --out build/texts/mixed-33   # and mixed-20, mixed-50
     python experiments/calibration_text/run.py --texts build/texts [RUN ...]
 
-Every run is one record in ``records/``, which is not made again; without names all runs that are missing are made.
-`table.py` writes the README's table from the records.
+Every run is one record in ``records/``, which is not made again; without names all runs that are missing are made. Then
+the table in the README is written from the records; ``--table`` does that alone.
 """
 
 import argparse
@@ -21,10 +21,11 @@ from mea.compression.compress import calibration_tokens, run_plans
 from mea.compression.plan import Calibration, make_plan
 from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
 from mea.models.loading import load
-from mea.records import make_record, write_record
+from mea.records import make_record, read_record, write_record
 from mea.texts import NAMES, load_text
 
-RECORDS = Path(__file__).parent / "records"
+RECORDS, README = Path(__file__).parent / "records", Path(__file__).parent / "README.md"
+START, END = "<!-- table: written by run.py from the records -->", "<!-- end of table -->"
 TESTED, TOKENS, WINDOW = ("wikitext-2-valid", "technical-valid"), 8192, 1024
 SIZE = 16384
 
@@ -51,19 +52,24 @@ RUNS = {run.name: run for run in SHARES + SEEDS + LENGTHS}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="*", help="of " + ", ".join(RUNS))
-    parser.add_argument("--texts", type=Path, required=True, help="holds mixed-N/calibration.txt.gz")
+    parser.add_argument("--texts", type=Path, default=Path("build/texts"), help="holds mixed-N/calibration.txt.gz")
+    parser.add_argument("--table", action="store_true", help="only write the table")
     options = parser.parse_args()
     if unknown := set(options.runs) - set(RUNS):
         parser.error(f"no runs {', '.join(sorted(unknown))}: there are {', '.join(RUNS)}")
     missing = [run for name, run in RUNS.items() if name in (options.runs or RUNS) and not path(run).is_file()]
-    if not missing:
-        return
+    if missing and not options.table:
+        make(missing, options.texts)
+    write_table()
+
+
+def make(missing: list[Run], folder: Path) -> None:
     model, tokenizer = load(packaged_model(), "float32")
     tokens = {text: encode_text(tokenizer, load_text(text), TOKENS) for text in TESTED}
     reference = losses(model, tokenizer, tokens)
     for run in missing:
         if not path(run).is_file():
-            one(run, options.texts, model, tokenizer, tokens, reference)
+            one(run, folder, model, tokenizer, tokens, reference)
 
 
 def path(run: Run) -> Path:
@@ -101,6 +107,22 @@ def one(run: Run, folder: Path, model, tokenizer, tokens, reference) -> None:
     write_record(path(run), make_record("calibration_text", config, results=results, samples=samples,
                                         seeds={"calibration": run.seed}))  # fmt: skip
     print(run.name, {text: round(values["ratio"], 3) for text, values in texts.items()}, flush=True)
+
+
+def write_table() -> None:
+    """Put the runs that are there into the README."""
+    head = ["calibration text", "tokens", "seed", *TESTED, "compressed in"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    for run in sorted(RUNS.values()):
+        if not path(run).is_file():
+            continue
+        results = read_record(path(run))["results"]
+        values = [results["texts"][text] for text in TESTED]
+        ratios = [f"{value['ratio']:.3f} ± {value['ratio_standard_error']:.3f}" for value in values]
+        lines.append([run.text, f"{run.tokens:,}", str(run.seed), *ratios, f"{results['compress_seconds']:.0f} s"])
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    README.write_text(f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ def compress(
     odd: Annotated[
         str, typer.Option(help="Which get an odd component head, keys or values (methods with whole heads).")
     ] = "values",
-    text: Annotated[str, typer.Option(help="Calibration text: a packaged one (calibration, encyclopaedic) or a .txt file.")] = "calibration",
+    text: Annotated[str, typer.Option(help="Calibration text: a packaged name or a .txt file.")] = "calibration",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
