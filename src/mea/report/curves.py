@@ -14,6 +14,7 @@ BINS = 150  # points of a training curve
 HIGHEST = 1.2  # times the lowest loss: cells further away would press the others flat
 MILLION = 1e6
 BASELINE = "transformer"  # stands first
+CONSTANT = "constant"
 
 
 def of_arms(runs: Sequence[Record], fit: Record | None, schedule: str) -> list[Figure]:
@@ -170,6 +171,34 @@ def predictions(group: dict[str, Any], schedule: str) -> Figure | None:
         legend(figure, axes)
         text = "Predicted by a fit to the first part of each run. On the dotted line: right. Bars: 95 % intervals."
         return Figure(f"predictions-{schedule}", svg(figure), text)
+
+
+def after_decay(groups: dict[str, Any], schedule: str) -> Figure | None:
+    """Loss after decay against the loss at a constant rate, a marker for every arm and rate that has both."""
+    if schedule == CONSTANT or not {schedule, CONSTANT} <= set(groups):
+        return None
+    before, after = (
+        {(cell["arm"], cell["rate"]): cell for cell in groups[name]["cells"]} for name in (CONSTANT, schedule)
+    )
+    keys = sorted(key for key in after if key in before)
+    top = HIGHEST * min(cell["loss"] for cell in before.values())
+    keys = [key for key in keys if before[key]["loss"] <= top]
+    if len(keys) < 2:
+        return None
+    with style(f"decay-{schedule}"):
+        figure, axes = axes_of_a_figure()
+        for index, arm in enumerate(_names(groups[CONSTANT])):
+            own = [key for key in keys if key[0] == arm]
+            if own:
+                bars = {"xerr": _bars([before[key] for key in own]), "yerr": _bars([after[key] for key in own])}
+                look = line(index, size=5) | {"linestyle": "none", "elinewidth": 0.8}
+                losses = ([group[key]["loss"] for key in own] for group in (before, after))
+                axes.errorbar(*losses, **bars, label=arm, **look)
+        axes.set_xlabel("loss at a constant rate, nats per token")
+        axes.set_ylabel("loss after decay")
+        legend(figure, axes)
+        text = "Variants at every rate that was run both ways, over the same tokens. Bars: 95 % intervals."
+        return Figure(f"decay-{schedule}", svg(figure), text)
 
 
 def _forest(name: str, entries: Sequence[tuple[str, float, Sequence[float]]], label: str) -> str:

@@ -57,6 +57,7 @@ def _figures(runs: list[Record], fit: Record | None, schedule: str) -> list[Figu
     drawn.append(curves.at_best_rates(runs, group, schedule) if group and runs else None)
     drawn += [curves.spikes(group, schedule), curves.predictions(group, schedule)] if group else []
     drawn += [curves.differences(group, schedule), curves.effects(group, schedule)] if group else []
+    drawn.append(curves.after_decay(_groups(fit), schedule))
     return [figure for figure in drawn if figure]
 
 
