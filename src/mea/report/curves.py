@@ -25,8 +25,8 @@ def of_arms(runs: Sequence[Record], fit: Record | None, schedule: str) -> list[F
     rates = sorted({record["config"]["learning_rate"] for record in runs})
     limits = _limits(runs)
     drawn = []
-    for arm in _arms(runs):
-        chosen = [record for record in runs if _arm(record) == arm]
+    for arm in arms_of(runs):
+        chosen = [record for record in runs if arm_of(record) == arm]
         name = f"loss-{arm}-{schedule}"
         with style(name):
             figure, axes = axes_of_a_figure()
@@ -84,7 +84,7 @@ def at_best_rates(runs: Sequence[Record], group: dict[str, Any], schedule: str) 
         figure, axes = axes_of_a_figure()
         shown = []
         for index, arm in enumerate(group["arms"]):
-            cell = [r for r in runs if _arm(r) == arm["arm"] and r["config"]["learning_rate"] == arm["best_rate"]]
+            cell = [r for r in runs if arm_of(r) == arm["arm"] and r["config"]["learning_rate"] == arm["best_rate"]]
             if not cell or any(record["results"].get("diverged") for record in cell):
                 continue
             tokens, means = _validation(cell)
@@ -262,12 +262,14 @@ def _beyond(cell: dict[str, Any]) -> str:
     return f"{cell['arm']} at {cell['rate']:.3g} ({outcome})"
 
 
-def _arm(record: Record) -> str:
+def arm_of(record: Record) -> str:
+    """What a run counts for in comparisons."""
     return str(record["config"].get("arm") or record["config"]["variant"])
 
 
-def _arms(runs: Iterable[Record]) -> list[str]:
-    return sorted(dict.fromkeys(_arm(record) for record in runs), key=lambda arm: arm != BASELINE)
+def arms_of(runs: Iterable[Record]) -> list[str]:
+    """The arms of runs, the baseline first."""
+    return sorted(dict.fromkeys(arm_of(record) for record in runs), key=lambda arm: arm != BASELINE)
 
 
 def _names(group: dict[str, Any]) -> list[str]:

@@ -53,6 +53,21 @@ def axes_of_a_figure() -> tuple[Any, Any]:
     return figure, axes
 
 
+def two_panels(titles: tuple[str, str], x: str, y: str) -> tuple[Any, Any]:
+    """A figure of two axes side by side that share a logarithmic vertical axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title in zip(panels, titles, strict=True):
+        axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(x)
+    panels[0].set_ylabel(y)
+    return figure, panels
+
+
 def legend(figure: Any, axes: Any) -> None:
     """Below the axes, where it hides nothing, with as many columns as the names allow."""
     handles, labels = axes.get_legend_handles_labels()

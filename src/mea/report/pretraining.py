@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mea.records import Record
-from mea.report import curves
+from mea.report import curves, inside
 from mea.report.fits import KIND as FIT
 from mea.report.fits import fit_parts, rate
 from mea.report.parts import ABSENT, Figure, Part, Section, Table
@@ -43,6 +43,8 @@ def _section(shape: Shape, records: list[Record]) -> Section:
         if drawn := curves.of_arms(chosen, fit, schedule):
             text = "Thin: training loss. Markers: validation loss, mean over seeds. Dashed: the fitted law."
             parts.append(Part(f"Loss against tokens, variant by variant{suffix}", text, figures=drawn))
+        if seen := inside.part(chosen, suffix):
+            parts.append(seen)
     parts += fit_parts(fit) if fit else [_runs(runs)]
     return Section(heading, parts)
 
