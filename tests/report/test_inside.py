@@ -33,14 +33,18 @@ def runs():
     return [looked_into(arm, rate) for arm in ARMS for rate in (1e-3, 1e-2, 1.0)]
 
 
-def test_nothing_is_drawn_of_runs_that_were_not_looked_into(runs):
-    old = [synthetic("a", 1e-3, 0)]
-    assert part(old) is None
-    assert part([*old, *runs]).table == part(runs).table
+@pytest.fixture(scope="module")
+def inside(runs):
+    return part([synthetic("a", 1e-3, 0), *runs])
 
 
-def test_the_table_tells_of_every_rate(runs):
-    table = part(runs).table
+def test_nothing_is_drawn_of_runs_that_were_not_looked_into(inside):
+    assert part([synthetic("a", 1e-3, 0)]) is None
+    assert "a" not in [line[0] for line in inside.table.lines]
+
+
+def test_the_table_tells_of_every_rate(inside):
+    table = inside.table
     assert len(table.lines) == 12
     lines = {(line[0], line[1]): line[2:] for line in table.lines}
     assert lines["mea", "0.01"][1:] == ["30", "1", "5", "30", "2"]  # a singular value of 0 has no condition
@@ -49,9 +53,9 @@ def test_the_table_tells_of_every_rate(runs):
     assert lines["groupnorm", "0.001"][4:] == ["–", "–"]
 
 
-def test_calm_stands_beside_wild(runs):
+def test_calm_stands_beside_wild(inside):
     """Legends name the best and the largest rate; a diverged run is never the best."""
-    figures = {figure.name: figure.svg for figure in part(runs).figures}
+    figures = {figure.name: figure.svg for figure in inside.figures}
     names = ("logits", "gradients", "reads", "key-mixing", "value-mixing")
     assert list(figures) == [f"inside-{name}-constant" for name in names]
     titles = re.findall(r">(\w+ \([\d.]+ / [\d.]+\))<", figures["inside-logits-constant"])
@@ -62,7 +66,7 @@ def test_calm_stands_beside_wild(runs):
 
 def test_the_section_has_it_once_for_every_schedule(runs):
     decayed = [looked_into(arm, 1e-3, schedule="wsd") for arm in ARMS]
-    (section,) = sections([*runs, *decayed])
+    (section,) = sections([*runs[:2], *decayed[:2]])
     headings = [p.heading for p in section.parts if p.heading.startswith("Inside")]
     assert headings == ["Inside attention (constant rate)", "Inside attention (wsd rate)"]
     names = [figure.name for p in section.parts for figure in p.figures]

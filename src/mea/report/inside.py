@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from mea.records import Record
 from mea.report.curves import MILLION, arm_of, arms_of
-from mea.report.drawing import INK, line, style, svg, two_panels
+from mea.report.drawing import INK, line, logarithmic, style, svg, two_panels
 from mea.report.parts import ABSENT, Figure, Part, Table
 
 BINS = 40  # of a gradient norm's curve
@@ -27,7 +27,10 @@ def part(runs: Sequence[Record], suffix: str = "") -> Part | None:
     pairs = {arm: _pair([run for run in seen if arm_of(run) == arm]) for arm in arms_of(seen)}
     drawn = [make(pairs, schedule) for make in (_logits, _gradients, _reads)]
     drawn += [_spectra(pairs, schedule, kind) for kind in KINDS]
-    text = "One run of each variant, of the first seed: left at its best rate of those tried, right at the largest."
+    text = (
+        "One run of each variant, of the first seed: left at the best of the rates whose runs were looked into, right "
+        "at the largest. The legend gives both rates."
+    )
     return Part(f"Inside attention{suffix}", text, table=_table(seen), figures=[figure for figure in drawn if figure])
 
 
@@ -67,7 +70,7 @@ def _gradients(pairs: dict[str, Pair], schedule: str) -> Figure | None:
             [np.nanmax(p) if np.isfinite(p).any() else np.nan for p in parts]
         )
 
-    text = f"Norm of the gradient before clipping: the largest in every {BINS}th of the run."
+    text = f"Norm of the gradient before clipping: the largest in every {BINS}th part of the run."
     return _curves(f"inside-gradients-{schedule}", pairs, curve, "gradient norm", text)
 
 
@@ -114,7 +117,7 @@ def _curves(
     shown: set[str] = set()
     top = 0.0
     with style(name):
-        figure, panels = two_panels(("best rate", "largest rate tried"), x, label)
+        figure, panels = two_panels(("best rate", "largest rate"), x, label)
         for side, axes in enumerate(panels):
             for index, (arm, pair) in enumerate(pairs.items()):
                 where, values = curve(pair[side])
@@ -131,6 +134,8 @@ def _curves(
                 axes.set_xscale("log", base=2)
         if not shown:
             return None
+        for axes in panels:
+            logarithmic(axes)
         figure.legend(loc="outside lower center", ncols=2, frameon=False)
         figure.set_figheight(3.4 + 0.25 * -(-len(shown) // 2))
         return Figure(name, svg(figure), text)
@@ -153,12 +158,16 @@ def _table(runs: Sequence[Record]) -> Table:
                 *(_mean(_condition((run["samples"].get(f"{k}_mixing") or [[]])[-1]) for run in cell) for k in KINDS),
             ]
             shown = "diverged" if np.isinf(loss) else f"{loss:.3f}"
-            lines.append([arm, f"{rate:.3g}", shown, *(ABSENT if np.isnan(x) else f"{x:.3g}" for x in numbers)])
+            lines.append([arm, f"{rate:.3g}", shown, *map(_shown, numbers)])
     note = (
         f"At the end of the runs, means over seeds; the largest of all layers. Gradient norm: median over the last "
         f"{100 * LAST:g} % of the steps, before clipping. With a norm on the heads their loudness is that of its gain."
     )
     return Table(header, lines, note)
+
+
+def _shown(value: float) -> str:
+    return ABSENT if np.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _tokens(run: Record) -> NDArray:
