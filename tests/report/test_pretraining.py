@@ -5,7 +5,7 @@ import re
 import pytest
 
 from mea.report import curves
-from mea.report.fits import fit_parts
+from mea.report.fits import DECAY_RULES, fit_parts
 from mea.report.pretraining import sections
 from mea.scaling import FitSettings, fit_records
 from synthetic_runs import sweep, synthetic
@@ -129,8 +129,11 @@ def test_after_decay():
     fit = fit_records(runs, FitSettings(draws=200))
     line = table(fit_parts(fit), "Does the choice at a constant rate hold after decay?").lines[0]
     assert line[4:6] == ["0.003", "0.01"]
+    choices = table(fit_parts(fit), "Which choice is the best after decay?").lines
+    assert [line[1] for line in choices][0::4] == ["lowest loss at the end, constant rate", DECAY_RULES["paper"]]
     (section,) = sections([*runs, fit])
     assert any(part.heading == "Rates (cosine rate)" for part in section.parts)
+    assert "decay-cosine" in [figure.name for part in section.parts for figure in part.figures]
     laws = [len(re.findall("stroke-dasharray: [^0]", f.svg)) for f in curves.of_arms(runs[:6], fit, "constant")]
     assert laws == [3]
 

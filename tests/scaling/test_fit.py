@@ -112,16 +112,63 @@ def test_factorial_effects(run):
         assert low - 1e-4 <= truth <= high + 1e-4
 
 
-def test_choice_at_constant_rate_against_decay(run):
-    records = []
-    for schedule, best in (("constant", 1), ("cosine", 2)):
-        for index, rate in enumerate((1e-3, 3e-3, 1e-2, 3e-2)):
-            shift = 0.1 * (index - best) ** 2
-            records += [run("a", rate, seed, shift=shift, schedule=schedule) for seed in range(2)]
-    (line,) = fit_records(records, QUICK)["results"]["after_decay"]
+def test_factors_of_plain_variants_need_no_labels(run):
+    """Arms of another experiment, whose records tell their variant alone, take their places in the design."""
+    plain = {"transformer": ("none", False), "groupnorm": ("none", True), "mea_no_norm": ("kv", False)}
+    plain |= {"mea": ("kv", True), "mea_keys": ("k", True), "mea_values": ("v", True)}
+    plain |= {"mea_keys_no_norm": ("k", False), "mea_values_no_norm": ("v", False)}
+    records = [
+        run(arm, 1e-3, seed, shift=-0.1 * norm, noise=1e-4) for arm, (_, norm) in plain.items() for seed in (0, 1)
+    ]
+    control = run("mea", 1e-3, 0, shift=5.0)
+    control["config"]["arm"] = "frozen"  # is no part of it
+    records.append(control)
+    effects = fit_records(records, QUICK)["results"]["groups"]["constant"]["effects"]
+    assert {e["effect"]: e["value"] for e in effects}["norm"] == pytest.approx(-0.1, abs=2e-3)
+
+
+def both_ways(run, best_constant: int, best_decayed: int, arm: str = "a", gain: float = 0.0, **options):
+    """An arm at four rates, at a constant rate and with decay, best at one of them."""
+    return [
+        run(arm, rate, seed, shift=gain + 0.1 * (index - best) ** 2, schedule=schedule, **options)
+        for schedule, best in (("constant", best_constant), ("wsd", best_decayed))
+        for index, rate in enumerate((1e-3, 3e-3, 1e-2, 3e-2))
+        for seed in range(2)
+    ]
+
+
+def test_a_choice_at_a_constant_rate_that_does_not_hold_after_decay(run):
+    results = fit_records(both_ways(run, 1, 2), QUICK)["results"]
+    (line,) = results["after_decay"]
     assert (line["best_constant"], line["best_decayed"]) == (3e-3, 1e-2)
-    assert line["probability"] < 0.2
-    assert line["regret"] == pytest.approx(0.1, rel=0.3)
+    for name in ("constant", "early", "held", "far"):
+        assert line["rules"][name]["rate"] == 3e-3
+        assert line["rules"][name]["probability"] < 0.2
+        assert line["rules"][name]["regret"] == pytest.approx(0.1, rel=0.3)
+    # No run has a spike: the paper's rule takes the largest rate, always, which loses 0.1 too.
+    assert line["rules"]["paper"]["probability"] < 0.05
+    assert line["rules"]["paper"]["regret"] == pytest.approx(0.1, rel=0.1)
+    assert results["groups"]["constant"]["fits"]
+    assert not results["groups"]["wsd"]["fits"]  # decay follows no power law
+
+
+def test_a_choice_that_holds(run):
+    """The order of eight cells is the same both ways but for noise; of the two arms b is better at every rate."""
+    records = both_ways(run, 1, 1, noise=1e-4) + both_ways(run, 1, 1, arm="b", gain=-0.03, noise=1e-4)
+    lines = {line["arm"]: line for line in fit_records(records, QUICK)["results"]["after_decay"]}
+    assert list(lines) == ["a", "b", "all arms"]
+    assert lines["a"]["rules"]["constant"]["probability"] == 1
+    together = lines["all arms"]
+    assert together["correlation"] == pytest.approx(1, abs=0.03)  # 1e-3 and 1e-2 of one arm differ by noise alone
+    assert (together["best_constant_arm"], together["best_decayed_arm"]) == ("b", "b")
+    assert together["rules"]["constant"] == {"arm": "b", "rate": 3e-3, "probability": 1, "regret": 0}
+    assert "paper" not in together["rules"]
+
+
+def test_a_grid_that_is_not_full_yet_is_analysed_as_far_as_it_goes(run):
+    """Two rates run both ways make no order; a rate run one way only, or an arm without decay, is left out."""
+    records = [r for r in both_ways(run, 1, 1) if r["config"]["learning_rate"] < 5e-3]
+    assert fit_records([*records, run("b", 1e-3, 0)], QUICK)["results"]["after_decay"] == []
 
 
 def test_sensitivity_is_the_mean_excess_over_log_rates():

@@ -46,6 +46,30 @@ def test_documents_of_every_kind_of_file(tmp_path, kind):
     assert list(documents(data(path))) == TEXTS
 
 
+def test_a_data_set_in_the_layout_of_the_hub(tmp_path):
+    """A local folder stands for a data set's repository: its card names configurations and their files by split."""
+    (tmp_path / "set" / "small").mkdir(parents=True)
+    write_jsonl(tmp_path / "set" / "small" / "train-0.jsonl", TEXTS[:25])
+    write_jsonl(tmp_path / "set" / "small" / "train-1.jsonl", TEXTS[25:])
+    write_jsonl(tmp_path / "set" / "small" / "test.jsonl", ["not this one"])
+    card = """---
+configs:
+- config_name: small
+  data_files:
+  - {split: train, path: small/train-*.jsonl}
+  - {split: test, path: small/test.jsonl}
+---
+"""
+    (tmp_path / "set" / "README.md").write_text(card)
+    hub = {"hub": str(tmp_path / "set"), "vocabulary": 300, "validation_fraction": 0.2, "row": 16}
+    assert list(documents(DataSettings(**hub, hub_config="small"))) == TEXTS
+    assert list(documents(DataSettings(**hub, hub_config="small", hub_split="test"))) == ["not this one"]
+    folder = prepare(DataSettings(**hub, hub_config="small"), tmp_path / "cache")
+    assert len(TokenStream(folder, "train")) > len(TokenStream(folder, "validation")) > 0
+    with pytest.raises(ValueError, match="no text in column 'words'"):
+        next(documents(DataSettings(**hub, hub_config="small", column="words")))
+
+
 def test_a_separator_across_two_reads_is_found(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text(SEPARATOR.join(TEXTS), encoding="utf-8")

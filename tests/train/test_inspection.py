@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from mea.train.inspection import inspect
+from mea.train.inspection import _by_tokens_seen, inspect
 from mea.train.pretraining import build_model
 
 
@@ -43,6 +43,23 @@ def test_logits_rms_and_spectrum_are_those_computed_by_hand(settings):
     x = first.input_layernorm(model.model.embed_tokens(ids))
     q, k = (layer.heads(projection(x)) for projection in (layer.q_proj, layer.k_proj))
     q, k = layer.rotate(q, k, None, None)
+    assert len(found["read_rms"][0]) == 5  # 1, 2, 4, 8 and 16 tokens seen
+    value = layer.value_mixing(layer.heads(layer.v_proj(x)))  # the first token reads its own, all heads of it
+    assert found["read_rms"][0][0] == pytest.approx(value[:, 0].square().mean().sqrt().item(), rel=1e-5)
+
     scores = torch.einsum("bthd,bshd->bhts", q, k) * 8**-0.5
     allowed = torch.ones(16, 16, dtype=torch.bool).tril()
     assert found["largest_logit"][0] == pytest.approx(scores[..., allowed].max().item(), rel=1e-5)
+
+
+def test_reads_are_told_by_the_tokens_that_are_seen():
+    """A mean of n unrelated values is as loud as 1 / sqrt(n), and a document starts anew."""
+    out = torch.randn(4000, 8, 2, 16).cumsum(1) / torch.arange(1, 9)[:, None, None]
+    found = _by_tokens_seen(out, None)
+    truth = [(sum(1 / n for n in group) / len(group)) ** 0.5 for group in ([1], [2, 3], [4, 5, 6, 7], [8])]
+    assert found == pytest.approx(truth, rel=0.01)
+    mask = torch.ones(8, 8, dtype=torch.bool).tril()
+    mask[4:, :4] = False
+    place = (1 + torch.arange(8) % 4)[None, :, None, None]
+    first, second, third, _ = _by_tokens_seen(place.float(), mask[None, None])
+    assert (first, second, third) == pytest.approx((1, 6.5**0.5, 4))

@@ -188,3 +188,31 @@ def test_frozen_mixing_stays_and_folding_keeps_the_function(settings, cache, tmp
     end = MeaForCausalLM.from_pretrained(tmp_path / "folded" / "model").state_dict()
     assert all(torch.equal(end[name], torch.eye(4)) for name in mixing)
     assert record["samples"]["train_loss"][-1] < record["samples"]["train_loss"][0]
+
+
+def test_tensorboard_gets_the_losses(settings, cache, tmp_path, monkeypatch):
+    """The Trainer's reporter by its name; what it wrote is read back."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run = settings(optim={"tokens": 4 * 128}, run={"report_to": ["tensorboard"], "validations": 1, "checkpoints": 1})
+    record = pretrain(run, tmp_path / "run", cache=cache)
+    (events,) = {path.parent for path in (tmp_path / "events").rglob("events.*")}
+    found = EventAccumulator(str(events)).Reload()
+    for tag, name in (("train/loss", "train_loss"), ("train/grad_norm", "grad_norm"), ("eval/loss", "validation_loss")):
+        assert [event.value for event in found.Scalars(tag)] == pytest.approx(
+            record["samples"][name], rel=1e-3
+        )  # 4 digits
+
+
+@pytest.mark.compile
+def test_a_compiled_run_has_the_same_losses(settings, cache, tmp_path):
+    """In fp32 another order of sums is all that compiling changes, over 4 steps."""
+    short = {"optim": {"tokens": 4 * 128}, "run": {"validations": 1, "checkpoints": 1}}
+    plain = pretrain(settings(**short), tmp_path / "plain", cache=cache)
+    short["run"] |= {"compile": True}
+    compiled = pretrain(settings(**short), tmp_path / "compiled", cache=cache)
+    for name in ("train_loss", "validation_loss", "grad_norm"):
+        assert compiled["samples"][name] == pytest.approx(plain["samples"][name], rel=1e-4)
+    weights = MeaForCausalLM.from_pretrained(tmp_path / "compiled" / "model")  # names without the compiler's prefix
+    assert weights.num_parameters() == plain["results"]["parameters"]

@@ -33,6 +33,7 @@ seeds = [0, 1]
 arms = ["mea"]
 rates = [1e-3]
 seeds = [0]
+branch = 0.8
 change = {{ optim = {{ schedule = "cosine" }} }}
 """
 
@@ -81,6 +82,7 @@ def test_the_order_is_that_of_the_stages_and_nothing_comes_twice(jobs):
     assert frozen["model"] == {"variant": "mea", "freeze_mixing": "random"}
     assert (frozen["labels"], frozen["run"]) == ({"arm": "frozen"}, {"seed": 0})
     assert jobs[-1].tables["optim"] == {"schedule": "cosine", "learning_rate": 1e-3}
+    assert (jobs[-1].base, jobs[-1].branch) == ("mea-0.001-0", 0.8)
 
 
 def test_finished_runs_are_skipped_crashed_ones_tried_again(jobs, tmp_path):

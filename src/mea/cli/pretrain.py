@@ -15,6 +15,9 @@ def pretrain(
     out: Annotated[Path, typer.Argument(help="Folder of the run; one that was interrupted goes on.")],
     cache: Annotated[Path, typer.Option(help="Tokenised data, shared by runs.")] = Path("build/pretraining/data"),
     record: Annotated[Path | None, typer.Option(help="Where the record goes, if not into OUT.")] = None,
+    start_from: Annotated[
+        Path | None, typer.Option(help="Checkpoint of a run at a constant rate, to go on with a decay.")
+    ] = None,
 ) -> None:
     """Train a model of the attention family from nothing."""
     from mea.train.pretraining import divergence_message
@@ -22,7 +25,8 @@ def pretrain(
     from mea.train.settings import read_settings
 
     with progress() as report:
-        made = run(read_settings(config), out, cache=cache, record=record, progress=report)
+        settings = read_settings(config)
+        made = run(settings, out, cache=cache, record=record, start_from=start_from, progress=report)
     if message := divergence_message(made):
         raise ValueError(message)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks

@@ -89,6 +89,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mea_no_norm": {"attention": "modified_talking_heads"},
     "mea_keys": {"attention": "mea", "attention_options": {"mix": "keys"}},
     "mea_values": {"attention": "mea", "attention_options": {"mix": "values"}},
+    "mea_keys_no_norm": {"attention": "mea", "attention_options": {"mix": "keys", "head_norm": "off"}},
+    "mea_values_no_norm": {"attention": "mea", "attention_options": {"mix": "values", "head_norm": "off"}},
     "mea_frequency": {"attention": "mea", "attention_options": {"key_mixing": "frequency"}},
     "mea_half": {"attention": "mea", "attention_options": {"num_component_heads": "half"}},
     "differential_v1": {"attention": "differential_v1"},

@@ -14,6 +14,7 @@ BINS = 150  # points of a training curve
 HIGHEST = 1.2  # times the lowest loss: cells further away would press the others flat
 MILLION = 1e6
 BASELINE = "transformer"  # stands first
+CONSTANT = "constant"
 
 
 def of_arms(runs: Sequence[Record], fit: Record | None, schedule: str) -> list[Figure]:
@@ -24,8 +25,8 @@ def of_arms(runs: Sequence[Record], fit: Record | None, schedule: str) -> list[F
     rates = sorted({record["config"]["learning_rate"] for record in runs})
     limits = _limits(runs)
     drawn = []
-    for arm in _arms(runs):
-        chosen = [record for record in runs if _arm(record) == arm]
+    for arm in arms_of(runs):
+        chosen = [record for record in runs if arm_of(record) == arm]
         name = f"loss-{arm}-{schedule}"
         with style(name):
             figure, axes = axes_of_a_figure()
@@ -83,7 +84,7 @@ def at_best_rates(runs: Sequence[Record], group: dict[str, Any], schedule: str) 
         figure, axes = axes_of_a_figure()
         shown = []
         for index, arm in enumerate(group["arms"]):
-            cell = [r for r in runs if _arm(r) == arm["arm"] and r["config"]["learning_rate"] == arm["best_rate"]]
+            cell = [r for r in runs if arm_of(r) == arm["arm"] and r["config"]["learning_rate"] == arm["best_rate"]]
             if not cell or any(record["results"].get("diverged") for record in cell):
                 continue
             tokens, means = _validation(cell)
@@ -172,6 +173,34 @@ def predictions(group: dict[str, Any], schedule: str) -> Figure | None:
         return Figure(f"predictions-{schedule}", svg(figure), text)
 
 
+def after_decay(groups: dict[str, Any], schedule: str) -> Figure | None:
+    """Loss after decay against the loss at a constant rate, a marker for every arm and rate that has both."""
+    if schedule == CONSTANT or not {schedule, CONSTANT} <= set(groups):
+        return None
+    before, after = (
+        {(cell["arm"], cell["rate"]): cell for cell in groups[name]["cells"]} for name in (CONSTANT, schedule)
+    )
+    keys = sorted(key for key in after if key in before)
+    top = HIGHEST * min(cell["loss"] for cell in before.values())
+    keys = [key for key in keys if before[key]["loss"] <= top]
+    if len(keys) < 2:
+        return None
+    with style(f"decay-{schedule}"):
+        figure, axes = axes_of_a_figure()
+        for index, arm in enumerate(_names(groups[CONSTANT])):
+            own = [key for key in keys if key[0] == arm]
+            if own:
+                bars = {"xerr": _bars([before[key] for key in own]), "yerr": _bars([after[key] for key in own])}
+                look = line(index, size=5) | {"linestyle": "none", "elinewidth": 0.8}
+                losses = ([group[key]["loss"] for key in own] for group in (before, after))
+                axes.errorbar(*losses, **bars, label=arm, **look)
+        axes.set_xlabel("loss at a constant rate, nats per token")
+        axes.set_ylabel("loss after decay")
+        legend(figure, axes)
+        text = "Variants at every rate that was run both ways, over the same tokens. Bars: 95 % intervals."
+        return Figure(f"decay-{schedule}", svg(figure), text)
+
+
 def _forest(name: str, entries: Sequence[tuple[str, float, Sequence[float]]], label: str) -> str:
     with style(name):
         figure, axes = axes_of_a_figure()
@@ -233,12 +262,14 @@ def _beyond(cell: dict[str, Any]) -> str:
     return f"{cell['arm']} at {cell['rate']:.3g} ({outcome})"
 
 
-def _arm(record: Record) -> str:
+def arm_of(record: Record) -> str:
+    """What a run counts for in comparisons."""
     return str(record["config"].get("arm") or record["config"]["variant"])
 
 
-def _arms(runs: Iterable[Record]) -> list[str]:
-    return sorted(dict.fromkeys(_arm(record) for record in runs), key=lambda arm: arm != BASELINE)
+def arms_of(runs: Iterable[Record]) -> list[str]:
+    """The arms of runs, the baseline first."""
+    return sorted(dict.fromkeys(arm_of(record) for record in runs), key=lambda arm: arm != BASELINE)
 
 
 def _names(group: dict[str, Any]) -> list[str]:

@@ -8,14 +8,16 @@ from typing import Any
 INK = "#010203"  # stands for the page's text colour, which differs between light and dark
 COLOURS = ("#2f86d6", "#e0662b", "#22a06b", "#a66be0", "#c99a06", "#d6479a")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
 def line(index: int, size: int = 7) -> dict[str, Any]:
     """Colour and marker of the line with this number; below zero a star without a line."""
     if index < 0:
         return {"color": INK, "marker": "*", "markersize": 11, "linestyle": "none"}
-    look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    return look | {"markersize": size, "linewidth": 1.8}
+    turn = index // len(COLOURS)  # of the colours: then with other markers and dashes
+    look = {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[(index + turn) % len(MARKERS)]}
+    return look | {"markersize": size, "linewidth": 1.8, "linestyle": DASHES[turn % len(DASHES)]}
 
 
 def logarithmic(axes: Any) -> None:
@@ -49,6 +51,21 @@ def axes_of_a_figure() -> tuple[Any, Any]:
     axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
     axes.set_axisbelow(True)
     return figure, axes
+
+
+def two_panels(titles: tuple[str, str], x: str, y: str) -> tuple[Any, Any]:
+    """A figure of two axes side by side that share a logarithmic vertical axis."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7.4, 3.4), layout="constrained")
+    panels = figure.subplots(1, 2, sharey=True)
+    for axes, title in zip(panels, titles, strict=True):
+        axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
+        axes.set_yscale("log")
+        axes.set_title(title, fontsize=11)
+        axes.set_xlabel(x)
+    panels[0].set_ylabel(y)
+    return figure, panels
 
 
 def legend(figure: Any, axes: Any) -> None:

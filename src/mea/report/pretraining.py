@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from mea.records import Record
-from mea.report import curves
+from mea.report import curves, inside
 from mea.report.fits import KIND as FIT
 from mea.report.fits import fit_parts, rate
 from mea.report.parts import ABSENT, Figure, Part, Section, Table
@@ -43,6 +43,8 @@ def _section(shape: Shape, records: list[Record]) -> Section:
         if drawn := curves.of_arms(chosen, fit, schedule):
             text = "Thin: training loss. Markers: validation loss, mean over seeds. Dashed: the fitted law."
             parts.append(Part(f"Loss against tokens, variant by variant{suffix}", text, figures=drawn))
+        if seen := inside.part(chosen, suffix):
+            parts.append(seen)
     parts += fit_parts(fit) if fit else [_runs(runs)]
     return Section(heading, parts)
 
@@ -57,6 +59,7 @@ def _figures(runs: list[Record], fit: Record | None, schedule: str) -> list[Figu
     drawn.append(curves.at_best_rates(runs, group, schedule) if group and runs else None)
     drawn += [curves.spikes(group, schedule), curves.predictions(group, schedule)] if group else []
     drawn += [curves.differences(group, schedule), curves.effects(group, schedule)] if group else []
+    drawn.append(curves.after_decay(_groups(fit), schedule))
     return [figure for figure in drawn if figure]
 
 

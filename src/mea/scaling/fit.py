@@ -9,10 +9,12 @@ from numpy.typing import NDArray
 
 from mea.records import Record, make_record
 from mea.scaling.curves import CellFit, fit_cell
+from mea.scaling.decay import after_decay
 from mea.scaling.draws import Draws, SeedNoise, interval, pooled_noise
 from mea.scaling.effects import differences, factorial_effects, pick
 from mea.scaling.rates import (
     choice_quality,
+    finite,
     papers_rule,
     papers_rule_replicates,
     rank_correlation,
@@ -67,8 +69,9 @@ def fit_records(
     -------
     Record
         Of the kind ``"fit"``. ``results.groups`` holds, for every schedule, ``cells`` (final losses, spikes),
-        ``fits``, ``arms`` (rates chosen, sensitivity), ``differences`` and ``effects``; ``results.after_decay``
-        compares the choice at a constant rate with the losses after decay. ``samples.curves`` are the mean curves
+        ``fits`` (of runs at a constant rate: with decay no power law holds to the end), ``arms`` (rates chosen,
+        sensitivity), ``differences`` and ``effects``; ``results.after_decay`` compares choices made at a constant rate
+        with the losses after decay. ``samples.curves`` are the mean curves
         that were fitted.
 
     Raises
@@ -80,12 +83,13 @@ def fit_records(
     records = list(records)
     cells = cells_of(read_runs(records))
     draws = Draws(settings.draws, settings.seed)
-    groups, curves, losses = {}, [], {}
+    groups, curves, losses, fits = {}, [], {}, {}
     for schedule in dict.fromkeys(cell.schedule for cell in cells):
         chosen = [cell for cell in cells if cell.schedule == schedule]
-        groups[schedule], found, losses[schedule] = _group(chosen, draws, settings, progress)
-        curves += found
-    results: dict[str, Any] = {"groups": groups, "after_decay": _after_decay(cells, losses)}
+        groups[schedule], losses[schedule], found = _group(chosen, draws, settings, progress)
+        curves += [{"schedule": schedule} | fit.samples() for fit in found.values()]
+        fits |= found
+    results: dict[str, Any] = {"groups": groups, "after_decay": after_decay(cells, losses, fits, draws)}
     config = asdict(settings) | {
         "preset": cells[0].runs[0].preset,
         "tokens": cells[0].runs[0].planned,
@@ -97,14 +101,14 @@ def fit_records(
 
 def _group(
     cells: list[Cell], draws: Draws, settings: FitSettings, progress: Progress | None
-) -> tuple[dict[str, Any], list[dict], dict[tuple[str, float], NDArray]]:
-    """Everything about the cells of one schedule, its curves, and replicates of the final loss by arm and rate."""
+) -> tuple[dict[str, Any], dict[tuple[str, float], NDArray], dict[tuple[str, float], CellFit]]:
+    """Everything about the cells of one schedule, and replicates of final losses and fits by arm and rate."""
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     overall = pooled_noise(cells)
     noise = {arm: pooled_noise([cell for cell in cells if cell.arm == arm]) or overall for arm in arms}
     losses = {(cell.arm, cell.rate): draws.finals(cell, noise[cell.arm]) for cell in cells}
     fits: dict[tuple[str, float], CellFit] = {}
-    for done, cell in enumerate(cells):
+    for done, cell in enumerate(cells if cells[0].schedule == CONSTANT else ()):
         fit = fit_cell(cell, draws, noise[cell.arm], skip=settings.skip, held=settings.held, horizon=settings.horizon)
         if fit is not None:
             fits[cell.arm, cell.rate] = fit
@@ -125,8 +129,8 @@ def _group(
             "effects": factorial_effects(best, chosen),
             "prediction": _prediction(fits, by_arm),
         },
-        [{"schedule": cells[0].schedule} | fit.samples() for fit in fits.values()],
         losses,
+        fits,
     )
 
 
@@ -219,7 +223,7 @@ def _prediction(fits: dict[tuple[str, float], CellFit], by_arm: dict[str, list[C
             replicates = rank_correlation(
                 np.stack([getattr(fit, name) for fit in chosen], 1), np.stack([fit.actual for fit in chosen], 1)
             )
-            line[name] = {"correlation": _finite(rank_correlation(value, actual)), "interval": interval(replicates)}
+            line[name] = {"correlation": finite(rank_correlation(value, actual)), "interval": interval(replicates)}
         errors = np.array([fit.held_value / fit.actual_value - 1 for fit in chosen])
         line |= {"mean_error": float(errors.mean()), "largest_error": float(np.abs(errors).max())}
         line["covered"] = sum(fit.covered for fit in chosen)
@@ -227,38 +231,5 @@ def _prediction(fits: dict[tuple[str, float], CellFit], by_arm: dict[str, list[C
     return found
 
 
-def _after_decay(cells: list[Cell], losses: dict[str, dict[tuple[str, float], NDArray]]) -> list[dict[str, Any]]:
-    """For every arm and decaying schedule: does the order of the rates at a constant rate hold after decay?"""
-    found = []
-    for schedule in losses:
-        if schedule == CONSTANT or CONSTANT not in losses:
-            continue
-        for arm in dict.fromkeys(cell.arm for cell in cells):
-            rates = [rate for name, rate in losses[schedule] if name == arm and (arm, rate) in losses[CONSTANT]]
-            if len(rates) < 3:
-                continue
-            before, after = (np.stack([losses[s][arm, rate] for rate in rates], 1) for s in (CONSTANT, schedule))
-            means = {(c.schedule, c.rate): float(c.finals.mean()) for c in cells if c.arm == arm}
-            first, second = (np.array([means[s, rate] for rate in rates]) for s in (CONSTANT, schedule))
-            quality = choice_quality(before.argmin(1), after)
-            found.append(
-                {
-                    "arm": arm,
-                    "schedule": schedule,
-                    "rates": rates,
-                    "correlation": _finite(rank_correlation(first, second)),
-                    "interval": interval(rank_correlation(before, after)),
-                    "best_constant": rates[int(first.argmin())],
-                    "best_decayed": rates[int(second.argmin())],
-                    **quality,
-                }
-            )
-    return found
-
-
 def _noise(noise: SeedNoise | None) -> dict[str, float] | None:
     return asdict(noise) if noise else None
-
-
-def _finite(value: Any) -> float | None:
-    return float(value) if np.isfinite(value) else None

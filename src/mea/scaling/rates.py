@@ -1,6 +1,7 @@
 """Which learning rate to take, how sure one can be, and how much a wrong one costs."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,3 +85,8 @@ def rank_correlation(first: NDArray, second: NDArray) -> NDArray:
     a, b = a - a.mean(-1, keepdims=True), b - b.mean(-1, keepdims=True)
     with np.errstate(invalid="ignore", divide="ignore"):
         return np.asarray((a * b).sum(-1) / np.sqrt((a * a).sum(-1) * (b * b).sum(-1)))
+
+
+def finite(value: Any) -> float | None:
+    """A number, or None for what JSON has no word for."""
+    return float(value) if np.isfinite(value) else None

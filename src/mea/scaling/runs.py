@@ -13,6 +13,17 @@ from mea.records import Record
 KIND = "pretraining"
 CONSTANT = "constant"
 BASELINE = "transformer"  # the arm that others are compared to stands first
+# What is mixed and whether there is a norm, of variants that are arms under their own name.
+FACTORS: dict[str, dict[str, Any]] = {
+    "transformer": {"mixing": "none", "norm": False},
+    "groupnorm": {"mixing": "none", "norm": True},
+    "mea_keys_no_norm": {"mixing": "k", "norm": False},
+    "mea_keys": {"mixing": "k", "norm": True},
+    "mea_values_no_norm": {"mixing": "v", "norm": False},
+    "mea_values": {"mixing": "v", "norm": True},
+    "mea_no_norm": {"mixing": "kv", "norm": False},
+    "mea": {"mixing": "kv", "norm": True},
+}
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,7 @@ def _by_seed(runs: Mapping[int, Run]) -> tuple[Run, ...]:
 
 def _run(record: Record) -> Run:
     config, results, samples = record["config"], record["results"], record["samples"]
+    arm = str(config.get("arm") or config.get("variant"))
     name = f"the pretraining record of {record['date']}"
     for key in ("variant", "learning_rate", "tokens"):
         if config.get(key) is None:
@@ -138,7 +150,7 @@ def _run(record: Record) -> Run:
     if diverged and not math.isfinite(initial):
         raise ValueError(f"{name} diverged and tells neither results.initial_loss nor config.vocabulary")
     return Run(
-        arm=str(config.get("arm") or config["variant"]),
+        arm=arm,
         rate=float(config["learning_rate"]),
         seed=int(seed),
         schedule=str(config.get("schedule", CONSTANT)),
@@ -153,7 +165,7 @@ def _run(record: Record) -> Run:
         blocks=blocks[kept] if blocks is not None and len(blocks) == len(tokens) else None,
         train_loss=_floats(samples.get("train_loss")),
         grad_norm=_floats(samples.get("grad_norm")),
-        factors={key: config[key] for key in ("mixing", "norm") if key in config},
+        factors=FACTORS.get(arm, {}) | {key: config[key] for key in ("mixing", "norm") if key in config},
     )
 
 

@@ -30,11 +30,14 @@ def inspect(model: nn.Module, forward: Callable[[], Any]) -> Inspection:
     Returns
     -------
     For every layer: ``largest_logit``, of scaled scores that the mask lets through; ``head_rms``, root mean square of
-    each head as the output projection gets it; ``key_mixing`` and ``value_mixing``, singular values of the mixing
-    matrices, if the layer has scalar ones.
+    each head as the output projection gets it; ``read_rms``, that of what attention reads (before norm and
+    subtraction) over the tokens that see 1, 2 to 3, 4 to 7, ... tokens; ``key_mixing`` and ``value_mixing``, singular
+    values of the mixing matrices, if the layer has scalar ones. Talking heads mix the maps: there are no scores and
+    reads of single heads to tell of.
     """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
-    found: Inspection = {"largest_logit": [-math.inf] * len(layers), "head_rms": [[]] * len(layers)}
+    found: Inspection = {name: [[] for _ in layers] for name in ("head_rms", "read_rms")}
+    found["largest_logit"] = [-math.inf] * len(layers)
     with _watched(layers, found):
         forward()
     for name in ("key_mixing", "value_mixing"):
@@ -52,7 +55,9 @@ def _watched(layers: list[Attention], found: Inspection) -> Iterator[None]:
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         largest = _largest(layers[index], q, k, mask)
         found["largest_logit"][index] = max(found["largest_logit"][index], largest)
-        return type(layers[index]).attend(layers[index], q, k, v, mask)
+        out = type(layers[index]).attend(layers[index], q, k, v, mask)
+        found["read_rms"][index] = _by_tokens_seen(out, mask)
+        return out
 
     def loudness(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         heads = inputs[0].float().unflatten(-1, (layers[index].num_heads, -1))
@@ -77,6 +82,17 @@ def _largest(layer: Attention, q: Tensor, k: Tensor, mask: Any) -> float:
     t = q.shape[1]
     seen = torch.ones(t, t, dtype=torch.bool, device=q.device).tril() if mask is None else mask[:, :, None]
     return scores.masked_fill(~seen, -torch.inf).max().item()
+
+
+def _by_tokens_seen(out: Tensor, mask: Any) -> list[float]:
+    """Root mean square of `out` ``[b, t, h, e]`` over the tokens that see so many, by powers of two."""
+    b, t = out.shape[:2]
+    seen = torch.arange(1, t + 1, device=out.device).expand(b, t) if mask is None else mask[:, 0].sum(-1).expand(b, t)
+    kinds = seen.double().log2().floor().long().flatten()
+    squares = out.float().square().mean((2, 3)).flatten()
+    empty = squares.new_zeros(t.bit_length())
+    counts = empty.index_add(0, kinds, torch.ones_like(squares))
+    return (empty.index_add(0, kinds, squares) / counts).sqrt().tolist()
 
 
 def _spectrum(mixing: Any) -> list[float]:

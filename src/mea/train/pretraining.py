@@ -6,7 +6,6 @@ import math
 import shutil
 import time
 import warnings
-from dataclasses import asdict
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ from mea.models.accounting import training_flops
 from mea.models.decoder import MeaForCausalLM
 from mea.models.presets import preset
 from mea.records import Record, make_record, write_record
+from mea.train.branching import SETTINGS, adopt, branched_at, differing, stored
 from mea.train.checkpoints import last_complete
 from mea.train.interventions import FoldMixing, freeze_mixing
-from mea.train.settings import DataSettings, PretrainSettings
+from mea.train.settings import PretrainSettings
 from mea.train.sharding import shard
 from mea.train.shards import Progress, TokenStream, TrainingRows, ValidationRows, collate, load_tokenizer, prepare
 from mea.train.trainer import PretrainTrainer
@@ -37,6 +37,7 @@ def pretrain(
     *,
     cache: str | Path,
     record: str | Path | None = None,
+    start_from: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """Train a model from nothing, or go on with the run that `out` holds; return its record.
@@ -51,13 +52,17 @@ def pretrain(
         Folder of tokenised data, shared by runs.
     record
         Where the record goes, if not into `out`.
+    start_from
+        A checkpoint of a run at a constant rate with the same settings, from which a new run goes on with a schedule
+        that decays later (`mea.train.branching`). What was recorded up to there becomes part of the new record.
     progress
         Called with what is done, how much of it and how much there is.
 
     Raises
     ------
     ValueError
-        `out` holds a run with other settings; data too short for a batch; damaged shards.
+        `out` holds a run with other settings; data too short for a batch; damaged shards; a `start_from` that does not
+        fit the settings.
     OSError
         The disk is full: the last whole checkpoint stays.
     """
@@ -71,6 +76,8 @@ def pretrain(
         _same_settings(settings, out)
         shards = prepare(settings.data, cache, progress)
         checkpoint, broken = last_complete(out)
+        if checkpoint is None and start_from is not None:
+            checkpoint = adopt(Path(start_from), settings, out)
     if broken:
         warnings.warn(f"{', '.join(broken)} of {out}: not complete, or damaged; removed", stacklevel=2)
     tokenizer = load_tokenizer(shards)
@@ -106,7 +113,7 @@ def pretrain(
     start = time.perf_counter()
     _train(trainer, checkpoint, out)
     made = _record(settings, trainer, stop.reason, model, time.perf_counter() - start)
-    made["results"]["incomplete_checkpoints"] = len(broken)
+    made["results"] |= {"incomplete_checkpoints": len(broken), "branched_at_step": branched_at(out)}
     if not stop.reason:
         trainer.save_model(str(out / "model"))  # with the tokenizer
         (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
@@ -214,20 +221,10 @@ def _rows(settings: PretrainSettings, shards: Path) -> tuple[TrainingRows, Valid
 
 
 def _same_settings(settings: PretrainSettings, out: Path) -> None:
-    """Refuse to go on with another run's checkpoints; where files are is not part of what a run is."""
-    place, given = out / "settings.json", asdict(settings)
-    given["data"]["files"] = [Path(name).name for name in given["data"]["files"]]
-    given = json.loads(json.dumps(given))
+    """Refuse to go on with another run's checkpoints."""
+    place, given = out / SETTINGS, stored(settings)
     if place.is_file():
-        there = json.loads(place.read_text(encoding="utf-8"))
-        plain = asdict(PretrainSettings(DataSettings(("any",))))  # what older settings could not say
-        changed = [
-            f"{table}.{name}"
-            for table, values in given.items()
-            for name, value in values.items()
-            if value != there.get(table, {}).get(name, plain[table].get(name))
-        ]
-        if changed:
+        if changed := differing(given, json.loads(place.read_text(encoding="utf-8"))):
             raise ValueError(f"{out} holds a run with other settings ({', '.join(changed)}): choose another folder")
         return
     partial = place.with_suffix(".partial")
@@ -255,8 +252,6 @@ def _record(
     steps = [entry for entry in history if "loss" in entry]
     evaluations = {e["step"]: e for e in history if "eval_blocks" in e}
     losses = {step: e["eval_loss"] for step, e in sorted(evaluations.items())}
-    data = asdict(settings.data)
-    data["files"] = [Path(name).name for name in data["files"]]
     done = trainer.state.global_step
     config = {
         **settings.labels,
@@ -268,7 +263,7 @@ def _record(
         "warmup_tokens": settings.optim.warmup_tokens,
         "vocabulary": model.config.vocab_size,
         "seed": settings.run.seed,
-        "settings": {**asdict(settings), "data": data},
+        "settings": stored(settings),
     }
     plain = preset(settings.model.preset)
     finite = [value for value in losses.values() if math.isfinite(value)]

@@ -14,15 +14,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mea.records import read_record
+from mea.train.branching import SETTINGS
+from mea.train.checkpoints import is_complete
 from mea.train.pretraining import KIND
 from mea.train.settings import read_toml, settings_from
 from mea.train.shards import Progress, prepare
 
+KEPT = "kept"  # of the work folder, for checkpoints that branches start from
 Launch = Callable[[list[str], str], int]
 # The command that does one run; the arguments are the run's settings as JSON, its folder, the cache and the record.
 WORKER = "from mea.train.sweeps import work; import sys; work(*sys.argv[1:])"
@@ -30,10 +33,22 @@ WORKER = "from mea.train.sweeps import work; import sys; work(*sys.argv[1:])"
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep: its name, and its settings as nested tables."""
+    """One run of a sweep: its name, and its settings as nested tables.
+
+    Parameters
+    ----------
+    base, branch
+        The run from whose kept checkpoint, after this share of the steps, it goes on; it is done from the beginning if
+        there is none.
+    keep
+        After which share of the steps a checkpoint is kept.
+    """
 
     name: str
     tables: dict[str, Any]
+    base: str = ""
+    branch: float | None = None
+    keep: float | None = None
 
 
 def read_jobs(path: str | Path, files: list[str] | None = None) -> list[Job]:
@@ -41,8 +56,10 @@ def read_jobs(path: str | Path, files: list[str] | None = None) -> list[Job]:
 
     The tables ``data``, ``model``, ``optim`` and ``run`` are what all runs share. Each ``[[stage]]`` has ``arms``,
     ``rates`` and ``seeds``. An arm is the name of an ``[arms.NAME]`` table, which holds what it changes; without such
-    a table it is the variant of that name. A stage's ``change`` holds more tables, for all its runs. Stages come one
-    after the other, in each the seeds, in these the rates, in these the arms; a run named twice is one run.
+    a table it is the variant of that name. A stage's ``change`` holds more tables, for all its runs; with ``branch``,
+    a share of the steps, each of them goes on there from the run without the change, if that run's checkpoint was kept:
+    ``keep`` at the top of a sweep file keeps those after such a share. Stages come one after the other, in each the
+    seeds, in these the rates, in these the arms; a run named twice is one run.
 
     Parameters
     ----------
@@ -57,7 +74,7 @@ def read_jobs(path: str | Path, files: list[str] | None = None) -> list[Job]:
         A table is missing, or a run's settings are not valid; the message names the run.
     """
     tables = read_toml(path)
-    stages, arms = tables.pop("stage", None), tables.pop("arms", {})
+    stages, arms, keep = tables.pop("stage", None), tables.pop("arms", {}), tables.pop("keep", None)
     if not stages:
         raise ValueError(f"{path} has no [[stage]] with arms, rates and seeds")
     if files:
@@ -69,6 +86,7 @@ def read_jobs(path: str | Path, files: list[str] | None = None) -> list[Job]:
             raise ValueError(f"{path}: stage {number} lacks {', '.join(missing)}")
         for seed, rate, arm in itertools.product(stage["seeds"], stage["rates"], stage["arms"]):
             job = _job(tables, arm, arms.get(arm, {"model": {"variant": arm}}), rate, seed, stage.get("change", {}))
+            job = replace(job, branch=stage.get("branch"), keep=keep)
             try:
                 settings_from(job.tables)
             except ValueError as error:
@@ -149,11 +167,11 @@ def sweep(
     return {"finished": len(there), "diverged": diverged, "failed": len(failed), "left": left}
 
 
-def work(tables: str, folder: str, cache: str, record: str) -> None:
+def work(tables: str, folder: str, cache: str, record: str, start_from: str | None = None) -> None:
     """What one process of a sweep does."""
     from mea.train.pretraining import pretrain
 
-    pretrain(settings_from(json.loads(tables)), folder, cache=cache, record=record)
+    pretrain(settings_from(json.loads(tables)), folder, cache=cache, record=record, start_from=start_from)
 
 
 def _job(tables: dict[str, Any], arm: str, changes: dict[str, Any], rate: int | float, seed: int, more: dict) -> Job:
@@ -165,7 +183,8 @@ def _job(tables: dict[str, Any], arm: str, changes: dict[str, Any], rate: int | 
     made.setdefault("run", {})["seed"] = seed
     made.setdefault("labels", {})["arm"] = arm
     suffix = f"-{_short(more)}" if more else ""
-    return Job(f"{arm}-{rate:g}-{seed}{suffix}", made)
+    base = f"{arm}-{rate:g}-{seed}"
+    return Job(f"{base}{suffix}", made, base)
 
 
 def _short(changes: dict[str, Any]) -> str:
@@ -214,17 +233,36 @@ def _attempt(
     record, folder = results / f"{job.name}.json", work_folder / "runs" / job.name
     arguments = [json.dumps(job.tables), str(folder), str(work_folder / "data"), str(record)]
     log, error = folder / "log.txt", ""
+    if job.branch is not None:
+        start = work_folder / KEPT / job.base / _checkpoint(job, job.branch)
+        arguments += [str(start)] if is_complete(start) else []
     for _ in range(attempts):
         if stopping.is_set():
             return None
         folder.mkdir(parents=True, exist_ok=True)
         code = (launch or run_command)([sys.executable, "-c", WORKER, *arguments], str(log))
         if code == 0 and record.is_file():
+            if job.keep is not None:
+                _keep(folder, _checkpoint(job, job.keep), work_folder / KEPT / job.name)
             shutil.rmtree(folder)
             return None
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         error = f"{lines[-1] if lines else 'no output'} (exit code {code}; all of it is in {log})"
     return error
+
+
+def _checkpoint(job: Job, share: float) -> str:
+    """Name of the checkpoint after a share of a run's steps."""
+    return f"checkpoint-{round(share * settings_from(job.tables).optim.steps)}"
+
+
+def _keep(run: Path, checkpoint: str, place: Path) -> None:
+    """Move a checkpoint of a finished run, if it is still there, to where branches look for it."""
+    if is_complete(run / checkpoint):
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(place / checkpoint, ignore_errors=True)
+        shutil.copyfile(run / SETTINGS, place / SETTINGS)
+        shutil.move(run / checkpoint, place / checkpoint)
 
 
 def _outcome(path: Path) -> str:
