@@ -14,6 +14,7 @@ from mea.cli.fit import fit
 from mea.cli.generate import generate
 from mea.cli.perplexity import perplexity
 from mea.cli.pretrain import pretrain
+from mea.cli.profile import profile
 from mea.cli.recover import recover
 from mea.cli.report import report
 from mea.cli.sweep import sweep
@@ -32,6 +33,7 @@ COMMANDS = {
     "fit": fit,
     "perplexity": perplexity,
     "generate": generate,
+    "profile": profile,
     "pretrain": pretrain,
     "sweep": sweep,
     "recover": recover,
