@@ -38,7 +38,7 @@ def test_losses_are_those_of_the_model_itself(model):
 def test_layers_above_a_change_are_enough(model):
     held_out = HeldOut(model, tokens(), torch.float32)
     (fitted,) = variants(model, [(16, 16)])
-    changed = held_out.compressed(fitted[1].layer, fitted[1].factors)
+    changed = held_out.compressed(1, fitted[1].factors)
     partly = held_out.above(held_out.through(held_out.states(held_out.layers)[1], changed, 1), 2)
     whole = held_out.states([held_out.layers[0], changed, held_out.layers[2]])[-1]
     torch.testing.assert_close(partly, whole, rtol=0, atol=0)
@@ -49,8 +49,8 @@ def test_slopes_are_those_of_a_small_step(model):
     """Against a central difference, the variant's attention output taken a little way in."""
     held_out = HeldOut(model, tokens(), torch.float32)
     now, other = variants(model, [(16, 16), (24, 24)])
-    layers = [held_out.compressed(x.layer, x.factors) for x in now]
-    others = [{"wider": held_out.compressed(x.layer, x.factors)} for x in other]
+    layers = [held_out.compressed(x.index, x.factors) for x in now]
+    others = [{"wider": held_out.compressed(x.index, x.factors)} for x in other]
     total, slopes = held_out.slopes(layers, others)
     assert total == pytest.approx(held_out.score(held_out.states(layers)[-1]).divergence.mean().item(), rel=1e-4)
     for place in range(3):

@@ -6,6 +6,7 @@ imports when it runs, so that ``mea --help`` need not wait for them.
 
 import typer
 
+from mea.cli.compare import compare
 from mea.cli.compress import compress
 from mea.cli.console import friendly
 from mea.cli.demo import demo
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 COMMANDS = {
     "compress": compress,
+    "compare": compare,
     "demo": demo,
     "eval": evaluate,
     "fit": fit,

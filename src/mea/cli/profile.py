@@ -22,6 +22,7 @@ def profile(
     dtype: Annotated[str, typer.Option(help="To measure in: auto, float32, bfloat16 or float16.")] = "bfloat16",
     calibration_text: Annotated[str, typer.Option(help="A packaged text or a .txt file.")] = "calibration",
     calibration_tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
+    calibration_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
 ) -> None:
     """Compress one layer at a time and show what each costs: which layers can spare their cache."""
     from mea.compression import Calibration
@@ -29,7 +30,7 @@ def profile(
     from mea.compression.profile import profile as run
     from mea.report.profile import profile_table
 
-    calibration = Calibration(calibration_text, calibration_tokens)
+    calibration = Calibration(calibration_text, calibration_tokens, calibration_window)
     errors.print(cost_in_words(model, tokens, window), highlight=False)
     with progress() as report:
         record = run(

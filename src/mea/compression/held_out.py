@@ -52,9 +52,9 @@ class HeldOut:
         self.first = embed(self.model, tokens).to(dtype)
         self.reference = self.states(self.layers)[-1]
 
-    def compressed(self, layer: Any, factors: LayerFactors) -> Any:
-        """A layer with factors, in the dtype to score in; it shares nothing."""
-        return copy.deepcopy(latent_copy(layer, factors)).to(self.dtype)
+    def compressed(self, index: int, factors: LayerFactors | None) -> Any:
+        """Layer `index` with factors, or as it is; what does not change is shared."""
+        return self.layers[index] if factors is None else latent_copy(self.layers[index], factors)
 
     @torch.no_grad()
     def through(self, hidden: Float[Tensor, "n t D"], layer: Any, index: int) -> Float[Tensor, "n t D"]:

@@ -101,7 +101,7 @@ def _run(
     for (fitted,) in fit_layers(model, tokens, [Target(plan.method, missing)]):
         place = fitted.index
         if fitted.factors is not None:
-            compressed = held_out.compressed(fitted.layer, fitted.factors)
+            compressed = held_out.compressed(place, fitted.factors)
             last = held_out.above(held_out.through(hidden, compressed, place), place + 1)
             loss = held_out.score(last).loss
             relative = ratio(loss, plain)
