@@ -1,12 +1,16 @@
 """The side-by-side comparison behind the demo, on a tiny model."""
 
 import dataclasses
+import math
+import sys
 
 import pytest
+import torch
 
 from mea.compression import comparison
-from mea.compression.comparison import Contender, Protocol, compare
-from mea.report import rows
+from mea.compression.comparison import Contender, Protocol, compare, contenders_of
+from mea.evaluate import peers
+from mea.report import make_sections, rows
 
 CONTENDERS = [Contender("position", "position"), Contender("svd", "svd"), Contender("svd, less", "svd", keep=0.25)]
 PROTOCOL = Protocol(
@@ -42,3 +46,76 @@ def test_second_run_reuses_the_records_and_a_changed_one_does_not(records, saved
     other = dataclasses.replace(PROTOCOL, window=64)
     with pytest.raises(AssertionError, match="loaded"):
         compare(str(saved), tmp_path / "records", CONTENDERS, protocol=other, calibration=calibration)
+
+
+CONTINUED = dataclasses.replace(PROTOCOL, context=96, positions=(), prompt="", decode_steps=0)
+
+
+def all_kinds(saved, calibration, folder, **options):
+    contenders = contenders_of(["position"], [0.5, 0.75], bits=(8, 4), presses=("SnapKVPress",))
+    return compare(str(saved), folder, contenders, protocol=CONTINUED, calibration=calibration, **options)
+
+
+@pytest.fixture
+def several(saved, calibration, tmp_path):
+    return all_kinds(saved, calibration, tmp_path / "several")
+
+
+def test_few_bits_and_widths_are_measured_in_one_protocol(several):
+    found = {record["config"]["label"]: record["results"] for record in several}
+    size = {label: results["cache"]["bytes_per_token"] for label, results in found.items() if "cache" in results}
+    assert size["position 0.5"] == size["uncompressed"] / 2
+    assert size["position 0.5, 8 bits"] < size["position 0.5"]
+    assert size["4 bits"] < size["8 bits"] < size["uncompressed"]
+    for results in found.values():
+        for text in results.get("continuations", {}).values():
+            assert text["tokens"] == 4 * 31
+    error = {label: abs(found[label]["continuations"]["technical"]["ratio"] - 1) for label in ("8 bits", "4 bits")}
+    assert error["8 bits"] < error["4 bits"]
+
+
+def test_a_peer_that_is_not_there_is_a_note_and_not_a_failure(several):
+    absent = [record for record in several if "not_run" in record["results"]]
+    assert [record["config"]["label"] for record in absent] == ["kvpress SnapKVPress 0.5", "kvpress SnapKVPress 0.75"]
+    (section,) = make_sections(several)
+    table = next(part.table for part in section.parts if part.table)
+    assert "Not run: kvpress SnapKVPress 0.5 (no environment with it was given)" in table.note
+    assert {"pareto-texts", "pareto-continuations"} <= {f.name for part in section.parts for f in part.figures}
+
+
+def test_a_peer_exchanges_tokens_and_losses_with_its_environment(saved, calibration, tmp_path, monkeypatch):
+    """The peer's script is stood in for by one that scores every token alike, run by a Python of its own."""
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import json, pathlib, sys, torch\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "request = json.loads((folder / 'request.json').read_text())\n"
+        "tokens = load_file(folder / 'tokens.safetensors')['tokens']\n"
+        "assert (pathlib.Path(request['model']) / 'config.json').is_file()\n"
+        "losses = torch.ones(len(tokens), tokens.shape[1] - request['context'] - 1)\n"
+        "save_file({'losses': losses}, folder / '0.safetensors')\n"
+        "(folder / '0.json').write_text(json.dumps({'bytes_per_token': 7.0, 'versions': {}}))\n"
+        "(folder / '1.json').write_text(json.dumps({'error': 'TypeError: no such press'}))\n"
+    )
+    monkeypatch.setitem(peers.SCRIPTS, "json", script)
+    contenders = [Contender("one", "json One", 0.5), Contender("two", "json Two", 0.25)]
+    options = {"protocol": CONTINUED, "calibration": calibration, "peers": {"json": sys.executable}}
+    _, one, two = compare(str(saved), tmp_path / "r", contenders, **options)
+    assert one["results"]["cache"]["bytes_per_token"] == 7.0
+    assert one["results"]["continuations"]["technical"]["perplexity"] == pytest.approx(math.e)
+    assert two["results"]["not_run"] == "TypeError: no such press"
+
+
+def test_an_environment_without_the_peer_says_so(tmp_path):
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    runs = [{"name": "X", "ratio": 0.5}]
+    for python, words in ((str(tmp_path / "none"), "could not be run"), (sys.executable, "is not installed")):
+        (found,) = peers.run_peer("kvpress", python, tmp_path, tmp_path, tokens, runs, context=4, dtype="float32")
+        assert found.losses is None
+        assert words in found.error
+
+
+def test_contenders_with_one_label_are_refused(saved, calibration, tmp_path):
+    with pytest.raises(ValueError, match="labels of their own"):
+        compare(str(saved), tmp_path, [CONTENDERS[0]] * 2, protocol=PROTOCOL, calibration=calibration)

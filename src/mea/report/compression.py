@@ -6,7 +6,7 @@ from typing import Any
 from mea.records import Record
 from mea.report import figures
 from mea.report.parts import Figure, Part, Section, Table
-from mea.report.rows import Row, cells, footnote, header, rows, texts_of
+from mea.report.rows import Row, cells, continued, footnote, header, rows, texts_of
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
@@ -22,7 +22,7 @@ def _parts(found: list[Row], shared: dict[str, Any]) -> list[Part]:
     compressed = [row for row in found if row.compressed]
     best = min(compressed, key=lambda row: row.main_ratio, default=None)
     texts = texts_of(found)
-    lines = [cells(row, texts) for row in found]
+    lines = [cells(row, texts, continuations=continued(found)) for row in found]
     chosen = tuple(index for index, row in enumerate(found) if row is best)
     parts = [Part(numbers=_summary(found[0], best, texts))]
     parts.append(Part("Methods side by side", table=Table(header(found), lines, footnote(found), chosen)))
@@ -40,6 +40,13 @@ def _figures(found: list[Row]) -> list[Figure]:
     if made := figures.perplexity_against_bytes(found):
         text = f"Lower is better, and so is further to the left. Bars: one standard error. {made[1]}"
         drawn.append(Figure("bytes", made[0], text.strip()))
+    for kind, title in (
+        ("texts", "whole windows"),
+        ("continuations", "continuations of a context in the cache"),
+    ):
+        if made := figures.ratio_against_bytes(found, kind):
+            note = f"Lower and further to the left is better: {title}. {made[1]}"
+            drawn.append(Figure(f"pareto-{kind}", made[0], note.strip()))
     if made := figures.ratio_by_position(found):
         where = next((row.results["position_text"] for row in found if "position_text" in row.results), "a long text")
         text = f"One pass over {where}: does the loss grow with the context? Bars: one standard error. {made[1]}"

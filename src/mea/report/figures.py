@@ -42,6 +42,37 @@ def perplexity_against_bytes(found: Sequence[Row]) -> tuple[str, str] | None:
         return svg(figure), note
 
 
+def ratio_against_bytes(found: Sequence[Row], kind: str) -> tuple[str, str] | None:
+    """Ratio to the uncompressed model against measured bytes, where sizes differ; methods at several sizes are joined.
+
+    `kind` is ``"texts"`` or ``"continuations"``, of which the first text is drawn. With a note as `ratio_by_position`.
+    """
+    text = next((name for row in found for name in row.results.get(kind, {})), None)
+    points = [row for row in found if row.compressed and text in row.results.get(kind, {}) and row.results.get("cache")]
+    if text is None or len({row.results["cache"]["bytes_per_token"] for row in points}) < 3:
+        return None
+    values = {row.name: row.results[kind][text]["ratio"] for row in points}
+    near, note = _near(points, {name: [value] for name, value in values.items()}, " times")
+    series = list(dict.fromkeys(row.series for row in points))
+    with style(f"pareto-{kind}"):
+        figure, axes = axes_of_a_figure()
+        for index, name in enumerate(series):
+            group = sorted((r for r in near if r.series == name), key=lambda r: r.results["cache"]["bytes_per_token"])
+            if not group:
+                continue
+            sizes = [row.results["cache"]["bytes_per_token"] / 1024 for row in group]
+            errors = [row.results[kind][text].get("ratio_standard_error") or 0 for row in group]
+            look = line(index, size=5) | ({"linestyle": "none"} if len(group) == 1 else {})
+            axes.errorbar(sizes, [values[row.name] for row in group], yerr=errors, label=name, **look)
+        logarithmic(axes)
+        axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
+        axes.set_xlim(left=0)
+        axes.set_xlabel("cache, KiB per token (measured)")
+        axes.set_ylabel(f"{text}: perplexity / uncompressed")
+        legend(figure, axes)
+        return svg(figure), note
+
+
 def ratio_by_position(found: Sequence[Row]) -> tuple[str, str] | None:
     """Ratio to the uncompressed model in each range of positions, and a note of the methods too far off to be drawn."""
     compressed = [row for row in found if row.compressed]

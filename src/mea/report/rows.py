@@ -3,7 +3,7 @@
 Fields of a record of the kind ``"comparison"``; all results but the first may be missing and are then shown as absent:
 
 - ``config``: ``model``, ``method`` (``"none"`` for the uncompressed model), ``keep`` (fraction of the cache's bytes),
-  ``label`` if the method's name does not say which variant it is;
+  ``label`` if the method's name does not say which variant it is; ``series`` if the label says the size;
 - ``results.texts``: text -> ``perplexity``, ``standard_error``, ``ratio``, ``ratio_standard_error``, ``window``,
   ``tokens``; the first text is the main one;
 - ``results.positions``: list of ``start``, ``stop``, ``perplexity``, ``standard_error``, ``ratio``,
@@ -13,6 +13,9 @@ Fields of a record of the kind ``"comparison"``; all results but the first may b
   model in the same run, with its quartiles ``ratio_low`` and ``ratio_high``; ``samples.decode_seconds`` may hold the
   samples by name, those of ``"uncompressed"`` among them;
 - ``results.compress_seconds``;
+- ``results.continuations``: as ``results.texts``, with ``context``: of each window only what follows so many tokens is
+  scored, over the cache that they left;
+- ``results.not_run``: why there is nothing else;
 - ``results.layers``: ``what`` (the label of the axis) and ``values``, one per layer;
 - ``results.continuation``: ``prompt`` and ``text``.
 """
@@ -48,7 +51,7 @@ class Row:
     @property
     def main_ratio(self) -> float:
         """Ratio on the first text; infinite if it was not measured, one for the uncompressed model."""
-        texts = list(self.results.get("texts", {}).values())
+        texts = list((self.results.get("texts") or self.results.get("continuations") or {}).values())
         return (texts[0].get("ratio") or math.inf if texts else math.inf) if self.compressed else 1.0
 
 
@@ -82,12 +85,18 @@ def header(found: Sequence[Row], brief: bool = False) -> list[str]:
     columns = ["method"]
     for text in texts_of(found):
         columns += [f"{text.split('-')[0]}\nppl" if brief else f"{text} perplexity", "ratio"]
+    columns += [f"{text.split('-')[0]}\ncont." if brief else f"{text} continued, ratio" for text in continued(found)]
     if brief:
         return [*columns, "bytes/\ntoken", "ms/\ntoken", "time\nratio", "made\nin"]
     return [*columns, "cache bytes per token", "decode ms per token", "time ratio", "compressed in"]
 
 
-def cells(row: Row, texts: Sequence[str], brief: bool = False) -> list[str]:
+def continued(found: Sequence[Row]) -> list[str]:
+    """Names of the texts of which continuations were scored."""
+    return list(dict.fromkeys(text for row in found for text in row.results.get("continuations", {})))
+
+
+def cells(row: Row, texts: Sequence[str], brief: bool = False, continuations: Sequence[str] = ()) -> list[str]:
     """One line of the table; errors are one standard error, ranges are quartiles.
 
     The brief form, for 80 columns, leaves out all errors but that of the main ratio.
@@ -98,6 +107,9 @@ def cells(row: Row, texts: Sequence[str], brief: bool = False) -> list[str]:
         line.append(with_error(values.get("perplexity"), None if brief else values.get("standard_error")))
         error = None if brief and index else values.get("ratio_standard_error")
         line.append(_ratio(values.get("ratio"), error, brief) if row.compressed else "1")
+    for text in continuations:
+        values = row.results.get("continuations", {}).get(text, {})
+        line.append(_ratio(values.get("ratio"), values.get("ratio_standard_error"), brief) if row.compressed else "1")
     size = row.results.get("cache", {}).get("bytes_per_token")
     line.append(ABSENT if size is None else f"{size:,.0f}")
     decode = row.results.get("decode", {})
@@ -127,7 +139,7 @@ def terminal_table(records: Sequence[Record]) -> Table:
     """
     found = rows(records)
     texts = texts_of(found)
-    lines = [cells(row, texts, brief=True) for row in found]
+    lines = [cells(row, texts, True, continued(found)) for row in found]
     table = Table(title=_title(found), caption=footnote(found), caption_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 0), False
     for index, title in enumerate(header(found, brief=True)):  # only names of methods are wrapped
@@ -146,6 +158,13 @@ def footnote(found: Sequence[Row]) -> str:
         values = next(row.results["texts"][text] for row in found if text in row.results.get("texts", {}))
         if "tokens" in values and "window" in values:
             notes.append(f"{text}: {values['tokens']:,} tokens scored in windows of {values['window']:,}")
+    for text in continued(found):
+        values = next(r.results["continuations"][text] for r in found if text in r.results.get("continuations", {}))
+        what = f"{values['tokens']:,} tokens, each window's after {values['context']:,} that are in the cache"
+        notes.append(f"{text} continued: {what}")
+    absent = [f"{row.name} ({row.results['not_run']})" for row in found if "not_run" in row.results]
+    if absent:
+        notes.append(f"Not run: {'; '.join(absent)}")
     decode = next((row.results["decode"] for row in found if row.results.get("decode")), {})
     if "context" in decode:
         how = ", ".join(filter(None, [decode.get("dtype"), f"batch {decode['batch']}" if "batch" in decode else ""]))
@@ -160,6 +179,8 @@ def _row(record: Record, sizes: int) -> Row:
     compressed = method != UNCOMPRESSED
     series = str(config.get("label") or (method if compressed else "uncompressed"))
     name = f"{series}, {100 * keep:.3g} %" if compressed and keep and sizes > 1 else series
+    if config.get("series"):  # the label says the size
+        series, name = config["series"], series
     return Row(name, series, str(config.get("model", "?")), compressed, record["results"], record)
 
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from mea.records import Record
-from mea.report import compression, context, pretraining, rows, tasks
+from mea.report import compression, context, pretraining, profile, rows, tasks
 from mea.report.parts import Part, Section
 
 Build = Callable[[Sequence[Record]], list[Section]]
@@ -13,6 +13,7 @@ Build = Callable[[Sequence[Record]], list[Section]]
 REGISTRY: list[tuple[tuple[str, ...], Build]] = [
     ((pretraining.RUN, pretraining.FIT), pretraining.sections),
     ((rows.KIND,), compression.sections),
+    ((profile.KIND,), profile.sections),
     ((tasks.TASK, tasks.PAIRED), tasks.sections),
     ((context.NEEDLE,), context.sections),
 ]

@@ -44,6 +44,7 @@ def plan_table(preview: dict[str, Any]) -> Table:
     for line in (
         ("method", preview["method"]),
         ("widths (keys, values)", _ranges(preview["widths"])),
+        *([("to begin with", "widths are chosen layer by layer")] if preview.get("allocation") else []),
         ("cache per token", f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}"),
         (f"cache at {context:,} tokens", full),
         ("calibration", f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}"),
@@ -90,7 +91,7 @@ def _ranges(widths: list[list[int] | None]) -> str:
     return "layers " + "; ".join(named[:6]) + (f"; … ({len(runs)} runs)" if len(named) > 6 else "")
 
 
-def _size(count: float) -> str:
+def _size(count: float | int) -> str:
     power = 0
     while count >= 1024 and power < 4:
         count, power = count / 1024, power + 1

@@ -1,0 +1,47 @@
+"""``mea compare``, ``mea profile`` and ``mea compress --allocate`` from the outside."""
+
+import json
+
+import pytest
+
+from mea.records import read_record, read_records
+
+
+def test_compare_writes_records_and_three_reports(mea, models_, text, tmp_path):
+    options = ("--method", "position", "--keep", 0.5, "--keep", 0.75, "--bits", 8, "--press", "KnormPress")
+    options += ("--text", text, "--tokens", 256, "--window", 64, "--context", 40, "--decode-steps", 0)
+    options += ("--calibration-tokens", 256, "--calibration-window", 64)
+    result = mea("compare", models_["a"], tmp_path, *options)
+    assert result.exit_code == 0, result.output
+    labels = {record["config"]["label"] for record in read_records(tmp_path / "records")}
+    assert {"uncompressed", "position 0.5", "position 0.5, 8 bits", "8 bits", "kvpress KnormPress 0.75"} <= labels
+    for name in ("report.html", "report.md", "report.csv"):
+        assert "Not run" in (tmp_path / name).read_text() or name == "report.csv"
+    again = mea("compare", models_["a"], tmp_path, *options)
+    assert again.exit_code == 0, again.output
+
+
+def test_profile_writes_its_record(mea, models_, text, tmp_path):
+    options = ("--text", text, "--tokens", 128, "--window", 64, "--calibration-tokens", 256)
+    options += ("--calibration-window", 64, "--dtype", "float32")
+    result = mea("profile", models_["a"], tmp_path / "p.json", *options)
+    assert result.exit_code == 0, result.output
+    assert len(read_record(tmp_path / "p.json")["results"]["layers"]) == 2
+    assert "added nats" in result.stdout
+
+
+def test_compress_allocates(mea, models_, tmp_path):
+    out = tmp_path / "out"
+    options = ("--tokens", 256, "--window", 64, "--measure", 0, "--allocate", "--equal", "--keep", 0.5)
+    result = mea("compress", models_["a"], out, *options)
+    assert result.exit_code == 0, result.output
+    config = json.loads((out / "config.json").read_text())
+    assert config["compression"]["allocation"]["equal"]
+    assert sum(map(sum, config["latent_widths"])) <= 32
+
+
+@pytest.mark.parametrize(("options", "message"), [(("--equal",), "give --allocate too")])
+def test_mistakes_are_one_line(mea, models_, tmp_path, options, message):
+    result = mea("compress", models_["a"], tmp_path / "out", *options)
+    assert result.exit_code == 2
+    assert message in result.stderr

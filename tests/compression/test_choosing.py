@@ -1,0 +1,124 @@
+"""Widths chosen by measured slopes: in the budget, within the options, and no worse than where they began."""
+
+import json
+from importlib import import_module
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+import mea
+from compression.small import tiny
+from mea.compression import Allocation, choosing, compress_to_folder
+from mea.compression.choosing import _line, choose_layout
+from mea.compression.compress import calibration_tokens, run_plans
+from mea.compression.held_out import HeldOut, held_out_tokens
+from mea.compression.plan import make_plan
+from mea.evaluate.perplexity import token_losses
+from mea.records import read_record
+
+
+def uneven():
+    """A tiny model whose last layer's attention hardly reaches the output: its cache is worth little."""
+    model = tiny()
+    model.model.layers[2].self_attn.o_proj.weight.data *= 0.01
+    return model
+
+
+def chosen(model, tokenizer, calibration, **options):
+    plan = make_plan(model.config, 4, keep=0.5, calibration=calibration)
+    tokens = calibration_tokens(tokenizer, calibration)
+    held_out = HeldOut(model, held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
+    return plan, choose_layout(
+        model, tokens, held_out, plan.method, plan.shape, 0.5, plan.layout, moves=(4, 4), **options
+    )
+
+
+def test_bytes_go_to_the_layers_that_need_them(tokenizer, calibration):
+    plan, tried = chosen(uneven(), tokenizer, calibration)
+    best = min(tried, key=lambda each: each.divergence)
+    assert all(each.layout.keep(plan.shape) <= 0.5 for each in tried)
+    assert tried[0].layout == plan.layout
+    assert best.divergence < 0.95 * tried[0].divergence
+    sums = [sum(pair) for pair in best.layout.widths]
+    assert sums[2] < min(sums[:2])
+
+
+def test_a_tried_divergence_is_that_of_the_compressed_model(tokenizer, calibration):
+    model = uneven()
+    plan, tried = chosen(model, tokenizer, calibration)
+    tokens = calibration_tokens(tokenizer, calibration)
+    text = held_out_tokens(tokenizer, calibration, 256, 64)
+    for each in (tried[0], tried[-1]):
+        (result,) = run_plans(model, tokens, [plan.__class__(plan.method, each.layout, plan.shape, calibration)])
+        with torch.no_grad():
+            own, true = (m(text).logits[:, :-1].log_softmax(-1) for m in (result.model, model))
+        assert each.divergence == pytest.approx((true.exp() * (true - own)).sum(-1).mean().item(), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"equal": True}, {"same": True}, {"step": 16}, {"equal": True, "same": True}])
+def test_options_hold(tokenizer, calibration, options):
+    _, tried = chosen(uneven(), tokenizer, calibration, **options)
+    for layout in (each.layout for each in tried):
+        if options.get("equal"):
+            assert all(keys == values for keys, values in layout.widths)
+        if options.get("same"):
+            assert len(set(layout.widths)) == 1
+        assert all(width % options.get("step", 8) == 0 for pair in layout.widths for width in pair)
+
+
+def test_a_slope_in_the_wrong_direction_moves_nothing():
+    """More width that seems to cost something is noise: the table is flat then, not upside down."""
+    assert set(_line(16, 24, 0.1, 0.05, 0.1, 8).values()) == {0.0}
+
+
+def test_half_of_the_first_order_saving_is_real_and_energies_fall_by_a_constant_factor():
+    assert _line(16, 24, 0.1, 0.05, -0.2, 8) == pytest.approx({8: 0.2, 16: 0.0, 24: -0.1})
+
+
+def test_in_memory(tokenizer, calibration):
+    small = mea.compress(uneven(), tokenizer, calibration=calibration, allocate=Allocation(tokens=256))
+    assert small.config.compression["allocation"]["tokens"] == 256
+    assert sum(map(sum, small.config.latent_widths)) <= 96
+
+
+def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, calibration, tmp_path, monkeypatch):
+    uneven().save_pretrained(saved)
+    out, options = tmp_path / "out", {"calibration": calibration, "measure_tokens": 0}
+    how = Allocation(tokens=256)
+    module = import_module("mea.compression.compress")  # by the name alone it is the function
+    run = module.run_plans
+
+    def stopped(*_arguments, **_options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "run_plans", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        compress_to_folder(str(saved), out, allocate=how, **options)
+    left = json.loads((tmp_path / "out.partial" / "layout.json").read_text())
+    monkeypatch.setattr(module, "run_plans", run)
+    monkeypatch.setattr(choosing, "choose_layout", None)  # not made again
+    compress_to_folder(str(saved), out, allocate=how, **options)
+    record = read_record(out / "compression.json")
+    assert record["config"]["widths"] == min(left, key=lambda each: each[1])[0]
+    assert [[each["widths"], each["divergence"]] for each in record["results"]["tried"]] == left
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert token_losses(model, torch.arange(64), 32).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"layout": "deep"}, "instead of a layout of some"),
+        ({"allocate": Allocation(step=12)}, "multiples of 8"),
+        ({"method": "svd", "keep": 0.375, "allocate": Allocation(equal=True)}, "as many key as value heads"),
+    ],
+)
+def test_what_cannot_be_allocated_is_refused_before_any_work(calibration, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_plan(tiny().config, 4, calibration=calibration, **({"allocate": True} | options))
+
+
+def test_a_context_in_bytes_is_refused_with_sliding_windows(calibration):
+    with pytest.raises(ValueError, match="sliding windows"):
+        make_plan(tiny("gemma3_text").config, 4, budget="256 tokens in 40 kB", calibration=calibration, allocate=True)
