@@ -14,7 +14,7 @@ REGISTRY: list[tuple[tuple[str, ...], Build]] = [
     ((pretraining.RUN, pretraining.FIT), pretraining.sections),
     ((rows.KIND,), compression.sections),
     ((tasks.TASK, tasks.PAIRED), tasks.sections),
-    ((context.NEEDLE,), context.sections),
+    ((context.LONG, context.PAIRED), context.sections),
 ]
 
 
