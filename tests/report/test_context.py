@@ -50,8 +50,8 @@ def test_maps_scores_and_losses(record):
         assert text in maps.figures[0].svg
     expected = ["half, 4-bit cache", "needle", "1,024", "4", "50 ± 29", "75 ± 25", "12", "-2.0 ± 0.4", "1.0"]
     assert scores.table.lines[0] == expected
-    assert positions.table.lines == [["half, 4-bit cache", "20 ± 1"]]
-    assert "half, 4-bit cache / needle,preferred,75 ± 25" in as_csv([section])
+    assert positions.table.lines == [["half, 4-bit cache", "20.0 ± 1.0"]]
+    assert '"half, 4-bit cache / needle / 1,024",preferred,75 ± 25' in as_csv([section])
 
 
 def test_a_single_prompt_has_no_error(record):

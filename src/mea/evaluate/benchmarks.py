@@ -228,5 +228,5 @@ def describe(suite: str) -> str:
     """What a suite measures of the paper's tables, and what it cannot."""
     found = SUITES[suite]
     reached = ", ".join(f"{column} ({task})" for column, task in found.columns.items()) or "none"
-    missing = f"; not in the harness: {', '.join(found.missing)}" if found.missing else ""
+    missing = f"; without a task: {', '.join(found.missing)}" if found.missing else ""
     return f"{found.what}. The paper's columns: {reached}{missing}"

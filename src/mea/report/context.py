@@ -70,7 +70,7 @@ def scores(records: Sequence[Record]) -> Part:
                 lines.append([*line, f"{held / 2**20:,.1f}"])
     header = ["model", "task", "tokens", "items", "written", "preferred", "guess", "nats", "MiB"]
     note = MEANING + " MiB: what the cache really holds after the text."
-    return Part("Scores by length", table=Table(header, lines, note, texts=2))
+    return Part("Scores by length", table=Table(header, lines, note, texts=3))
 
 
 def positions(records: Sequence[Record]) -> Part:
@@ -106,7 +106,7 @@ def differences(record: Record) -> list[Part]:
     )
     header = ["task", "score", "tokens", "prompts", "difference", "McNemar's p"]
     best = tuple(range(whole, len(lines)))
-    parts += [Part(heading, table=Table(header, lines, note, best, texts=2))] if lines else []
+    parts += [Part(heading, table=Table(header, lines, note, best, texts=3))] if lines else []
     if results["positions"]:
         edges = [0, *(found["stop"] for found in results["positions"])]
         lines = [
