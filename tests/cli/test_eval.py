@@ -26,6 +26,12 @@ def test_two_models_item_by_item(mea, models_, tmp_path):
         (("--suite", "zero-shit"), "did you mean zero-shot"),
         (("--task", "hellaswg"), "did you mean hellaswag"),
         ((), "nothing to evaluate"),
+        (("--suite", "long-contxt"), "did you mean long-context"),
+        (("--suite", "long-context", "--lengths", "512"), "longer than the model's context of 256"),
+        (("--suite", "long-context", "--lengths", "short"), "as in 512,1024, not 'short'"),
+        (("--suite", "long-context", "--task", "needel"), "did you mean needle"),
+        (("--suite", "long-context", "--data", "x"), "--data has no meaning for the suite long-context"),
+        (("--suite", "zero-shot", "--lengths", "512"), "--lengths goes with --suite long-context only"),
         (("--suite", "zero-shot", "--data", "nowhere"), "no data folder at nowhere"),
         (("--suite", "zero-shot", "--limit", "0"), "must be positive, not 0"),
     ],
@@ -35,3 +41,16 @@ def test_mistakes_are_one_line(mea, models_, tmp_path, options, message):
     assert result.exit_code == 2
     assert message in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_long_contexts_of_one_model_in_two_caches(mea, models_, tmp_path):
+    """The same model against itself with 2 bits, under two names."""
+    options = ("--suite", "long-context", "--task", "needle", "--task", "position", "--lengths", "200", "--limit", 1)
+    result = mea("eval", models_["a"], "--against", models_["a"], "--cache-bits", 2, "--out", tmp_path, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "a against a-2" in result.stdout
+    first, second = (read_record(tmp_path / f"{name}-long-context.json") for name in ("a", "a-2"))
+    assert (first["config"]["cache_bits"], second["config"]["cache_bits"]) == (2, None)
+    assert first["config"]["weights"] == second["config"]["weights"]
+    assert first["results"]["cells"][0]["cache_bytes"] < second["results"]["cells"][0]["cache_bytes"]
+    assert "5 prompts of 1,000 tokens" in result.stderr

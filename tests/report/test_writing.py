@@ -77,15 +77,12 @@ def test_csv_has_a_line_for_every_number():
 
 
 def test_sections_only_for_what_is_there(run):
-    runs, needle = sweep(seeds=1), make_record("needle", {"model": "m"}, results={"cells": [NEEDLE]})
+    runs, needle = sweep(seeds=1), make_record("long context", {"model": "m"}, results={"cells": []})
     headings = [found.heading for found in make_sections([needle, *run(), *runs])]
     assert headings == ["Pretraining: 1m, 4 million tokens", "Half the KV cache of SmolLM2-135M", "Long context"]
     assert len(make_sections(run())) == 1
     with pytest.raises(ValueError, match=r"no record that has a section among 1 \(kinds: speed; shown are pre"):
         make_sections([make_record("speed", {})])
-
-
-NEEDLE = {"tokens": 1024, "depth": 0.5, "score": 0.75, "items": 8}
 
 
 def test_figures_of_several_sizes_are_several_files(tmp_path):
@@ -101,17 +98,6 @@ def test_figures_of_several_sizes_are_several_files(tmp_path):
 def test_kinds_belong_to_one_section_each():
     kinds = [kind for shown, _ in REGISTRY for kind in shown]
     assert len(set(kinds)) == len(kinds)
-
-
-def test_map_and_means_of_facts_found():
-    cells = [NEEDLE, NEEDLE | {"depth": 1.0, "score": 0.25}, NEEDLE | {"tokens": 2048, "score": 1.0}]
-    record = make_record("needle", {"label": "half"}, results={"cells": cells})
-    (found,) = make_sections([record])
-    (part,) = found.parts
-    assert part.table.lines == [["half", "50", "100", "67"]]
-    assert "8 facts" in part.table.note
-    for text in (">75<", ">25<", ">100<", "2,048", "50 %"):
-        assert text in part.figures[0].svg
 
 
 def test_a_page_of_several_sections_leads_to_them(run, tmp_path):

@@ -205,6 +205,7 @@ def test_tensorboard_gets_the_losses(settings, cache, tmp_path, monkeypatch):
         )  # 4 digits
 
 
+@pytest.mark.slow
 @pytest.mark.compile
 def test_a_compiled_run_has_the_same_losses(settings, cache, tmp_path):
     """In fp32 another order of sums is all that compiling changes, over 4 steps."""

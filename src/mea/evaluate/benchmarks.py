@@ -15,8 +15,9 @@ from mea.evaluate.harness import PackedLM, harness_task, task_names
 from mea.evaluate.journal import Journal
 from mea.evaluate.local_data import TaskData, read_task
 from mea.evaluate.paired import average_difference, paired_difference
+from mea.evaluate.subject import check_model, compression_of, identity, labels_of
 from mea.evaluate.suites import SUITES, ZERO_SHOT, select
-from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
+from mea.models.loading import load
 from mea.records import Record, make_record, read_record, write_record
 
 Progress = Callable[[str, int, int], None]
@@ -73,15 +74,11 @@ def evaluate(
     ValueError, OSError
         Everything wrong with names, data, models' configurations and tokenizers: before any weights are loaded.
     """
-    if against is not None and label is not None:
-        raise ValueError("a label names one model: without --against")
+    labels = labels_of(source, against, label)
     names, data = prepare(plan)
     sources = [source, *([against] if against else [])]
     for name in sources:
         check_model(name, plan.dtype)
-    labels = [label or Path(source).name]
-    if against:
-        labels.append(Path(against).name if Path(against).name != labels[0] else f"{Path(against).name}-2")
     found = [
         _evaluate_one(name, mark, plan, names, data, Path(out), progress)
         for name, mark in zip(sources, labels, strict=True)
@@ -109,24 +106,6 @@ def prepare(plan: Evaluation) -> tuple[tuple[str, ...], dict[str, TaskData | Non
     if plan.data is None:
         return names, dict.fromkeys(names)
     return names, {name: read_task(plan.data, name, plan.limit) for name in names}
-
-
-def check_model(source: str, dtype: str) -> None:
-    """Check what can be checked without weights.
-
-    Raises
-    ------
-    ValueError
-        No model, an unknown dtype, or a tokenizer that has more tokens than the model.
-    """
-    config, tokenizer = load_config(source), load_tokenizer(source)
-    resolve_dtype(config, dtype)
-    size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
-    if highest >= size:
-        raise ValueError(
-            f"the tokenizer of {source} has tokens up to {highest:,}, its model {size:,} in all: "
-            "the tokenizer belongs to another model"
-        )
 
 
 def compare(first: Sequence[Record], second: Sequence[Record]) -> Record:
@@ -172,9 +151,7 @@ def _evaluate_one(
     out: Path,
     progress: Progress | None,
 ) -> list[Record]:
-    config = load_config(source)
-    dtype = str(resolve_dtype(config, plan.dtype)).removeprefix("torch.")
-    about = {"weights": weights_mark(source), "dtype": dtype, "limit": plan.limit}
+    about = identity(source, plan.dtype) | {"limit": plan.limit}
     lm: Any = None
     records = []
     for name in names:
@@ -196,7 +173,7 @@ def _evaluate_one(
         found: Any = evaluator.evaluate(lm, {"tasks": tasks}, limit=plan.limit, bootstrap_iters=0)
         seconds = time.perf_counter() - began
         facts = {"model": source, "label": label, "suite": plan.suite, "parameters": lm.model.num_parameters()}
-        facts |= {"compression": _compression(config), "batch_tokens": plan.batch_tokens}
+        facts |= {"compression": compression_of(source), "batch_tokens": plan.batch_tokens}
         details = {"seconds": seconds, "answers_kept_from_before": kept, "tokens_per_batch": lm.scorer.size.tokens}
         record = _record(name, found, facts | mark, details)
         _write_samples(out / "samples" / f"{label}-{name}.jsonl", found)
@@ -204,12 +181,6 @@ def _evaluate_one(
         journal.unlink(missing_ok=True)
         records.append(record)
     return records
-
-
-def _compression(config: Any) -> dict[str, Any] | None:
-    """How a compressed model was made, as far as it fits into a line."""
-    made = getattr(config, "compression", None)
-    return {k: v for k, v in made.items() if isinstance(v, str | int | float)} if isinstance(made, dict) else None
 
 
 def _is_of(record: Record, mark: dict[str, Any]) -> bool:
@@ -257,5 +228,5 @@ def describe(suite: str) -> str:
     """What a suite measures of the paper's tables, and what it cannot."""
     found = SUITES[suite]
     reached = ", ".join(f"{column} ({task})" for column, task in found.columns.items()) or "none"
-    missing = f"; not in the harness: {', '.join(found.missing)}" if found.missing else ""
+    missing = f"; without a task: {', '.join(found.missing)}" if found.missing else ""
     return f"{found.what}. The paper's columns: {reached}{missing}"

@@ -54,7 +54,12 @@ def cache_size(model: Any, tokens: int = 256, make_cache: MakeCache | None = Non
     layers = getattr(getattr(output, "past_key_values", None), "layers", None)
     if not layers:
         raise ValueError(f"{type(model).__name__} gives back no cache whose layers could be measured")
-    return CacheSize(tokens, tuple(sum(tensor.nbytes for tensor in _tensors(layer)) for layer in layers))
+    return CacheSize(tokens, held_bytes(output.past_key_values))
+
+
+def held_bytes(cache: Any) -> tuple[int, ...]:
+    """Bytes that each layer of a cache holds now."""
+    return tuple(sum(tensor.nbytes for tensor in _tensors(layer)) for layer in cache.layers)
 
 
 @torch.no_grad()

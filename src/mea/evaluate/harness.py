@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
@@ -23,8 +24,8 @@ Progress = Callable[[int, int], None]  # tokens (of scored texts) or answers (of
 
 @cache
 def task_manager() -> TaskManager:
-    """The harness's index of its tasks; to make it takes seconds."""
-    return TaskManager()
+    """The harness's index of its tasks and of those in ``tasks/``; to make it takes seconds."""
+    return TaskManager(include_path=str(Path(__file__).parent / "tasks"))
 
 
 def harness_task(name: str, data: TaskData | None = None) -> Any:

@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+LONG_CONTEXT = "long-context"  # the one suite that is not the harness's: see mea.evaluate.long_context
 ZERO_SHOT = ("piqa", "openbookqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
 
 
 @dataclass(frozen=True)
 class Suite:
-    """Tasks of the harness, and the paper's columns that no task of the harness measures."""
+    """Tasks, the harness's or of ``tasks/`` (``mea_…``), and the paper's columns that none of them measures."""
 
     name: str
     what: str
@@ -32,23 +33,22 @@ SUITES = {
         Suite(
             "knowledge",
             "the paper's Table 2, knowledge",
-            ("mmlu_pro", "gpqa_diamond_cot_zeroshot"),
-            {"MMLU-Pro": "mmlu_pro", "GPQA-Diamond": "gpqa_diamond_cot_zeroshot"},
-            ("SuperGPQA",),
+            ("mmlu_pro", "gpqa_diamond_cot_zeroshot", "mea_supergpqa"),
+            {"MMLU-Pro": "mmlu_pro", "GPQA-Diamond": "gpqa_diamond_cot_zeroshot", "SuperGPQA": "mea_supergpqa"},
         ),
         Suite(
             "science",
-            "the paper's Table 2, science: none of its columns is a task of the harness; the nearest that are",
-            ("sciq", "medqa_4options", "mmlu_pro_physics", "mmlu_pro_chemistry", "mmlu_pro_biology"),
-            {},
-            ("PHYSICS", "ChemBench", "ClimaQA", "MedXpertQA"),
+            "the paper's Table 2, science: one of its columns, and tasks of the harness that are near the others",
+            ("mea_medxpertqa", "sciq", "medqa_4options", "mmlu_pro_physics", "mmlu_pro_chemistry", "mmlu_pro_biology"),
+            {"MedXpertQA": "mea_medxpertqa"},
+            ("PHYSICS", "ChemBench", "ClimaQA"),
         ),
         Suite(
             "math",
             "the paper's Table 2, mathematics; beside AIME 2025 two easier tasks, for small models",
-            ("aime25", "minerva_math500", "gsm8k"),
-            {"AIME 2025": "aime25"},
-            ("OlympiadBench", "LiveMathBench-hard", "OlymMATH"),
+            ("aime25", "mea_olympiadbench", "mea_olymmath", "minerva_math500", "gsm8k"),
+            {"AIME 2025": "aime25", "OlympiadBench": "mea_olympiadbench", "OlymMATH": "mea_olymmath"},
+            ("LiveMathBench-hard",),
         ),
     )
 }
@@ -62,11 +62,14 @@ def select(suite: str | None, tasks: Sequence[str] = (), known: Iterable[str] = 
     ValueError
         An unknown suite or task, or neither given.
     """
-    if suite is not None and suite not in SUITES:
-        raise ValueError(f"no suite named {suite!r}: {_guess(suite, SUITES)}suites are {', '.join(SUITES)}")
-    chosen = tuple(tasks) or (SUITES[suite].tasks if suite else ())
+    suites = (*SUITES, LONG_CONTEXT)
+    if suite is not None and suite not in suites:
+        raise ValueError(f"no suite named {suite!r}: {_guess(suite, suites)}suites are {', '.join(suites)}")
+    known = tuple(known)
+    whole = known if suite == LONG_CONTEXT else SUITES[suite].tasks if suite else ()
+    chosen = tuple(tasks) or whole
     if not chosen:
-        raise ValueError(f"nothing to evaluate: give a suite ({', '.join(SUITES)}) or tasks")
+        raise ValueError(f"nothing to evaluate: give a suite ({', '.join(suites)}) or tasks")
     names = set(known)
     for task in chosen:
         if task not in names:

@@ -15,7 +15,7 @@ REGISTRY: list[tuple[tuple[str, ...], Build]] = [
     ((rows.KIND,), compression.sections),
     ((profile.KIND,), profile.sections),
     ((tasks.TASK, tasks.PAIRED), tasks.sections),
-    ((context.NEEDLE,), context.sections),
+    ((context.LONG, context.PAIRED), context.sections),
 ]
 
 

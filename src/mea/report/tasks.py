@@ -11,39 +11,12 @@ from typing import Any
 
 from rich.console import Group
 
+from mea.evaluate.suites import SUITES
 from mea.records import Record
 from mea.report.parts import ABSENT, Part, Section, Table, terminal, with_interval
+from mea.report.published import PAPER, PUBLISHED_1, PUBLISHED_2, SCALE_1, SCALE_2, TABLE_1, TABLE_2
 
-PAPER = "arXiv 2601.19611"
 TASK, PAIRED = "task", "paired tasks"  # kinds of records
-
-# The paper's Table 1: column -> task of the harness, and its rows in that order (accuracy in percent, no examples).
-TABLE_1 = {
-    "PIQA": "piqa",
-    "OBQA": "openbookqa",
-    "WinoGrande": "winogrande",
-    "HellaSwag": "hellaswag",
-    "ARC-e": "arc_easy",
-    "ARC-c": "arc_challenge",
-}
-PUBLISHED_1 = {
-    "Transformer": (71.93, 21.00, 56.04, 40.62, 59.51, 26.19, 45.88),
-    "+ GroupNorm": (71.38, 21.00, 56.12, 40.59, 59.13, 25.77, 45.67),
-    "+ DFA": (71.76, 22.20, 54.38, 41.29, 60.69, 27.82, 46.36),
-    "MEA": (73.18, 19.80, 54.14, 42.02, 61.57, 27.65, 46.39),
-}
-SCALE_1 = "LLaMA-3.2-1B shape, 500B tokens"
-# The paper's Table 2: averages over the columns of each group.
-TABLE_2 = ("knowledge", "science", "math", "total")
-PUBLISHED_2 = {
-    "Qwen3-30B-A3B": (63.82, 48.39, 65.12, 58.68),
-    "+ CPT": (65.81, 49.76, 50.48, 54.39),
-    "half + CPT": (63.54, 49.44, 48.49, 52.94),
-    "deep + CPT": (61.91, 48.27, 46.13, 51.21),
-    "full + CPT": (61.25, 42.07, 43.68, 47.89),
-    "full + Recover + CPT": (64.41, 48.79, 46.89, 52.36),
-}
-SCALE_2 = "Qwen3-30B-A3B"
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
@@ -107,10 +80,16 @@ def table_2(records: Sequence[Record]) -> Part | None:
         lines.append(line)
     note = (
         f"Averages in %. The first {published} rows are published ones, over the paper's benchmarks; ours are over "
-        "those of the suite that the harness has, in brackets how many: the columns are not the same measure."
+        "the tasks of our suites, in brackets how many: the columns are not the same measure. Of the paper's columns "
+        f"we have {_columns('columns')}; not {_columns('missing')}."
     )
     table = Table(["model", "scale", *TABLE_2], lines, note, tuple(range(published, len(lines))), texts=2)
     return Part("The paper's Table 2 and our models", table=table)
+
+
+def _columns(which: str) -> str:
+    """Columns of the paper's Table 2 that our suites measure, or lack."""
+    return ", ".join(name for group in TABLE_2 if group in SUITES for name in getattr(SUITES[group], which))
 
 
 def scores(records: Sequence[Record]) -> Part:

@@ -1,0 +1,58 @@
+"""Long contexts for several versions of one model, each compared prompt by prompt with the first.
+
+Started again, it goes on where it was: every answer is kept as soon as it is there.
+
+    python experiments/long_context/run.py uncompressed=FOLDER position=FOLDER svd=FOLDER
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from mea.evaluate.long_context import LongContext, compare, evaluate
+from mea.evaluate.long_context.plan import LENGTHS
+from mea.records import write_record
+
+RECORDS = Path(__file__).parent / "records"
+
+
+def run(models: Mapping[str, str], plan: LongContext, work: Path, records: Path) -> None:
+    """Evaluate one model after the other, then compare."""
+    first, *others = models
+    found = {}
+    for label, source in models.items():
+        began = time.perf_counter()
+        (found[label],) = evaluate(source, plan, work, label=label, progress=tell, say=print)
+        print(f"{label}: {time.perf_counter() - began:.0f} s", flush=True)
+        records.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(work / f"{label}-long-context.json", records / f"{label}.json")
+    for label in others:
+        write_record(records / f"paired-{label}-{first}.json", compare(found[label], found[first]))
+
+
+def tell(what: str, done: int, of: int) -> None:
+    print(f"{done:3} % {what}", flush=True)
+
+
+def main() -> None:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="label=model")
+    parser.add_argument("--lengths", type=int, nargs="+", default=list(LENGTHS))
+    parser.add_argument("--limit", type=int, help="prompts of each kind at each length")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, default=Path("build/long_context"), help="for samples and resumption")
+    parser.add_argument("--records", type=Path, default=RECORDS)
+    given = parser.parse_args()
+    if any("=" not in model for model in given.models):
+        sys.exit("models are given as label=folder")
+    models = dict(model.split("=", 1) for model in given.models)
+    plan = LongContext(lengths=tuple(given.lengths), limit=given.limit, seed=given.seed, dtype="bfloat16")
+    run(models, plan, given.work, given.records)
+
+
+if __name__ == "__main__":
+    main()
