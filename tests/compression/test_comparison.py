@@ -116,6 +116,12 @@ def test_an_environment_without_the_peer_says_so(tmp_path):
         assert words in found.error
 
 
+def test_a_backend_that_is_not_installed_is_a_note(saved, calibration, tmp_path):
+    contenders = [Contender("theirs", "none", 1.0, bits=4, backend="unheard-of")]
+    _, theirs = compare(str(saved), tmp_path, contenders, protocol=CONTINUED, calibration=calibration)
+    assert "unheard-of" in theirs["results"]["not_run"]
+
+
 def test_contenders_with_one_label_are_refused(saved, calibration, tmp_path):
     with pytest.raises(ValueError, match="labels of their own"):
         compare(str(saved), tmp_path, [CONTENDERS[0]] * 2, protocol=PROTOCOL, calibration=calibration)

@@ -136,6 +136,11 @@ def _measure(
     keep(ORIGINAL, measuring.record(ORIGINAL, None, settings))
     for contender in contenders:
         if contender.plan is None and not contender.peer:
+            absent = contender.stored.absent(model.config) if contender.stored else ""
+            if absent:
+                config = dict(settings, label=contender.label, method=contender.backend, keep=contender.keep)
+                keep(contender.label, make_record("comparison", config, results={"not_run": absent}))
+                continue
             keep(contender.label, measuring.record(contender.label, None, settings, contender.stored))
     for peer in dict.fromkeys(contender.peer for contender in contenders if contender.peer):
         runs = [

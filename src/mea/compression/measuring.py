@@ -88,6 +88,14 @@ class Stored:
         form = CacheFormat()
         return (form.block, 0) if self.backend else (form.block, form.first)
 
+    def absent(self, config: Any) -> str:
+        """Why no such cache can be made here; nothing if it can."""
+        try:
+            self.make(config)
+        except (ImportError, ValueError) as error:
+            return " ".join(str(error).split())[:200]
+        return ""
+
     def make(self, config: Any) -> Any:
         """An empty cache."""
         if not self.backend:
