@@ -39,6 +39,9 @@ def compress(
     ] = False,
     same: Annotated[bool, typer.Option("--same", help="With --allocate: the same widths in all layers.")] = False,
     step: Annotated[int | None, typer.Option(help="With --allocate: widths are multiples of it.")] = None,
+    refine: Annotated[
+        int, typer.Option(help="Passes over the calibration text in which layers are refined; 0: none.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it costs.")] = False,
 ) -> None:
     """Make a model cache half of its keys and values, check the result, and save it as an ordinary model."""
@@ -47,6 +50,7 @@ def compress(
 
     calibration = Calibration(text, tokens, window, seed)
     options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd}
+    options["refine"] = refine
     options["allocate"] = allocation(allocate, equal=equal, same=same, step=step)
     Console(stderr=not dry_run).print(plan_table(preview(model, dtype=dtype, calibration=calibration, **options)))
     if dry_run:

@@ -17,6 +17,7 @@ from mea.compression.choosing import allocated
 from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.fit import Target, fit_layers
 from mea.compression.plan import Allocation, Calibration, Plan, estimate, make_plan
+from mea.compression.refine import RefinedLayer, Refinement, refine_layers
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
 from mea.compression.stream import check_weights, evaluating
 from mea.evaluate.cache import cache_size
@@ -43,7 +44,9 @@ class Compressed:
     errors
         Of the two self-checks, see `mea.compression.check`.
     seconds
-        For calibration, fit and checks.
+        For calibration, fit, checks and refinement.
+    refined
+        Per layer what refinement did, see `mea.compression.refine`; empty without it.
     """
 
     model: Any
@@ -51,6 +54,7 @@ class Compressed:
     lost: list[float]
     errors: dict[str, float]
     seconds: float
+    refined: tuple[RefinedLayer | None, ...] = ()
 
 
 def compress(
@@ -64,6 +68,7 @@ def compress(
     odd: str = "values",
     calibration: Calibration | None = None,
     allocate: Allocation | bool = False,
+    refine: Refinement | int = 0,
     progress: Progress | None = None,
 ) -> Any:
     """Make a model cache half of what it did, or any other share.
@@ -75,7 +80,7 @@ def compress(
         change are shared with the result. Of this package's decoder, whose mixing is folded first, all are copied.
     tokenizer
         Its tokenizer, for the calibration text.
-    keep, budget, layout, method, odd
+    keep, budget, layout, method, odd, refine
         See `mea.compression.plan.make_plan`.
     calibration
         Text, its length and the windows' seed.
@@ -97,7 +102,7 @@ def compress(
     """
     plan = make_plan(
         model.config, model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method, odd=odd,
-        calibration=calibration, allocate=allocate,
+        calibration=calibration, allocate=allocate, refine=refine,
     )  # fmt: skip
     tokens = calibration_tokens(tokenizer, plan.calibration)
     model = checked_stock_form(model, tokens)
@@ -150,8 +155,13 @@ def run_plans(
     seconds = time.perf_counter() - start
     results = []
     for plan, found, shares, error in zip(plans, factors, lost, errors, strict=True):
-        config = latent_config(model.config, plan.layout, plan.describe())
-        results.append(Compressed(assemble(model, found, config), plan, shares, error, seconds))
+        start = time.perf_counter()
+        made = assemble(model, found, latent_config(model.config, plan.layout, plan.describe()))
+        refined: tuple[RefinedLayer | None, ...] = ()
+        if plan.refinement:
+            kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}
+            refined = refine_layers(model, made, tokens, plan.refinement, progress=progress, **kept)
+        results.append(Compressed(made, plan, shares, error, seconds + time.perf_counter() - start, refined))
     return results
 
 
@@ -280,6 +290,7 @@ def _measure(
         "cache_bytes_per_token_before": before,
         "cache_bytes_per_token": cache_size(result.model, length).bytes_per_token,
         "layer_lost": result.lost,
+        **({"refined": [pair and pair._asdict() for pair in result.refined]} if result.refined else {}),
         "self_check": result.errors,
         "seconds": result.seconds,
     }

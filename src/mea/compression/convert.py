@@ -42,6 +42,18 @@ def compress_attention(attention: Any, factors: LayerFactors) -> None:
     _use_own_forward(attention)
 
 
+@torch.no_grad()
+def replace_weights(attention: Any, weights: dict[str, Tensor]) -> None:
+    """Give a compressed attention new matrices by parameter name; none that it shares with another model changes."""
+    for name in {name.split(".")[0] for name in weights} - {"head_mixing"}:
+        (weight,) = (tensor for full, tensor in weights.items() if full.split(".")[0] == name)
+        with weights_of(getattr(attention, name)):
+            setattr(attention, name, _with_weight(getattr(attention, name), weight))
+    for name, parameter in attention.head_mixing.named_parameters():
+        if f"head_mixing.{name}" in weights:
+            parameter.copy_(weights[f"head_mixing.{name}"])
+
+
 def _with_weight(linear: Any, weight: Tensor) -> nn.Module:
     """A new module, because accelerate would read the old one's weight from disk again."""
     if isinstance(linear, NormedProjection):

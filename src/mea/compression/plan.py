@@ -20,6 +20,7 @@ from mea.compression.layout import (
     read_layout,
 )
 from mea.compression.methods import DEFAULT_METHOD, Method, find_method
+from mea.compression.refine import Refinement
 from mea.compression.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.values import CG_STEPS, ROUNDS
 from mea.models.accounting import cached_share
@@ -112,6 +113,8 @@ class Plan:
         than key/value heads.
     allocation
         How `layout` is or was chosen, if it is not the budget's own.
+    refinement
+        How layers are refined after the closed form, if they are.
     """
 
     method: Method
@@ -120,6 +123,7 @@ class Plan:
     calibration: Calibration
     cached: float = 1.0
     allocation: Allocation | None = None
+    refinement: Refinement | None = None
 
     def bytes_before(self, context: int) -> int:
         """Bytes of the given model's cache after `context` tokens of one sequence."""
@@ -136,6 +140,7 @@ class Plan:
             "calibration_window": calibration.window,
             "seed": calibration.seed,
             **({} if self.allocation is None else {"allocation": asdict(self.allocation)}),
+            **({} if self.refinement is None else {"refinement": asdict(self.refinement)}),
         }
 
 
@@ -166,6 +171,7 @@ def make_plan(
     odd: str = "values",
     calibration: Calibration | None = None,
     allocate: Allocation | bool = False,
+    refine: Refinement | int = 0,
 ) -> Plan:
     """Decide widths and method.
 
@@ -187,11 +193,13 @@ def make_plan(
         ``"keys"`` or ``"values"``: which of them get an odd component head, for methods with whole heads.
     allocate
         The layout is only where to begin, and widths will be chosen layer by layer: how.
+    refine
+        Passes over the calibration text in which every layer is refined after the closed form, or how; 0 for none.
 
     Raises
     ------
     ValueError
-        The model is not supported, or no layout meets the budget.
+        The model is not supported, no layout meets the budget, or `refine` is negative.
     """
     cached, config = cached_share(config), stock_config(config)
     check_supported(config)
@@ -222,7 +230,11 @@ def make_plan(
     if allocate:
         how = Allocation() if allocate is True else allocate
         widths = _to_begin_with(widths, how, shape, step, budget is not None)
-    plan = Plan(chosen, widths, shape, calibration, cached, how if allocate else None)
+    if isinstance(refine, int):
+        refinement = Refinement(refine) if refine else None
+    else:
+        refinement = refine
+    plan = Plan(chosen, widths, shape, calibration, cached, how if allocate else None, refinement)
     if cached < 1 and widths.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(
             f"the result would cache {widths.bytes(shape, 1):,} bytes per token and the model, with its fewer "
@@ -281,6 +293,10 @@ def estimate(config: Any, plan: Plan) -> Cost:
         work += layers * (
             fits * (averages * share + solving) + len(MOVES) * 5 * forward * plan.allocation.tokens / tokens
         )
+    if plan.refinement:  # per pass forth and back through attention; besides, the windows' way through both models
+        part = 2 * tokens * (attention + min(t, plan.refinement.window) * h * d)
+        work += layers * (3 * plan.refinement.passes * part + 4 * part + 4 * tokens * active)
+        memory += 4 * 4 * tokens * hidden
     return Cost(memory, work / _speed())
 
 

@@ -77,8 +77,17 @@ class FactorStore:
             tensors["output"] = factors.output
         write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
 
-    def _path(self, index: int) -> Path:
-        return self.folder / f"{index:05d}.safetensors"
+    def get_refined(self, index: int) -> dict[str, Tensor] | None:
+        """The refined weights of a layer, if an earlier run came that far."""
+        path = self._path(index, "refined-")
+        return load_file(path) if path.is_file() else None
+
+    def put_refined(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Keep a layer's refined weights."""
+        write_whole(self._path(index, "refined-"), save({name: each.contiguous() for name, each in weights.items()}))
+
+    def _path(self, index: int, prefix: str = "") -> Path:
+        return self.folder / f"{prefix}{index:05d}.safetensors"
 
 
 def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: str) -> str:

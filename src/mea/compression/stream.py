@@ -156,18 +156,31 @@ def rotations(model: Any, most: int = 8192, run: int = 256) -> list[tuple[Tensor
     length = model.config.max_position_embeddings
     count = min(most, length) // run or 1
     run = min(run, length)
-    tables: list[tuple[list[Tensor], list[Tensor]]] = [([], []) for _ in model.model.layers]
+    starts = torch.tensor([(length - run) * block // max(1, count - 1) for block in range(count)])
+    tables = position_embeddings(model, starts[:, None] + torch.arange(run))
+    return [(cos.flatten(0, 1), sin.flatten(0, 1)) for cos, sin in tables]
+
+
+@torch.no_grad()
+def position_embeddings(
+    model: Any, positions: Int[Tensor, "n t"]
+) -> list[tuple[Float[Tensor, "n t d"], Float[Tensor, "n t d"]]]:
+    """Every layer's rotary embedding at the positions of some windows; layers that share one get the same tensors."""
+    made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+    tables: list[list[tuple[Tensor, Tensor]]] = []
     with _recording(model, "sdpa") as recorders:
-        for block in range(count):
-            start = (length - run) * block // max(1, count - 1)
-            positions = torch.arange(start, start + run)[None]
-            embeddings = torch.zeros(1, run, model.config.hidden_size, device=model.device)
-            model.model(inputs_embeds=embeddings, position_ids=positions.to(model.device), use_cache=False)
-            for (cosines, sines), recorder in zip(tables, recorders, strict=True):
-                cos, sin = recorder.options["position_embeddings"]
-                cosines.append(cos[0])
-                sines.append(sin[0])
-    return [(torch.cat(cosines), torch.cat(sines)) for cosines, sines in tables]
+        for row in positions:
+            embeddings = torch.zeros(1, len(row), model.config.hidden_size, device=model.device)
+            model.model(inputs_embeds=embeddings, position_ids=row[None].to(model.device), use_cache=False)
+            tables.append([recorder.options["position_embeddings"] for recorder in recorders])
+    layers = []
+    for windows in zip(*tables, strict=True):
+        same = tuple(id(cos) for cos, _ in windows)
+        if same not in made:
+            cosines, sines = zip(*windows, strict=True)
+            made[same] = torch.cat(cosines), torch.cat(sines)
+        layers.append(made[same])
+    return layers
 
 
 def resident(layer: Any) -> Any:

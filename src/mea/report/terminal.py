@@ -48,6 +48,7 @@ def plan_table(preview: dict[str, Any]) -> Table:
         ("cache per token", f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}"),
         (f"cache at {context:,} tokens", full),
         ("calibration", f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}"),
+        *([("refinement", f"{preview['refinement']['passes']} passes")] if preview.get("refinement") else []),
         ("memory beyond the weights", f"about {_size(preview['memory'])}"),
         ("time for the fit", f"about {preview['seconds'] / 60:.1f} min on this machine"),
     ):

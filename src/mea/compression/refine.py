@@ -1,0 +1,263 @@
+"""Refinement: layer by layer, compressed attention learns to hand on what the original layer hands on.
+
+The closed form fits a layer to the original's activations. What reaches it in use comes from compressed layers below,
+whose errors add up. Here each layer, from the first to the last, reads what the refined layers below really give it,
+and its attention's weights (factors and the four projections) are trained for a few passes over the calibration windows
+so that its output comes near the *original's* hidden states after that layer: block-wise reconstruction, as it is done
+for quantised models (arXiv 2102.05426, 2308.13137). No gradient runs through more than one layer.
+
+Latents of rotated keys have to be right at every position and distance, not only at those of short windows. So the
+windows are laid out over all positions that the model supports: each begins at a random one, and half of them jump ahead
+once, by a random distance.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from mea.compression.convert import replace_weights
+from mea.compression.stream import LayerInputs, embed, evaluating, layer_inputs, position_embeddings, resident
+
+Progress = Callable[[str, int, int], None]
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+WARMUP = 0.1  # of the steps
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """How layers are refined.
+
+    Attributes
+    ----------
+    passes
+        Over the calibration windows, for every layer.
+    window
+        Tokens that are read in one piece, at most those of a calibration window.
+    batch
+        Windows a step.
+    rate, other_rate
+        Peak learning rates of the factors (encoders and decoders), and of the projections of queries, keys and output.
+    held_out
+        One window in so many is not trained on: a layer on which its loss did not fall stays as it was.
+    seed
+        Of the windows' order and positions.
+    """
+
+    passes: int = 1
+    window: int = 512
+    batch: int = 2
+    rate: float = 1e-3
+    other_rate: float = 3e-4
+    held_out: int = 16
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.passes < 1 or self.window < 8 or self.batch < 1 or self.held_out < 2:
+            raise ValueError(
+                "refinement takes at least 1 pass, windows of 8 tokens, 1 window a step and 1 window in 2 to train on, "
+                f"not {self.passes}, {self.window}, {self.batch} and 1 in {self.held_out}"
+            )
+        if not (self.rate > 0 and self.other_rate > 0):
+            raise ValueError(f"learning rates must be positive, not {self.rate} and {self.other_rate}")
+
+
+class RefinedLayer(NamedTuple):
+    """Loss of a layer on the held-out windows before and after; the error of its output, relative and token by token."""
+
+    before: float
+    after: float
+
+
+Known = Callable[[int], dict[str, Tensor] | None]
+Keep = Callable[[int, dict[str, Tensor]], None]
+
+
+def refine_layers(
+    model: Any,
+    compressed: Any,
+    tokens: Int[Tensor, "n t"],
+    settings: Refinement,
+    *,
+    known: Known = lambda _: None,
+    keep: Keep = lambda *_: None,
+    progress: Progress | None = None,
+) -> tuple[RefinedLayer | None, ...]:
+    """Refine a compressed model in place.
+
+    Parameters
+    ----------
+    model
+        The original; nothing of it changes.
+    compressed
+        What `mea.compression.convert.assemble` made of it. Trained weights replace those it shares with the original.
+    tokens
+        Calibration windows.
+    settings
+        How.
+    known, keep
+        Weights of layers that an earlier run has refined, and where to keep new ones.
+    progress
+        Called with a word, the layers done and the layers in all.
+
+    Returns
+    -------
+    For every layer its losses; None where it caches what it did before, or was refined by an earlier run.
+
+    Raises
+    ------
+    ValueError
+        There are fewer than three windows.
+    """
+    rows = tokens.reshape(-1, tokens.shape[1])
+    if tokens.shape[1] > settings.window and tokens.shape[1] % settings.window == 0:
+        rows = tokens.reshape(-1, settings.window)
+    if len(rows) < 3:
+        raise ValueError(f"refinement needs at least 3 windows of calibration text, not {len(rows)}: give more tokens")
+    generator = torch.Generator().manual_seed(settings.seed)
+    places = spread_positions(*rows.shape, model.config.max_position_embeddings, generator)
+    losses: list[RefinedLayer | None] = []
+    with evaluating(model), evaluating(compressed), torch.no_grad():
+        inputs, turns = layer_inputs(model, rows.shape[1]), position_embeddings(model, places)
+        original = embed(model, rows).float()
+        ours = original
+        for index, (stored, changed) in enumerate(zip(model.model.layers, compressed.model.layers, strict=True)):
+            reading = _Reading(inputs[index], turns[index])
+            theirs = resident(stored)
+            target = reading.all(theirs, original)
+            if hasattr(changed.self_attn, "head_mixing"):
+                layer, found = copy.deepcopy(resident(changed)), known(index)
+                if found is None:
+                    import os
+                    from contextlib import nullcontext
+                    C = _without_feed_forward if os.environ.get('MID') else nullcontext
+                    with C(theirs), C(layer):
+                        between = reading.all(theirs, original)
+                        losses.append(_train(layer, reading, ours, between, settings, index))
+                    found = {name: weight.detach() for name, weight in _trained(layer.self_attn).items()}
+                    keep(index, found)
+                else:
+                    losses.append(None)
+                    layer.self_attn.load_state_dict(found, strict=False)
+                replace_weights(changed.self_attn, found)
+            else:
+                losses.append(None)
+                layer = resident(changed)
+            ours, original = reading.all(layer, ours), target
+            if progress:
+                progress("refining", index + 1, len(model.model.layers))
+    return tuple(losses)
+
+
+def spread_positions(windows: int, length: int, most: int, generator: torch.Generator) -> Int[Tensor, "windows length"]:
+    """Ascending positions below `most`: each window at a random start, every second one with one random jump."""
+    positions = torch.arange(length).expand(windows, -1)
+    octaves = math.log2(max(1, most // length))
+    powers = torch.rand(windows, generator=generator) * (octaves + 1) - 1  # below 0: at the beginning
+    starts = torch.where(powers < 0, 0.0, length * 2**powers).long().clamp_max(max(0, most - length))
+    positions = positions + starts[:, None]
+    return positions
+
+
+class _Reading:
+    """Windows' way through one layer, each at its own positions."""
+
+    def __init__(self, inputs: LayerInputs, turns: tuple[Float[Tensor, "n t d"], Float[Tensor, "n t d"]]):
+        self.options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
+        self.turns = turns
+
+    def __call__(self, layer: Any, hidden: Float[Tensor, "b t D"], which: Tensor | slice) -> Float[Tensor, "b t D"]:
+        """Some windows, given by number."""
+        options = self.options | {"position_embeddings": (self.turns[0][which], self.turns[1][which])}
+        with torch.autocast(hidden.device.type, torch.bfloat16):
+            return layer(hidden, **options).float()
+
+    @torch.no_grad()
+    def all(self, layer: Any, hidden: Float[Tensor, "n t D"]) -> Float[Tensor, "n t D"]:
+        """All windows, one by one."""
+        return torch.cat([self(layer, hidden[i : i + 1], slice(i, i + 1)) for i in range(len(hidden))])
+
+
+class _Nothing(nn.Module):
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@contextmanager
+def _without_feed_forward(layer: Any) -> Iterator[None]:
+    """Within, a layer's output is the residual stream between its attention and its feed-forward part."""
+    mlp = layer.mlp
+    layer.mlp = _Nothing()
+    try:
+        yield
+    finally:
+        layer.mlp = mlp
+
+
+def _trained(attention: Any) -> dict[str, Tensor]:
+    """The matrices that are trained: factors and projections."""
+    names = ("head_mixing", *PROJECTIONS)
+    return {n: p for n, p in attention.named_parameters() if n.split(".")[0] in names and p.dim() > 1}
+
+
+def _train(
+    layer: Any,
+    reading: _Reading,
+    hidden: Float[Tensor, "n t D"],
+    target: Float[Tensor, "n t D"],
+    settings: Refinement,
+    index: int,
+) -> RefinedLayer:
+    """Train one layer's attention in place; on held-out windows it is never worse than it was."""
+    generator = torch.Generator().manual_seed(settings.seed + index)  # of the layer's own: a run may begin with any
+    weight = 1 / target.square().mean(-1, keepdim=True)
+
+    def loss(which: Tensor) -> Tensor:
+        error = (reading(layer, hidden[which], which) - target[which]).square().mean(-1, keepdim=True)
+        return (error * weight[which]).mean()
+
+    windows = torch.arange(len(hidden))
+    chosen = windows % settings.held_out == settings.held_out - 1
+    chosen[-1] = True
+    held_out, rest = windows[chosen], windows[~chosen]
+
+    def score() -> float:
+        return sum(loss(one).item() for one in held_out.split(settings.batch)) / len(held_out.split(settings.batch))
+
+    before = score()
+    layer.requires_grad_(False)
+    trained = _trained(layer.self_attn)
+    start = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    fast = [p for n, p in trained.items() if n.startswith(("head_mixing", "v_proj"))]
+    slow = [p for n, p in trained.items() if not n.startswith(("head_mixing", "v_proj"))]
+    groups = [{"params": fast, "lr": settings.rate}, {"params": slow, "lr": settings.other_rate}]
+    optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    steps = settings.passes * -(-len(rest) // settings.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
+    with torch.enable_grad():
+        for parameter in trained.values():
+            parameter.requires_grad_(True)
+        for _ in range(settings.passes):
+            for which in rest[torch.randperm(len(rest), generator=generator)].split(settings.batch):
+                optimiser.zero_grad()
+                loss(which).backward()
+                optimiser.step()
+                schedule.step()
+    layer.requires_grad_(False)
+    after = score()
+    if not after < before:  # also where it is no number
+        for name, parameter in trained.items():
+            parameter.copy_(start[name])
+        after = before
+    return RefinedLayer(before, after)
+
+
+def _rate(step: int, steps: int) -> float:
+    """Up in a line, down in a cosine."""
+    return min(1.0, (step + 1) / max(1.0, WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))
