@@ -92,7 +92,7 @@ def evaluate(
         run = _Run(name, labels[place], Path(out), about, progress, say)
         records.append(run(sources[place], asked[place], plan))
         write_record(path, records[-1])
-        run.journal.path.unlink(missing_ok=True)
+        run.kept.unlink(missing_ok=True)
     if against:
         records.append(compare(*records))
         write_record(Path(out) / f"paired-{labels[0]}-{labels[1]}-long-context.json", records[-1])
@@ -125,7 +125,8 @@ class _Run:
         self, name: str, label: str, out: Path, about: dict[str, Any], progress: Progress | None, say: Say | None
     ):
         self.name, self.label, self.out, self.about = name, label, out, about
-        self.journal = Journal(out / "journal" / f"{label}-long-context.jsonl", about)
+        self.kept = out / "journal" / f"{label}-long-context.jsonl"
+        self.journal = Journal(self.kept, about)
         self.progress, self.say = progress, say
         self.done = self.total = 0.0
 
