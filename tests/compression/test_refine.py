@@ -107,7 +107,9 @@ def test_position_embeddings_are_the_models_own(architecture: str) -> None:
     found = position_embeddings(model, positions)
     seen: list[Any] = []
     handles = [
-        layer.register_forward_pre_hook(lambda _m, _a, options: seen.append(options["position_embeddings"]), with_kwargs=True)
+        layer.register_forward_pre_hook(
+            lambda _m, _a, options: seen.append(options["position_embeddings"]), with_kwargs=True
+        )
         for layer in model.model.layers
     ]
     model(input_ids=torch.ones(1, 9, dtype=torch.long), position_ids=positions[1:], use_cache=False)

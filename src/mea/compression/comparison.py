@@ -29,7 +29,7 @@ class Contender:
     ----------
     label
         Its name in tables and of its record.
-    method, keep, odd, allocate
+    method, keep, odd, allocate, refine
         Options of `mea.compression.plan.make_plan`; a `method` of ``"none"`` leaves widths as they are, and one of
         ``"kvpress NAME"`` is that press of the peer, scored on continuations alone.
     bits, backend
@@ -43,14 +43,19 @@ class Contender:
     keep: float = 0.5
     odd: str = "values"
     allocate: Allocation | bool = False
+    refine: int = 0
     bits: int | None = None
     backend: str = ""
     series: str = ""
 
     @property
-    def plan(self) -> tuple[str, float, str, Allocation | bool] | None:
+    def plan(self) -> tuple[str, float, str, Allocation | bool, int] | None:
         """What contenders with one fit share; None where nothing is fitted."""
-        return None if self.method == "none" or self.peer else (self.method, self.keep, self.odd, self.allocate)
+        return (
+            None
+            if self.method == "none" or self.peer
+            else (self.method, self.keep, self.odd, self.allocate, self.refine)
+        )
 
     @property
     def peer(self) -> str:
@@ -64,6 +69,7 @@ class Contender:
 
 
 DEMO = (
+    Contender("position, refined", "position", refine=2),
     Contender("position (default)", "position"),
     Contender("frequency", "frequency"),
     Contender("gram, 1 key and 2 value heads", "gram"),
@@ -166,10 +172,10 @@ def _plans(config: Any, contenders: list[Contender], calibration: Calibration) -
     """One plan for all contenders that differ in how their cache is stored only."""
     keys = dict.fromkeys(contender.plan for contender in contenders if contender.plan is not None)
     return {
-        (method, keep, odd, allocate): make_plan(
-            config, 4, calibration=calibration, method=method, keep=keep, odd=odd, allocate=allocate
+        (method, keep, odd, allocate, refine): make_plan(
+            config, 4, calibration=calibration, method=method, keep=keep, odd=odd, allocate=allocate, refine=refine
         )
-        for method, keep, odd, allocate in keys
+        for method, keep, odd, allocate, refine in keys
     }
 
 
