@@ -97,7 +97,7 @@ def _spectra(pairs: dict[str, Pair], schedule: str, kind: str) -> Figure | None:
 
     def curve(run: Record) -> tuple[NDArray, NDArray]:
         spectra = run["samples"].get(f"{kind}_mixing") or []
-        return (_tokens(run), np.array([_condition(layers) for layers in spectra])) if spectra else (np.empty(0),) * 2
+        return _tokens(run)[: len(spectra)], np.array([_condition(layers) for layers in spectra])
 
     text = f"{kind.capitalize()} mixing: largest singular value over the smallest, the largest such ratio of any layer."
     return _curves(f"inside-{kind}-mixing-{schedule}", pairs, curve, f"condition of {kind} mixing", text)

@@ -26,7 +26,7 @@ from mea.train.pretraining import KIND
 from mea.train.settings import read_toml, settings_from
 from mea.train.shards import Progress, prepare
 
-# For glibc: memory that was freed is kept, as giving tens of megabytes back at every step and getting them again, page by
+# For glibc: memory that was freed is kept. Giving tens of megabytes back at every step and getting them again, page by
 # page, takes a sixth of the time of a small model's step.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 KEPT = "kept"  # of the work folder, for checkpoints that branches start from
