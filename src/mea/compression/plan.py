@@ -230,10 +230,7 @@ def make_plan(
     if allocate:
         how = Allocation() if allocate is True else allocate
         widths = _to_begin_with(widths, how, shape, step, budget is not None)
-    if isinstance(refine, int):
-        refinement = Refinement(refine) if refine else None
-    else:
-        refinement = refine
+    refinement = (Refinement(refine) if refine else None) if isinstance(refine, int) else refine
     plan = Plan(chosen, widths, shape, calibration, cached, how if allocate else None, refinement)
     if cached < 1 and widths.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(
