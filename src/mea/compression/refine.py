@@ -69,7 +69,7 @@ class Refinement:
 
 
 class RefinedLayer(NamedTuple):
-    """Loss of a layer on the held-out windows before and after; the error of its output, relative and token by token."""
+    """Loss of a layer on the held-out windows, before and after: the squared error of its output, relative, per token."""
 
     before: float
     after: float
