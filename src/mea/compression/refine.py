@@ -69,7 +69,7 @@ class Refinement:
 
 
 class RefinedLayer(NamedTuple):
-    """Loss of a layer on the held-out windows, before and after: the squared error of its output, relative, per token."""
+    """Loss of a layer on the held-out windows, before and after: the relative squared error of its output per token."""
 
     before: float
     after: float
@@ -121,7 +121,7 @@ def refine_layers(
     if len(rows) < 3:
         raise ValueError(f"refinement needs at least 3 windows of calibration text, not {len(rows)}: give more tokens")
     generator = torch.Generator().manual_seed(settings.seed)
-    places = spread_positions(*rows.shape, model.config.max_position_embeddings, generator)
+    places = spread_positions(rows.shape[0], rows.shape[1], model.config.max_position_embeddings, generator)
     losses: list[RefinedLayer | None] = []
     with evaluating(model), evaluating(compressed), torch.no_grad():
         inputs, turns = layer_inputs(model, rows.shape[1]), position_embeddings(model, places)
