@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from mea.models.cache import PreallocatedCache
-from mea.models.compressed import SUPPORTED, HeadMixing
-from tiny_models import FULL, REDUCED, SLIDING, VOCABULARY, WINDOW, compress, generate, stock, tokens
+from mea.models.compressed import FORMS, SUPPORTED, HeadMixing
+from tiny_models import EVEN, FULL, REDUCED, SLIDING, VOCABULARY, WINDOW, compress, generate, stock, tokens
 
 EXACT = 1e-4  # what a conversion is held to in fp32
 
@@ -18,14 +18,24 @@ def kind(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=FORMS)
+def form(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def widths(form) -> tuple:
+    return EVEN if form == "joint" else REDUCED
+
+
 @pytest.fixture
 def original(kind):
     return stock(kind)
 
 
 @pytest.fixture
-def model(original):
-    return compress(original)
+def model(original, widths, form):
+    return compress(original, widths, form)
 
 
 @torch.no_grad()
@@ -33,12 +43,12 @@ def logits(model, ids, **options):
     return model(ids, **options).logits
 
 
-def test_full_rank_has_the_logits_of_the_original(original):
+def test_full_rank_has_the_logits_of_the_original(original, form):
     ids = tokens(length=3 * WINDOW)
     expected = logits(original, ids)
     assert expected.std() > 0.05, "a model that says nothing shows nothing"
     for implementation in ("sdpa", "eager"):
-        full = compress(original, FULL)
+        full = compress(original, FULL, form)
         full.set_attn_implementation(implementation)
         for reading in ("auto", "absorbed", "materialised"):
             for layer in full.model.layers:
@@ -47,9 +57,9 @@ def test_full_rank_has_the_logits_of_the_original(original):
             assert error <= EXACT, f"{implementation}, {reading}"
 
 
-def test_full_rank_generates_what_the_original_does(original):
+def test_full_rank_generates_what_the_original_does(original, form):
     ids = tokens(length=2 * WINDOW)
-    torch.testing.assert_close(generate(compress(original, FULL), ids), generate(original, ids))
+    torch.testing.assert_close(generate(compress(original, FULL, form), ids), generate(original, ids))
 
 
 def test_reduced_rank_is_another_model(original, model):
@@ -145,9 +155,9 @@ def test_a_single_long_sequence_is_read_in_parts(kind, monkeypatch):
         torch.testing.assert_close(found, expected, atol=EXACT, rtol=0)
 
 
-def test_bf16_errs_no_more_than_twice_as_much_as_the_original(original):
+def test_bf16_errs_no_more_than_twice_as_much_as_the_original(original, form):
     ids = tokens(4, 3 * WINDOW)
-    exact, full = logits(original, ids), compress(original, FULL)
+    exact, full = logits(original, ids), compress(original, FULL, form)
 
     def error(model):
         return (logits(model.bfloat16(), ids).float() - exact).square().mean().sqrt()
@@ -155,19 +165,19 @@ def test_bf16_errs_no_more_than_twice_as_much_as_the_original(original):
     assert error(full) <= 2 * error(original)
 
 
-def test_the_cache_holds_exactly_the_latents(model, kind):
+def test_the_cache_holds_exactly_the_latents(model, widths):
     """Bytes are widths x tokens x size of a number, and a token's latents lie together."""
     ids = tokens(2, 30)
     for dtype in (torch.float32, torch.bfloat16):
         cache = DynamicCache(config=model.config)
         logits(model.to(dtype), ids, past_key_values=cache, use_cache=True)
-        for layer, widths in zip(cache.layers, REDUCED, strict=True):
+        for layer, pair in zip(cache.layers, widths, strict=True):
             held = WINDOW - 1 if layer.is_sliding else 30
-            per_token = sum(widths) if widths else 2 * 24
+            per_token = sum(pair) if pair else 2 * 24
             assert layer.keys.nbytes + layer.values.nbytes == 2 * held * per_token * dtype.itemsize
-            if widths:
-                assert layer.keys.shape == (2, 1, held, widths[0])
-                assert layer.keys.stride()[2:] == (widths[0], 1)
+            if pair:
+                assert layer.keys.shape == (2, 1, held, pair[0])
+                assert layer.keys.stride()[2:] == (pair[0], 1)
 
 
 def test_factors_can_be_trained(model):

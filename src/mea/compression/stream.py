@@ -225,6 +225,7 @@ def run_layer_cached(layer: Any, hidden: Float[Tensor, "1 t D"], inputs: LayerIn
         for t in range(hidden.shape[1]):
             step = {
                 **inputs.options,
+                "position_ids": inputs.options["position_ids"][:, t : t + 1],
                 "position_embeddings": (cos[:, t : t + 1], sin[:, t : t + 1]),
                 "attention_mask": inputs.mask[:, :, t : t + 1, : t + 1],
                 "past_key_values": cache,
