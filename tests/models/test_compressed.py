@@ -118,6 +118,32 @@ def test_a_padded_row_is_the_row_by_itself(model, cache, implementation):
         assert torch.equal(row, generate(model, ids, **options)[0, ids.shape[1] :])
 
 
+def test_rows_of_unequal_length_can_be_continued_in_two_ways(model):
+    """Rows end in padding, which stays in the cache: continued as `generate` numbers tokens, and without a number."""
+    ids, shorter = tokens(2, WINDOW - 1), 3
+    mask = torch.ones(2, WINDOW + 2, dtype=torch.long)
+    mask[0, shorter : WINDOW - 1] = 0
+    for positions in (mask.cumsum(-1) - 1, torch.arange(WINDOW + 2).expand(2, -1)):
+        more = torch.cat([ids, tokens(2, 3)], 1)
+        expected = logits(model, more, attention_mask=mask, position_ids=positions, use_cache=False)
+        for make in (DynamicCache, lambda config: StaticCache(config=config, max_cache_len=16)):
+            cache, found = make(config=model.config), []
+            for part in (slice(0, WINDOW - 1), slice(WINDOW - 1, WINDOW), slice(WINDOW, WINDOW + 2)):
+                options = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+                found.append(logits(model, more[:, part], past_key_values=cache, **options))
+            seen = mask.bool()
+            torch.testing.assert_close(torch.cat(found, 1)[seen], expected[seen], atol=EXACT, rtol=0)
+
+
+def test_sequences_packed_into_a_row_do_not_see_each_other(model):
+    """The second sequence's positions begin at 0 again; it is also continued over the cache."""
+    first, second = tokens(1, 5), tokens(1, 7)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = logits(model, torch.cat([first, second], 1), position_ids=positions, use_cache=False)
+    torch.testing.assert_close(packed[:, :5], logits(model, first), atol=EXACT, rtol=0)
+    torch.testing.assert_close(packed[:, 5:], logits(model, second), atol=EXACT, rtol=0)
+
+
 def test_a_cropped_cache_goes_on_as_if_nothing_had_been_there(model):
     ids = tokens(length=WINDOW - 1)
     for cache in (DynamicCache(config=model.config), PreallocatedCache(model.config, 3)):
@@ -193,6 +219,7 @@ def test_factors_can_be_trained(model):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("form", ["rotated", "joint"], indirect=True)
 def test_a_decoding_step_compiles_to_one_graph(model, kind):
     """With a static cache, as `generate` compiles; every further token uses the same graph."""
     torch.compiler.reset()

@@ -188,10 +188,10 @@ class _Measuring:
                 "self_check": result.errors,
                 "layers": {"what": "share of the attention output's energy that is lost", "values": result.lost},
             }
-            widths = result.plan.layout.widths
-            if widths not in self.decoded:  # speed depends on widths alone
-                self.decoded[widths] = self._decode(model)
-            samples["decode_seconds"], results["decode"] = self.decoded[widths]
+            read = result.plan.layout.widths, result.plan.method.form  # all that speed depends on
+            if read not in self.decoded:
+                self.decoded[read] = self._decode(model)
+            samples["decode_seconds"], results["decode"] = self.decoded[read]
         seed = result.plan.calibration.seed if result else 0
         return make_record("comparison", config, results=results, samples=samples, seeds={"calibration": seed})
 

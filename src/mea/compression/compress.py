@@ -144,7 +144,7 @@ def run_plans(
     seconds = time.perf_counter() - start
     results = []
     for plan, found, shares, error in zip(plans, factors, lost, errors, strict=True):
-        config = latent_config(model.config, plan.layout, plan.describe())
+        config = latent_config(model.config, plan.layout, plan.describe(), plan.method.form)
         results.append(Compressed(assemble(model, found, config), plan, shares, error, seconds))
     return results
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
 from mea.compression.convert import LayerFactors
@@ -55,11 +55,13 @@ class FactorStore:
         path = self._path(index)
         if not path.is_file():
             return None
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors, form = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["form"]  # noqa: SIM118
         return LayerFactors(
             Factors(tensors["key_encoder"], tensors["key_decoder"]),
             Factors(tensors["value_encoder"], tensors["value_decoder"]),
             tensors.get("output"),
+            form,
         )
 
     def put(self, index: int, factors: LayerFactors) -> None:
@@ -75,7 +77,8 @@ class FactorStore:
         }
         if factors.output is not None:
             tensors["output"] = factors.output
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(path, save(tensors, {"form": factors.form}))
 
     def _path(self, index: int) -> Path:
         return self.folder / f"{index:05d}.safetensors"

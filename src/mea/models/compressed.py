@@ -2,7 +2,7 @@
 
 One attention forward serves every supported architecture: `LatentAttention` is mixed into the architecture's own
 attention class and caches latents (`ops/latent.py`) where the original caches keys and values. Keys are encoded *after*
-their norm, so that it need not be undone when reading; values are encoded by the projection itself. The latents' form is
+their norm, which so need not be undone when reading; values are encoded by the projection itself. Latents have a form:
 
 - ``"rotated"``: of rotated keys. Decoding never rebuilds them.
 - ``"unrotated"``: of keys before rotation, which are rebuilt and rotated at every read.
@@ -259,7 +259,8 @@ class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
     ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
-    ``config.latent_form`` is one of `FORMS`. With ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
+    ``config.latent_form`` is one of `FORMS`. With ``config.head_norm_eps`` every layer has a head norm
+    (`NormedProjection`).
     """
 
     _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
