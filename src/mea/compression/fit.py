@@ -103,8 +103,9 @@ def _fit(
     statistics: LayerStatistics,
     widths: tuple[int, int],
 ) -> LayerFactors:
-    def averaged(key_projection: Tensor) -> AveragedValues:
-        total = AveragedValuesSum(layer.self_attn, inputs, key_projection.float(), method.form)
+    def averaged(key_projection: Tensor, encoder: Tensor | None = None) -> AveragedValues:
+        encoder = None if encoder is None else encoder.float()
+        total = AveragedValuesSum(layer.self_attn, inputs, key_projection.float(), method.form, encoder)
         for window in passes:
             total.add(window.attention_in, window.heads_out, window.weight)
         return total.result()
@@ -114,8 +115,8 @@ def _fit(
 
     if method.form == "joint":
         both = min((joint.keys(statistics, sum(widths), balance) for balance in joint.BALANCES), key=lost)
-        keys, _ = joint.split(both)
-        rest = joint.values(averaged(keys.decoder @ both.encoder), both, statistics.num_kv_heads)
+        keys, values = joint.split(both)
+        rest = joint.values(averaged(keys.decoder, both.encoder), values, statistics.num_kv_heads)
         return LayerFactors(keys, *rest, method.form)
     keys = method.keys(statistics, widths[0])
     if method.values is not None:

@@ -190,7 +190,7 @@ def estimate(config: Any, plan: Plan) -> Cost:
 
     averaged, rank = width, max((pair[1] for pair in plan.layout.widths if pair), default=0)
     if plan.method.form == "joint":
-        averaged, rank = 2 * width, 2 * rank
+        averaged = rank = 2 * rank
     block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * averaged <= BLOCK_NUMBERS))
     moments = h // block * (block * averaged) ** 2
     forward = 2 * tokens * (attention + active + t * h * d)

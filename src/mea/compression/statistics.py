@@ -70,7 +70,7 @@ class LayerStatistics:
 class AveragedValues(NamedTuple):
     """Second moments of attention-averaged values ``u_i = A_i v``: all kv heads' values, averaged by query head i.
 
-    For joint latents, ``v`` here is all kv heads' keys before rotation, then their values: what is encoded together.
+    For joint latents, ``v`` here is the latent, of ``n`` numbers.
 
     Query heads come in ``c`` blocks of ``m = h / c``; products between blocks are not kept. One block is exact.
 
@@ -162,9 +162,11 @@ class AveragedValuesSum:
     attention, inputs
         The original module, and the mask and rotary embedding of a window.
     key_projection
-        Decoder times encoder of the compressed keys; for joint latents from keys and values, ``[n, 2 n]``.
+        Decoder times encoder of the compressed keys; of joint latents, the decoder of keys.
     form
         Of the latents, see `mea.models.compressed.FORMS`.
+    encoder
+        Of joint latents: from the keys and values of all heads, stacked.
     most
         A block takes as many query heads as keep its ``m * n`` at or below this.
     """
@@ -175,9 +177,11 @@ class AveragedValuesSum:
         inputs: LayerInputs,
         key_projection: Float[Tensor, "n _"],
         form: str = "rotated",
+        encoder: Float[Tensor, "r _"] | None = None,
         most: int = BLOCK_NUMBERS,
     ):
-        self.attention, self.inputs, self.key_projection, self.form = attention, inputs, key_projection, form
+        self.attention, self.inputs, self.key_projection = attention, inputs, key_projection
+        self.form, self.encoder = form, encoder
         weight = attention.o_proj.weight
         n, d = key_projection.shape[1], attention.head_dim
         width, h = weight.shape[0], weight.shape[1] // d
@@ -201,8 +205,8 @@ class AveragedValuesSum:
         rotated = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)
         values = values.transpose(0, 1).reshape(t, g * d)
         encoded = (rotated[1][0] if self.form == "rotated" else keys).transpose(0, 1).reshape(t, g * d)
-        if self.form == "joint":
-            encoded = values = torch.cat([encoded, values], dim=1)
+        if self.encoder is not None:
+            encoded = values = torch.cat([encoded, values], dim=1) @ self.encoder.T
         keys = (encoded @ self.key_projection.T).view(t, g, d).transpose(0, 1)
         if self.form != "rotated":
             keys = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)[1][0]

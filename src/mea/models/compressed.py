@@ -358,6 +358,7 @@ def modelling_source() -> str:
     start = next(i for i, line in enumerate(mathematics) if line.startswith("def "))
     shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
+    shim += ["Bool = Int = Float", ""]
     shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
     return "\n".join([*head, *shim, *mathematics[start:], *rest, ""])
 

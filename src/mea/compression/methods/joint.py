@@ -19,7 +19,7 @@ from mea.compression.rotation import average_over_positions
 from mea.compression.statistics import AveragedValues, LayerStatistics
 from mea.compression.values import alternate
 
-BALANCES = (0.25, 0.5, 1.0, 2.0, 4.0)
+BALANCES = (0.5, 1.5, 4.0, 12.0, 32.0, 100.0)
 
 
 def keys(statistics: LayerStatistics, width: int, balance: float = 1.0) -> Factors:
@@ -47,8 +47,9 @@ def split(factors: Factors) -> tuple[Factors, Factors]:
 
 
 def values(averaged: AveragedValues, factors: Factors, num_kv_heads: int) -> tuple[Factors, Float[Tensor, "D _"]]:
-    """The values' part with its decoder, and the output projection, fitted to the averages of `factors`' latents."""
-    encoder, decoder = split(factors)[1]
-    start = decoder.view(num_kv_heads, -1, decoder.shape[1])
-    _, fitted, output = alternate(averaged, factors.encoder, start, fit_encoder=lambda _averaged, kept, _decoder: kept)
+    """The values' part with its decoder, and the output projection, fitted to averaged latents."""
+    encoder, decoder = factors
+    whole = torch.eye(len(encoder))
+    start = decoder.view(num_kv_heads, -1, len(encoder))
+    _, fitted, output = alternate(averaged, whole, start, fit_encoder=lambda _averaged, kept, _decoder: kept)
     return Factors(encoder, fitted.reshape(decoder.shape)), output
