@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mea.compression.factors import Factors, orthonormal, weighted_subspace
+from mea.compression.factors import Factors, weighted_subspace
 from mea.compression.rotation import average_over_positions
 from mea.compression.statistics import AveragedValues, LayerStatistics
 from mea.compression.values import alternate
@@ -36,7 +36,10 @@ def keys(statistics: LayerStatistics, width: int, balance: float = 1.0) -> Facto
         for weight, part in ((metric, statistics.keys), (statistics.output, statistics.values))
     )
     weights = torch.cat([metric * balance / key_energy, statistics.output / value_energy])
-    return orthonormal(*weighted_subspace(moment, weights, width))
+    encoder, decoder = weighted_subspace(moment, weights, width)
+    # Not orthonormal in z itself: rounded latents would lose values, which can be much smaller than keys.
+    size = torch.linalg.matrix_norm(decoder) / width**0.5
+    return Factors(size * encoder, decoder / size)
 
 
 def split(factors: Factors) -> tuple[Factors, Factors]:
