@@ -217,8 +217,8 @@ def test_a_wrong_conversion_is_refused(
     if break_it == "decoder":  # the forward is right, what is put into it is not
         original = convert.compress_attention
 
-        def wrong(attention: Any, factors: Any) -> None:
-            original(attention, factors)
+        def wrong(attention: Any, *rest: Any) -> None:
+            original(attention, *rest)
             attention.head_mixing.key_decoder.data[0] *= 1.01
 
         monkeypatch.setattr(convert, "compress_attention", wrong)

@@ -27,15 +27,15 @@ class LayerFactors(NamedTuple):
 
 
 @torch.no_grad()
-def compress_attention(attention: Any, factors: LayerFactors) -> None:
+def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> None:
     """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new modules.
 
-    Its weights must be there (`mea.compression.stream.weights_of`).
+    Its weights must be there (`mea.compression.stream.weights_of`); `rotary` is the model's rotary embedding.
     """
     value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
     (key_encoder, key_decoder), (value_encoder, value_decoder), output, form = factors
     half = 2 if form == "joint" else 1
-    to_latent_attention(attention, len(key_encoder) // half, len(value_encoder) // half, form)
+    to_latent_attention(attention, len(key_encoder) // half, len(value_encoder) // half, form, rotary)
     mixing = attention.head_mixing
     mixing.key_encoder.copy_(key_encoder)
     mixing.key_decoder.copy_(key_decoder.view_as(mixing.key_decoder))
@@ -77,10 +77,10 @@ def sharing_copy(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(each): each for each in shared})
 
 
-def latent_copy(layer: Any, factors: LayerFactors) -> Any:
+def latent_copy(layer: Any, factors: LayerFactors, rotary: Any) -> Any:
     """A decoder layer that caches latents, sharing everything else with the given one."""
     compressed = sharing_copy(layer)
-    compress_attention(compressed.self_attn, factors)
+    compress_attention(compressed.self_attn, factors, rotary)
     return compressed
 
 
@@ -110,5 +110,5 @@ def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any
     for layer, found in zip(compressed.model.layers, factors, strict=True):
         if found is not None:
             with weights_of(layer.self_attn):
-                compress_attention(layer.self_attn, found)
+                compress_attention(layer.self_attn, found, compressed.model.rotary_emb)
     return compressed

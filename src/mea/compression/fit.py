@@ -131,7 +131,7 @@ def lost_share(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: l
 
     Tokens count as in `AttentionPass.weight`.
     """
-    compressed = latent_copy(layer, factors).self_attn
+    compressed = latent_copy(layer, factors, inputs.rotary).self_attn
     lost = total = 0.0
     for window in passes:
         options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}

@@ -18,11 +18,15 @@ from transformers.cache_utils import DynamicCache
 
 
 class LayerInputs(NamedTuple):
-    """What a layer is called with besides its hidden states, for a window at positions ``0 .. t-1``, batch 1."""
+    """What a layer is called with besides its hidden states, for a window at positions ``0 .. t-1``, batch 1.
+
+    And the model's rotary embedding, which made the `position_embeddings`.
+    """
 
     options: dict[str, Any]
     position_embeddings: tuple[Tensor, Tensor]
     mask: Float[Tensor, "1 1 t t"]
+    rotary: Any
 
 
 class AttentionPass(NamedTuple):
@@ -129,7 +133,10 @@ def layer_inputs(model: Any, length: int) -> list[LayerInputs]:
     with _recording(model, "eager") as recorders:
         model.model(inputs_embeds=embeddings, use_cache=False)
         masks = [recorder.options["attention_mask"] for recorder in recorders]
-    return [LayerInputs(given, given["position_embeddings"], mask) for given, mask in zip(options, masks, strict=True)]
+    return [
+        LayerInputs(given, given["position_embeddings"], mask, model.model.rotary_emb)
+        for given, mask in zip(options, masks, strict=True)
+    ]
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ dimension, ``r`` latent width.
 """
 
 import ast
+import copy
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -275,7 +276,7 @@ class LatentCausalLM(_Mixin):
             )
         for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
             if widths is not None:
-                to_latent_attention(layer.self_attn, *widths, config.latent_form)
+                to_latent_attention(layer.self_attn, *widths, config.latent_form, self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()
@@ -306,8 +307,13 @@ class LatentCausalLM(_Mixin):
         Path(save_directory, MODELLING_FILE).write_text(modelling_source(), encoding="utf-8")
 
 
-def to_latent_attention(attention: Any, key_width: int, value_width: int, form: str = "rotated") -> None:
+def to_latent_attention(
+    attention: Any, key_width: int, value_width: int, form: str = "rotated", rotary: nn.Module | None = None
+) -> None:
     """Turn a stock attention module into one that caches latents, in place; the new weights are not fitted.
+
+    `rotary` is the model's rotary embedding, of which layers that rotate at reading get a copy. One made anew from the
+    configuration could differ: casting a model to 16 bits rounds its frequencies.
 
     Raises
     ------
@@ -331,9 +337,10 @@ def to_latent_attention(attention: Any, key_width: int, value_width: int, form: 
         mixing = HeadMixing(heads, attention.head_dim, key_width, value_width, form)
         has_bias, encoded = attention.v_proj.bias is not None, mixing.value_decoder.shape[-1]
         v_proj = nn.Linear(attention.v_proj.in_features, encoded, bias=has_bias)
-        if form != "rotated":
-            rotary_class = stock.__name__.replace("Attention", "RotaryEmbedding")
-            attention.rotary = getattr(sys.modules[stock.__module__], rotary_class)(attention.config)
+    if form != "rotated":
+        if rotary is None:
+            raise ValueError("keys that are rotated when they are read need the model's rotary embedding")
+        attention.rotary = copy.deepcopy(rotary).to(weight.device)
     attention.head_mixing = mixing.to(weight.dtype)
     attention.v_proj = v_proj.to(weight.dtype)
     attention.__class__ = latent_class
