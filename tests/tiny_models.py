@@ -14,6 +14,7 @@ from mea.models.compressed import SUPPORTED
 VOCABULARY, WIDTH, WINDOW = 99, 24, 8  # 3 kv heads of 8
 FULL = ((WIDTH, WIDTH),) * 3
 REDUCED = ((16, 16), None, (12, 20))
+EVEN = ((16, 16), None, (12, 12))  # as joint latents must be
 SHAPE = {
     "vocab_size": VOCABULARY,
     "hidden_size": 48,
@@ -68,11 +69,22 @@ def random_factors(width: int) -> Factors:
     return Factors(basis[:width], basis[:width].T)
 
 
-def compress(model: Any, widths: tuple = REDUCED) -> Any:
+def joint_factors(width: int) -> tuple[Factors, Factors]:
+    """Of one latent for keys and values."""
+    basis = torch.linalg.qr(torch.randn(2 * WIDTH, 2 * WIDTH, dtype=torch.float64)).Q[:width]
+    keys, values = basis.split(WIDTH, dim=1)
+    return Factors(keys, keys.T), Factors(values, values.T)
+
+
+def compress(model: Any, widths: tuple = REDUCED, form: str = "rotated") -> Any:
     """The same model with latents of these widths; it shares no tensor with the original."""
-    factors = [None if pair is None else LayerFactors(*map(random_factors, pair)) for pair in widths]
-    config = latent_config(model.config, Layout(tuple(widths)), {})
-    return assemble(copy.deepcopy(model), factors, config)
+
+    def factors(pair: tuple[int, int]) -> LayerFactors:
+        both = joint_factors(sum(pair)) if form == "joint" else map(random_factors, pair)
+        return LayerFactors(*both, form=form)
+
+    config = latent_config(model.config, Layout(tuple(widths)), {}, form)
+    return assemble(copy.deepcopy(model), [None if pair is None else factors(pair) for pair in widths], config)
 
 
 def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:

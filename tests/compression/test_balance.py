@@ -6,7 +6,7 @@ import torch
 from mea.compression.balance import balance_latents, balancing
 from mea.evaluate.through_cache import reading_in
 from mea.models.quantised import CacheFormat
-from tiny_models import compress, stock
+from tiny_models import EVEN, compress, stock
 
 
 def test_balancing_solves_its_equation() -> None:
@@ -18,10 +18,10 @@ def test_balancing_solves_its_equation() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize("scale", [False, True])
+@pytest.mark.parametrize(("scale", "form"), [(False, "rotated"), (True, "rotated"), (True, "unrotated")])
 @torch.no_grad()
-def test_the_model_computes_the_same(kind: str, scale: bool) -> None:
-    model = compress(stock(kind))
+def test_the_model_computes_the_same(kind: str, scale: bool, form: str) -> None:
+    model = compress(stock(kind), form=form)
     ids = torch.randint(3, 99, (2, 40))
     before, weights = model(input_ids=ids).logits, model.model.layers[0].self_attn.v_proj.weight.clone()
     balance_latents(model, ids, scale=scale)
@@ -53,3 +53,8 @@ def test_it_evens_out_channels_of_different_size() -> None:
 def test_nothing_to_balance() -> None:
     with pytest.raises(ValueError, match="no layer of this model caches latents"):
         balance_latents(stock("llama"), torch.randint(3, 99, (1, 8)))
+
+
+def test_joint_latents_are_not_balanced() -> None:
+    with pytest.raises(ValueError, match="joint latents cannot be balanced"):
+        balance_latents(compress(stock("llama"), EVEN, "joint"), torch.randint(3, 99, (1, 8)))

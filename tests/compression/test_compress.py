@@ -50,6 +50,7 @@ def test_end_to_end(method: str, tokenizer: Any, calibration: Calibration) -> No
     assert torch.equal(logits(model), expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     # What did not change is shared.
+    assert compressed.config.latent_form == METHODS[method].form
     for name, parameter in compressed.named_parameters():
         if "v_proj" not in name and "head_mixing" not in name and "o_proj" not in name:
             assert parameter is model.get_parameter(name), name
@@ -106,6 +107,8 @@ def test_the_uncompressed_cache_is_what_the_shape_says(model_type: str, length: 
         {"keep": 0.5},
         {"keep": 0.6},  # 19.2 numbers of 32: layers differ
         {"layout": "deep", "method": "svd"},
+        {"keep": 0.6, "method": "latent"},
+        {"keep": 0.6, "method": "joint"},
     ],
 )
 def test_measured_bytes_are_the_layouts_promise(
@@ -139,7 +142,7 @@ def test_layers_left_alone_are_the_originals(tokenizer: Any, calibration: Calibr
     assert result.plan.layout.keep(result.plan.shape) == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("method", ["svd", "position"])
+@pytest.mark.parametrize("method", ["svd", "position", "latent", "joint"])
 @pytest.mark.parametrize("model_type", list(SUPPORTED))
 def test_every_architecture_passes_its_checks(
     model_type: str, method: str, tokenizer: Any, calibration: Calibration, tmp_path: Path
@@ -157,11 +160,12 @@ def test_every_architecture_passes_its_checks(
     assert torch.equal(logits(reloaded), logits(result.model))
 
 
+@pytest.mark.parametrize("method", ["position", "latent", "joint"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
-def test_half_precision(model_type: str, tokenizer: Any, calibration: Calibration) -> None:
+def test_half_precision(model_type: str, method: str, tokenizer: Any, calibration: Calibration) -> None:
     """The fit runs in fp32 whatever the model's dtype, and the result keeps the model's."""
     model = tiny(model_type, torch.bfloat16)
-    result = run(model, tokenizer, calibration, keep=1.0)
+    result = run(model, tokenizer, calibration, keep=1.0, method=method)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
     assert max(result.errors.values()) <= 1e-4
     exact = logits(tiny(model_type, torch.bfloat16).float())
@@ -178,6 +182,30 @@ def test_a_model_in_training_mode_and_with_gradients_is_left_so(tokenizer: Any, 
     assert torch.equal(logits(result.model.eval()), logits(run(model.eval(), tokenizer, calibration).model))
 
 
+@pytest.mark.parametrize("method", ["latent", "joint"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
+def test_latents_before_rotation_lose_less_and_together_least(
+    model_type: str, method: str, tokenizer: Any, calibration: Calibration
+) -> None:
+    """Of the same bytes, layer by layer."""
+    before = {"latent": "position", "joint": "latent"}[method]
+    lost = [run(tiny(model_type), tokenizer, calibration, method=each).lost for each in (before, method)]
+    assert all(after < 0.8 * earlier for earlier, after in zip(*lost, strict=True))
+
+
+def test_keys_that_are_rotated_at_the_wrong_positions_are_refused(
+    tokenizer: Any, calibration: Calibration, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mea.models import compressed
+
+    def wrong(position_ids: Tensor, hidden: Any, past: Any, slots: int) -> Tensor:
+        return position_ids[:, -1:] + torch.arange(slots)  # counted from the newest token
+
+    monkeypatch.setattr(compressed, "key_positions", wrong)
+    with pytest.raises(ConversionError, match="logits differ"):
+        run(tiny(), tokenizer, calibration, method="latent")
+
+
 @pytest.mark.parametrize("break_it", ["decoder", "materialise"])
 def test_a_wrong_conversion_is_refused(
     break_it: str, tokenizer: Any, calibration: Calibration, saved: Path, monkeypatch: pytest.MonkeyPatch
@@ -189,8 +217,8 @@ def test_a_wrong_conversion_is_refused(
     if break_it == "decoder":  # the forward is right, what is put into it is not
         original = convert.compress_attention
 
-        def wrong(attention: Any, factors: Any) -> None:
-            original(attention, factors)
+        def wrong(attention: Any, *rest: Any) -> None:
+            original(attention, *rest)
             attention.head_mixing.key_decoder.data[0] *= 1.01
 
         monkeypatch.setattr(convert, "compress_attention", wrong)

@@ -125,6 +125,12 @@ def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: 
         mea.compress(model, tokenizer, method=method, calibration=calibration)
 
 
+def test_a_joint_latent_has_two_equal_halves(refused: Any, tmp_path: Path) -> None:
+    (tmp_path / "widths.json").write_text("[[16, 16], null, [8, 16]]")
+    text = refused(layout=tmp_path / "widths.json", method="joint")
+    assert text == "a joint latent is cached in two equal halves: give [r, r] or null for each layer"
+
+
 def test_calibration_that_cannot_be(refused: Any, tmp_path: Path) -> None:
     short = tmp_path / "short.txt"
     short.write_text("too little of it. " * 20)

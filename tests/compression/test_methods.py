@@ -9,11 +9,14 @@ from torch import Tensor
 
 from compression.rotary import rotation, tables
 from mea.compression.factors import Factors, orthonormal, weighted_subspace
-from mea.compression.methods import METHODS, find_method, gram, position, svd
+from mea.compression.methods import METHODS, find_method, gram, joint, position, svd
+from mea.compression.rotation import average_over_positions
 from mea.compression.statistics import LayerStatistics
 
 G, D, WIDTH = 3, 8, 20  # kv heads, head dimension, model width
 N = G * D
+SEPARATE = [name for name, method in METHODS.items() if method.form != "joint"]
+ROTATED = [name for name, method in METHODS.items() if method.form == "rotated"]
 
 
 def statistics(theta: Tensor | None = None, count: int = 4096, bias: bool = True) -> LayerStatistics:
@@ -25,14 +28,15 @@ def statistics(theta: Tensor | None = None, count: int = 4096, bias: bool = True
     key_weight, value_weight = torch.randn(2, N, x.shape[1], dtype=torch.float64)
     keys, values = x @ key_weight.T, x @ value_weight.T
     queries = torch.randn(G, 400, D, dtype=torch.float64) * torch.rand(G, 1, D, dtype=torch.float64)
+    output = torch.randn(G, WIDTH, D, dtype=torch.float64)
     cos, sin = tables(torch.arange(count), theta)
     return LayerStatistics(
         keys.T @ keys / 500, queries.transpose(1, 2) @ queries / 400, values.T @ values / 500, cos, sin,
-        key_weight.float(), value_weight.float(),
+        key_weight.float(), value_weight.float(), keys.T @ values / 500, output.mT @ output,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(METHODS))
+@pytest.mark.parametrize("name", SEPARATE)
 def test_full_rank_is_exact(name: str) -> None:
     method, given = METHODS[name], statistics()
     factors = [method.keys(given, N)] + ([method.values(given, N)] if method.values else [])
@@ -40,7 +44,7 @@ def test_full_rank_is_exact(name: str) -> None:
         torch.testing.assert_close(each.projection, torch.eye(N, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name != "gauge"])  # which keeps its form instead
+@pytest.mark.parametrize("name", [name for name in SEPARATE if name != "gauge"])  # which keeps its form instead
 def test_widths_are_as_asked_and_decoders_orthonormal(name: str) -> None:
     method = METHODS[name]
     width = 2 * D if method.whole_heads else 10
@@ -161,7 +165,7 @@ def test_position_holds_at_long_positions_where_pca_of_short_ones_fails() -> Non
 def test_position_loses_least_over_all_positions() -> None:
     given = statistics(count=200)
     everywhere = range(200)
-    losses = {name: weighted_error_at(method.keys(given, 16), given, everywhere) for name, method in METHODS.items()}
+    losses = {name: weighted_error_at(METHODS[name].keys(given, 16), given, everywhere) for name in ROTATED}
     assert min(losses, key=losses.__getitem__) == "position"
     assert losses["frequency"] < losses["gram"]
     best = position.keys(given, 16)
@@ -170,9 +174,86 @@ def test_position_loses_least_over_all_positions() -> None:
         assert weighted_error_at(near, given, everywhere) > losses["position"]
 
 
+def turned_error(residual: Tensor, given: LayerStatistics) -> float:
+    """Error of unrotated keys that queries meet turned by every distance, summed one by one."""
+    lost = 0.0
+    for cos, sin in zip(given.cos, given.sin, strict=True):
+        turn = rotation(cos, sin, G)
+        metric = turn @ torch.block_diag(*given.queries) @ turn.T
+        lost += torch.trace(metric @ residual @ given.keys @ residual.T).item() / len(given.cos)
+    return lost
+
+
+def test_latent_is_the_best_approximation_of_keys_before_rotation() -> None:
+    """Eckart and Young on ``[metric^½ W L]``, with the metric's root and the moment's by other means than ours."""
+    given = statistics(count=60)
+    metric = torch.zeros(N, N, dtype=torch.float64)
+    for cos, sin in zip(given.cos, given.sin, strict=True):
+        turn = rotation(cos, sin, G)
+        metric += turn @ torch.block_diag(*given.queries) @ turn.T / len(given.cos)
+    scores = torch.linalg.cholesky(metric).T @ torch.linalg.cholesky(given.keys + 1e-12 * torch.eye(N))
+    singular = torch.linalg.svdvals(scores)
+    for width in (4, 10, 17):
+        factors = METHODS["latent"].keys(given, width)
+        found = turned_error(torch.eye(N, dtype=torch.float64) - factors.projection, given)
+        assert found == pytest.approx(singular[width:].square().sum().item(), rel=1e-6, abs=1e-9)
+
+
+def test_unrotated_keys_lose_less_than_rotated_ones() -> None:
+    """Of the same width and over all positions: pooling of all frequencies is allowed only before rotation."""
+    given = statistics(count=200)
+    energy = turned_error(torch.eye(N, dtype=torch.float64), given)
+    for width in (8, 16):
+        residual = torch.eye(N, dtype=torch.float64) - METHODS["latent"].keys(given, width).projection
+        rotated = weighted_error_at(METHODS["position"].keys(given, width), given, range(200))
+        assert turned_error(residual, given) / energy < 0.8 * rotated
+
+
+def joint_error(factors: Factors, given: LayerStatistics, balance: float) -> float:
+    """What `joint` says that it minimises."""
+    residual = torch.eye(2 * N, dtype=torch.float64) - factors.projection
+    moment = torch.cat([torch.cat([given.keys, given.cross], 1), torch.cat([given.cross.T, given.values], 1)])
+    left = residual @ moment @ residual.T
+    metric = average_over_positions(given.queries, given.cos, given.sin)
+    total = 0.0
+    for weight, part, true, factor in (
+        (metric, left[:N, :N], given.keys, balance), (given.output, left[N:, N:], given.values, 1.0)
+    ):  # fmt: skip
+        weight = torch.block_diag(*weight)
+        total += factor * (torch.trace(weight @ part) / torch.trace(weight @ true)).item()
+    return total
+
+
+@pytest.mark.parametrize("balance", joint.BALANCES)
+def test_joint_factors_are_a_minimum_and_better_than_separate_ones(balance: float) -> None:
+    """Of equal bytes; and no small change of the factors loses less."""
+    given = statistics(count=60)
+    both = joint.keys(given, 16, balance)
+    best = joint_error(both, given, balance)
+    for _ in range(30):
+        near = Factors(both.encoder + 0.01 * torch.randn_like(both.encoder), both.decoder)
+        assert joint_error(near, given, balance) > best
+    for width in (4, 8, 12):
+        keys = METHODS["latent"].keys(given, width)
+        values = orthonormal(*weighted_subspace(given.values, given.output, 16 - width))
+        apart = Factors(*(torch.block_diag(a, b) for a, b in zip(keys, values, strict=True)))
+        assert joint_error(apart, given, balance) > best
+
+
+def test_a_joint_latent_as_wide_as_the_input_loses_nothing() -> None:
+    """Keys and values of all heads are linear in the input and its constant, here 21 numbers of 48."""
+    given = statistics()
+    both = joint.keys(given, WIDTH + 1)
+    assert joint_error(both, given, 1.0) < 1e-9
+    assert joint_error(joint.keys(given, WIDTH - 2), given, 1.0) > 1e-6
+    keys, values = joint.split(both)
+    torch.testing.assert_close(torch.cat([keys.decoder, values.decoder]), both.decoder)
+    torch.testing.assert_close(torch.cat([keys.encoder, values.encoder], 1), both.encoder)
+
+
 def test_methods_are_found_by_name() -> None:
     assert find_method("gram", 4) is METHODS["gram"]
-    with pytest.raises(ValueError, match=r"the methods are svd, gram, .*, position, not 'garm'; did you mean 'gram'"):
+    with pytest.raises(ValueError, match=r"the methods are svd, gram, .*, joint, not 'garm'; did you mean 'gram'"):
         find_method("garm", 4)
     with pytest.raises(ValueError, match="one kv head only; use frequency, position"):
         find_method("svd", 1)

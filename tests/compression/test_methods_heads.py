@@ -22,7 +22,9 @@ def statistics(keys: Tensor, values: Tensor, queries: Tensor | None = None) -> L
     metric = torch.eye(D).double().expand(G, D, D) if queries is None else queries.mT @ queries / queries.shape[1]
     cos, sin = tables(torch.arange(64), torch.tensor([1.0, 0.3, 0.01]).double())
     moments = [x.flatten(1).T @ x.flatten(1) / len(x) for x in (keys, values)]
-    return LayerStatistics(moments[0], metric, moments[1], cos, sin, torch.randn(N, WIDTH), torch.randn(N, WIDTH))
+    cross = keys.flatten(1).T @ values.flatten(1) / len(keys)
+    weights = torch.randn(2, N, WIDTH)
+    return LayerStatistics(moments[0], metric, moments[1], cos, sin, *weights, cross, metric)
 
 
 def turned(components: Tensor, groups: list[int], noise: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -105,6 +105,16 @@ def test_an_exception_leaves_the_finished_layers(saved: Path, calibration: Calib
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("method", ["latent", "joint"])
+def test_finished_layers_remember_the_form_of_their_latents(
+    method: str, saved: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    interrupt(saved, tmp_path / "out", calibration, after=2, method=method)
+    for out in ("out", "whole"):
+        compress_to_folder(str(saved), tmp_path / out, **arguments(calibration, method=method))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
 def test_a_file_cut_short_by_a_crash_does_not_count(saved: Path, calibration: Calibration, tmp_path: Path) -> None:
     interrupt(saved, tmp_path / "out", calibration)
     layers = tmp_path / "out.partial" / "layers"

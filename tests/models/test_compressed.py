@@ -7,8 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from mea.models.cache import PreallocatedCache
-from mea.models.compressed import SUPPORTED, HeadMixing
-from tiny_models import FULL, REDUCED, SLIDING, VOCABULARY, WINDOW, compress, generate, stock, tokens
+from mea.models.compressed import FORMS, SUPPORTED, HeadMixing
+from tiny_models import EVEN, FULL, REDUCED, SLIDING, VOCABULARY, WINDOW, compress, generate, stock, tokens
 
 EXACT = 1e-4  # what a conversion is held to in fp32
 
@@ -18,14 +18,24 @@ def kind(request) -> str:
     return request.param
 
 
+@pytest.fixture(params=FORMS)
+def form(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def widths(form) -> tuple:
+    return EVEN if form == "joint" else REDUCED
+
+
 @pytest.fixture
 def original(kind):
     return stock(kind)
 
 
 @pytest.fixture
-def model(original):
-    return compress(original)
+def model(original, widths, form):
+    return compress(original, widths, form)
 
 
 @torch.no_grad()
@@ -33,12 +43,12 @@ def logits(model, ids, **options):
     return model(ids, **options).logits
 
 
-def test_full_rank_has_the_logits_of_the_original(original):
+def test_full_rank_has_the_logits_of_the_original(original, form):
     ids = tokens(length=3 * WINDOW)
     expected = logits(original, ids)
     assert expected.std() > 0.05, "a model that says nothing shows nothing"
     for implementation in ("sdpa", "eager"):
-        full = compress(original, FULL)
+        full = compress(original, FULL, form)
         full.set_attn_implementation(implementation)
         for reading in ("auto", "absorbed", "materialised"):
             for layer in full.model.layers:
@@ -47,9 +57,9 @@ def test_full_rank_has_the_logits_of_the_original(original):
             assert error <= EXACT, f"{implementation}, {reading}"
 
 
-def test_full_rank_generates_what_the_original_does(original):
+def test_full_rank_generates_what_the_original_does(original, form):
     ids = tokens(length=2 * WINDOW)
-    torch.testing.assert_close(generate(compress(original, FULL), ids), generate(original, ids))
+    torch.testing.assert_close(generate(compress(original, FULL, form), ids), generate(original, ids))
 
 
 def test_reduced_rank_is_another_model(original, model):
@@ -108,6 +118,32 @@ def test_a_padded_row_is_the_row_by_itself(model, cache, implementation):
         assert torch.equal(row, generate(model, ids, **options)[0, ids.shape[1] :])
 
 
+def test_rows_of_unequal_length_can_be_continued_in_two_ways(model):
+    """Rows end in padding, which stays in the cache: continued as `generate` numbers tokens, and without a number."""
+    ids, shorter = tokens(2, WINDOW - 1), 3
+    mask = torch.ones(2, WINDOW + 2, dtype=torch.long)
+    mask[0, shorter : WINDOW - 1] = 0
+    for positions in (mask.cumsum(-1) - 1, torch.arange(WINDOW + 2).expand(2, -1)):
+        more = torch.cat([ids, tokens(2, 3)], 1)
+        expected = logits(model, more, attention_mask=mask, position_ids=positions, use_cache=False)
+        for make in (DynamicCache, lambda config: StaticCache(config=config, max_cache_len=16)):
+            cache, found = make(config=model.config), []
+            for part in (slice(0, WINDOW - 1), slice(WINDOW - 1, WINDOW), slice(WINDOW, WINDOW + 2)):
+                options = {"attention_mask": mask[:, : part.stop], "position_ids": positions[:, part]}
+                found.append(logits(model, more[:, part], past_key_values=cache, **options))
+            seen = mask.bool()
+            torch.testing.assert_close(torch.cat(found, 1)[seen], expected[seen], atol=EXACT, rtol=0)
+
+
+def test_sequences_packed_into_a_row_do_not_see_each_other(model):
+    """The second sequence's positions begin at 0 again; it is also continued over the cache."""
+    first, second = tokens(1, 5), tokens(1, 7)
+    positions = torch.cat([torch.arange(5), torch.arange(7)])[None]
+    packed = logits(model, torch.cat([first, second], 1), position_ids=positions, use_cache=False)
+    torch.testing.assert_close(packed[:, :5], logits(model, first), atol=EXACT, rtol=0)
+    torch.testing.assert_close(packed[:, 5:], logits(model, second), atol=EXACT, rtol=0)
+
+
 def test_a_cropped_cache_goes_on_as_if_nothing_had_been_there(model):
     ids = tokens(length=WINDOW - 1)
     for cache in (DynamicCache(config=model.config), PreallocatedCache(model.config, 3)):
@@ -145,9 +181,9 @@ def test_a_single_long_sequence_is_read_in_parts(kind, monkeypatch):
         torch.testing.assert_close(found, expected, atol=EXACT, rtol=0)
 
 
-def test_bf16_errs_no_more_than_twice_as_much_as_the_original(original):
+def test_bf16_errs_no_more_than_twice_as_much_as_the_original(original, form):
     ids = tokens(4, 3 * WINDOW)
-    exact, full = logits(original, ids), compress(original, FULL)
+    exact, full = logits(original, ids), compress(original, FULL, form)
 
     def error(model):
         return (logits(model.bfloat16(), ids).float() - exact).square().mean().sqrt()
@@ -155,19 +191,19 @@ def test_bf16_errs_no_more_than_twice_as_much_as_the_original(original):
     assert error(full) <= 2 * error(original)
 
 
-def test_the_cache_holds_exactly_the_latents(model, kind):
+def test_the_cache_holds_exactly_the_latents(model, widths):
     """Bytes are widths x tokens x size of a number, and a token's latents lie together."""
     ids = tokens(2, 30)
     for dtype in (torch.float32, torch.bfloat16):
         cache = DynamicCache(config=model.config)
         logits(model.to(dtype), ids, past_key_values=cache, use_cache=True)
-        for layer, widths in zip(cache.layers, REDUCED, strict=True):
+        for layer, pair in zip(cache.layers, widths, strict=True):
             held = WINDOW - 1 if layer.is_sliding else 30
-            per_token = sum(widths) if widths else 2 * 24
+            per_token = sum(pair) if pair else 2 * 24
             assert layer.keys.nbytes + layer.values.nbytes == 2 * held * per_token * dtype.itemsize
-            if widths:
-                assert layer.keys.shape == (2, 1, held, widths[0])
-                assert layer.keys.stride()[2:] == (widths[0], 1)
+            if pair:
+                assert layer.keys.shape == (2, 1, held, pair[0])
+                assert layer.keys.stride()[2:] == (pair[0], 1)
 
 
 def test_factors_can_be_trained(model):
@@ -183,6 +219,7 @@ def test_factors_can_be_trained(model):
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("form", ["rotated", "joint"], indirect=True)
 def test_a_decoding_step_compiles_to_one_graph(model, kind):
     """With a static cache, as `generate` compiles; every further token uses the same graph."""
     torch.compiler.reset()

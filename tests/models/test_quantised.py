@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from mea.evaluate.through_cache import ThroughCache, reading_in
+from mea.models.compressed import FORMS
 from mea.models.quantised import BITS, CacheFormat, QuantisedCache, QuantisedLayer, pack, unpack
-from tiny_models import compress, stock
+from tiny_models import EVEN, compress, stock
 
 ALONG = ("channel", "token")
 TOKENS = 100
@@ -101,10 +102,11 @@ def test_impossible_formats_are_refused(options):
         CacheFormat(**options)
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_a_compressed_model_decodes_over_few_bits(kind):
+def test_a_compressed_model_decodes_over_few_bits(kind, form):
     """Eight bits move the logits of a random model little, two bits more; sliding layers stay as they are."""
-    model = compress(stock(kind))
+    model = compress(stock(kind), EVEN, form)
     ids = torch.randint(3, 99, (1, 60))
     expected = model(input_ids=ids).logits
     errors = []

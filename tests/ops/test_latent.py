@@ -7,7 +7,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from mea.ops.latent import (
     absorb,
     absorbed_is_cheaper,
+    attend_rebuilt,
     encode,
+    key_positions,
     materialise,
     parts_to_read,
     read_in_parts,
@@ -122,3 +124,51 @@ def test_the_cheaper_reading_is_the_one_with_fewer_multiplications(q, r, h):
     }
     expected = q == 1 or counts["absorbed"] < counts["materialised"]
     assert absorbed_is_cheaper(q, t, h, torch.Size((g, d, r))) == expected
+
+
+@pytest.mark.parametrize("mask", [None, "boolean", "added"])
+def test_rebuilt_keys_over_latent_values_are_the_definition(sizes, mask):
+    queries, keys, values, key_decoder, value_decoder = inputs(sizes)
+    b, h, q, _ = queries.shape
+    t, group = keys.shape[2], h // len(key_decoder)
+    rebuilt, expanded = materialise(keys, key_decoder), materialise(values, value_decoder)
+    seen = torch.rand(b, 1, q, t) < 0.7
+    seen[..., -1] = True
+    given = {None: None, "boolean": seen, "added": torch.zeros(seen.shape).double().masked_fill(~seen, -torch.inf)}[
+        mask
+    ]
+    output, weights = attend_rebuilt(queries, rebuilt, values, given, 0.3)
+    every = (x.repeat_interleave(group, 1) for x in (rebuilt, expanded))
+    expected = scaled_dot_product_attention(queries, *every, attn_mask=given, scale=0.3)
+    # The weights are rounded to 32 bits.
+    torch.testing.assert_close(unmix(output, value_decoder), expected, rtol=0, atol=1e-6 * expected.abs().max().item())
+    torch.testing.assert_close(weights.sum(-1), torch.ones(b, h, q).double(), rtol=0, atol=1e-6)
+
+
+def row(text):
+    """One slot a character: ``.`` padding, ``x`` a token."""
+    return torch.tensor([[character == "x" for character in text]])
+
+
+@pytest.mark.parametrize("text", ["xxxxxxxx", "...xxxxx", "xxx..xxx", "..xx.xx.xx"])
+@pytest.mark.parametrize("new", [1, 2])
+@pytest.mark.parametrize("lost", [0, 2])
+@pytest.mark.parametrize("empty", [0, 3])
+@pytest.mark.parametrize("between", [False, True])
+def test_positions_are_those_that_the_tokens_had(text, new, lost, empty, between):
+    """Numbered between padding as `generate` does, or by slots; the window has lost slots, or has empty ones behind."""
+    seen = row(text)
+    true = seen.long().cumsum(-1) - 1 if between else torch.arange(len(text))[None]
+    past = len(text) - new
+    hidden = torch.cat([~seen[:, lost:], torch.ones(1, empty, dtype=torch.bool)], 1)
+    hidden[:, past - lost + 1 :] = True  # from the first new token
+    if empty and lost:  # a cache that has lost slots has no empty ones
+        return
+    found = key_positions(true[:, past:], hidden, past, hidden.shape[1])
+    kept = seen[:, lost:]
+    assert torch.equal(found[:, : kept.shape[1]][kept], true[:, lost:][kept])
+    if "." not in text:  # then no mask need be given, and the length may be a tensor
+        for length in (past, torch.tensor(past)):
+            assert torch.equal(
+                key_positions(true[:, past:], None, length, hidden.shape[1])[0, : kept.shape[1]], true[0, lost:]
+            )

@@ -80,8 +80,8 @@ class SelfCheck:
         if fitted.factors is None or fitted.full is None:
             self.full, self.chosen = (layer(stream, **inputs.options) for stream in (self.full, self.chosen))
             return
-        self.full = latent_copy(layer, fitted.full)(self.full, **inputs.options)
-        chosen = latent_copy(layer, fitted.factors)
+        self.full = latent_copy(layer, fitted.full, inputs.rotary)(self.full, **inputs.options)
+        chosen = latent_copy(layer, fitted.factors, inputs.rotary)
         with _attention_outputs(chosen) as cached:
             chosen.self_attn.reading = "absorbed"
             run_layer_cached(chosen, self.chosen, inputs)

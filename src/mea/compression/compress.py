@@ -156,7 +156,7 @@ def run_plans(
     results = []
     for plan, found, shares, error in zip(plans, factors, lost, errors, strict=True):
         start = time.perf_counter()
-        made = assemble(model, found, latent_config(model.config, plan.layout, plan.describe()))
+        made = assemble(model, found, latent_config(model.config, plan.layout, plan.describe(), plan.method.form))
         refined: tuple[RefinedLayer | None, ...] = ()
         if plan.refinement:
             kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}

@@ -14,22 +14,28 @@ from mea.models.compressed import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedP
 
 
 class LayerFactors(NamedTuple):
-    """One layer's factors; `output` replaces ``W_O`` where it was fitted with them."""
+    """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
+
+    `form` is that of the latents (`mea.models.compressed.FORMS`). Encoders of joint latents add up to the one latent
+    that both decoders read.
+    """
 
     keys: Factors
     values: Factors
     output: Float[Tensor, "D h*d"] | None = None
+    form: str = "rotated"
 
 
 @torch.no_grad()
-def compress_attention(attention: Any, factors: LayerFactors) -> None:
+def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> None:
     """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new modules.
 
-    Its weights must be there (`mea.compression.stream.weights_of`).
+    Its weights must be there (`mea.compression.stream.weights_of`); `rotary` is the model's rotary embedding.
     """
     value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
-    (key_encoder, key_decoder), (value_encoder, value_decoder), output = factors
-    to_latent_attention(attention, len(key_encoder), len(value_encoder))
+    (key_encoder, key_decoder), (value_encoder, value_decoder), output, form = factors
+    half = 2 if form == "joint" else 1
+    to_latent_attention(attention, len(key_encoder) // half, len(value_encoder) // half, form, rotary)
     mixing = attention.head_mixing
     mixing.key_encoder.copy_(key_encoder)
     mixing.key_decoder.copy_(key_decoder.view_as(mixing.key_decoder))
@@ -83,19 +89,20 @@ def sharing_copy(module: nn.Module) -> Any:
     return copy.deepcopy(module, {id(each): each for each in shared})
 
 
-def latent_copy(layer: Any, factors: LayerFactors) -> Any:
+def latent_copy(layer: Any, factors: LayerFactors, rotary: Any) -> Any:
     """A decoder layer that caches latents, sharing everything else with the given one."""
     compressed = sharing_copy(layer)
-    compress_attention(compressed.self_attn, factors)
+    compress_attention(compressed.self_attn, factors, rotary)
     return compressed
 
 
-def latent_config(config: Any, layout: Layout, compression: dict[str, Any]) -> Any:
-    """The configuration of the compressed model: the original's, with the widths and how they came about."""
+def latent_config(config: Any, layout: Layout, compression: dict[str, Any], form: str = "rotated") -> Any:
+    """The configuration of the compressed model: the original's, with the latents and how they came about."""
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     kept.pop("quantization_config", None)
     widths = [None if pair is None else list(pair) for pair in layout.widths]
-    compressed = COMPRESSED_CONFIGS[config.model_type](**kept, latent_widths=widths, compression=compression)
+    kept |= {"latent_widths": widths, "latent_form": form, "compression": compression}
+    compressed = COMPRESSED_CONFIGS[config.model_type](**kept)
     compressed._attn_implementation = config._attn_implementation
     compressed._experts_implementation = config._experts_implementation
     return compressed
@@ -115,5 +122,5 @@ def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any
     for layer, found in zip(compressed.model.layers, factors, strict=True):
         if found is not None:
             with weights_of(layer.self_attn):
-                compress_attention(layer.self_attn, found)
+                compress_attention(layer.self_attn, found, compressed.model.rotary_emb)
     return compressed

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 class Factors(NamedTuple):
-    """``x ≈ decoder @ encoder @ x`` for the stacked heads ``x`` of one token: rotated keys, or values.
+    """``x ≈ decoder @ encoder @ x`` for the stacked heads ``x`` of one token: keys, or values.
 
     Attributes
     ----------

@@ -8,9 +8,10 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.convert import LayerFactors, latent_copy
+from mea.compression.factors import Factors
 from mea.compression.layout import Layout
-from mea.compression.methods import Method
-from mea.compression.statistics import AveragedValuesSum, LayerStatistics, StatisticsSum
+from mea.compression.methods import Method, joint
+from mea.compression.statistics import AveragedValues, AveragedValuesSum, LayerStatistics, StatisticsSum
 from mea.compression.stream import AttentionPass, LayerInputs, embed, layer_inputs, resident, rotations, run_layer
 from mea.compression.values import covariance_values
 
@@ -102,13 +103,26 @@ def _fit(
     statistics: LayerStatistics,
     widths: tuple[int, int],
 ) -> LayerFactors:
+    def averaged(key_projection: Tensor, encoder: Tensor | None = None) -> AveragedValues:
+        encoder = None if encoder is None else encoder.float()
+        total = AveragedValuesSum(layer.self_attn, inputs, key_projection.float(), method.form, encoder)
+        for window in passes:
+            total.add(window.attention_in, window.heads_out, window.weight)
+        return total.result()
+
+    def lost(factors: Factors) -> float:
+        return lost_share(layer, LayerFactors(*joint.split(factors), form="joint"), inputs, passes[:LOST_WINDOWS])
+
+    if method.form == "joint":
+        both = min((joint.keys(statistics, sum(widths), balance) for balance in joint.BALANCES), key=lost)
+        keys, values = joint.split(both)
+        rest = joint.values(averaged(keys.decoder, both.encoder), values, statistics.num_kv_heads)
+        return LayerFactors(keys, *rest, method.form)
     keys = method.keys(statistics, widths[0])
     if method.values is not None:
-        return LayerFactors(keys, method.values(statistics, widths[1]))
-    averaged = AveragedValuesSum(layer.self_attn, inputs, keys.projection.float())
-    for window in passes:
-        averaged.add(window.attention_in, window.heads_out, window.weight)
-    return LayerFactors(keys, *method.averaged(averaged.result(), statistics.num_kv_heads, widths[1]))
+        return LayerFactors(keys, method.values(statistics, widths[1]), form=method.form)
+    rest = method.averaged(averaged(keys.projection), statistics.num_kv_heads, widths[1])
+    return LayerFactors(keys, *rest, method.form)
 
 
 @torch.no_grad()
@@ -117,7 +131,7 @@ def lost_share(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: l
 
     Tokens count as in `AttentionPass.weight`.
     """
-    compressed = latent_copy(layer, factors).self_attn
+    compressed = latent_copy(layer, factors, inputs.rotary).self_attn
     lost = total = 0.0
     for window in passes:
         options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
@@ -131,5 +145,7 @@ def lost_share(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: l
 def full_rank(method: Method, statistics: LayerStatistics) -> LayerFactors:
     """The method's factors at full rank, which must reproduce the layer."""
     n = statistics.num_kv_heads * statistics.head_dim
+    if method.form == "joint":
+        return LayerFactors(*joint.split(joint.keys(statistics, 2 * n)), form=method.form)
     values = method.values(statistics, n) if method.values else covariance_values(statistics, n)
-    return LayerFactors(method.keys(statistics, n), values)
+    return LayerFactors(method.keys(statistics, n), values, form=method.form)

@@ -54,7 +54,11 @@ class HeldOut:
 
     def compressed(self, index: int, factors: LayerFactors | None) -> Any:
         """Layer `index` with factors, or as it is; what does not change is shared."""
-        return self.layers[index] if factors is None else latent_copy(self.layers[index], factors)
+        return (
+            self.layers[index]
+            if factors is None
+            else latent_copy(self.layers[index], factors, self.model.model.rotary_emb)
+        )
 
     @torch.no_grad()
     def through(self, hidden: Float[Tensor, "n t D"], layer: Any, index: int) -> Float[Tensor, "n t D"]:

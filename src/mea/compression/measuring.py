@@ -164,8 +164,8 @@ class Measuring:
             config |= {"bits": stored.bits, "backend": stored.backend or "mea"}
             config["method"] = "few bits" if result is None else config["method"]
         if self.protocol.decode_steps and not plain:
-            key = (result.plan.layout.widths if result else None, stored)
-            if key not in self.decoded:  # speed depends on widths and storage alone
+            key = (result.plan.layout.widths, result.plan.method.form, stored) if result else (stored,)
+            if key not in self.decoded:  # all that speed depends on
                 self.decoded[key] = self._decode(result.model if result else self.model, stored)
             samples["decode_seconds"], results["decode"] = self.decoded[key]
         seed = result.plan.calibration.seed if result else 0

@@ -221,6 +221,8 @@ def make_plan(
         raise ValueError("give one budget: keep, or a file of widths")
     else:
         widths = read_layout(Path(layout), shape, step)
+    if chosen.form == "joint" and any(pair and pair[0] != pair[1] for pair in widths.widths):
+        raise ValueError("a joint latent is cached in two equal halves: give [r, r] or null for each layer")
     calibration = calibration or Calibration()
     if calibration.window > config.max_position_embeddings:
         raise ValueError(
@@ -274,12 +276,16 @@ def estimate(config: Any, plan: Plan) -> Cost:
     attention = 2 * hidden * (h * d + width)
     layer_weights = attention + feed_forward * (experts or 1)
 
-    block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * width <= BLOCK_NUMBERS))
-    moments = h // block * (block * width) ** 2
-    rank = max((pair[1] for pair in plan.layout.widths if pair), default=0)
+    averaged, rank = width, max((pair[1] for pair in plan.layout.widths if pair), default=0)
+    if plan.method.form == "joint":
+        averaged = rank = 2 * rank
+    block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * averaged <= BLOCK_NUMBERS))
+    moments = h // block * (block * averaged) ** 2
     forward = 2 * tokens * (attention + active + t * h * d)
-    averages = 0 if plan.method.values else 2 * tokens * (t * h * (d + width) + h * width * block * width) // EVERY
-    solving = 0 if plan.method.values else 3 * ROUNDS * CG_STEPS * moments * rank
+    averages = 2 * tokens * (t * h * (d + averaged) + h * averaged * block * averaged) // EVERY
+    solving = 3 * ROUNDS * CG_STEPS * moments * rank
+    if plan.method.values:
+        averages = solving = 0
     layers = len(plan.layout.widths)
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)

@@ -128,7 +128,7 @@ def refine_layers(
         original = embed(model, rows).float()
         ours = original
         for index, (stored, changed) in enumerate(zip(model.model.layers, compressed.model.layers, strict=True)):
-            reading = _Reading(inputs[index], turns[index])
+            reading = _Reading(inputs[index], turns[index], places)
             target = reading.all(resident(stored), original)
             if hasattr(changed.self_attn, "head_mixing"):
                 layer, found = copy.deepcopy(resident(changed)), known(index)
@@ -162,13 +162,21 @@ def spread_positions(windows: int, length: int, most: int, generator: torch.Gene
 class _Reading:
     """Windows' way through one layer, each at its own positions."""
 
-    def __init__(self, inputs: LayerInputs, turns: tuple[Float[Tensor, "n t d"], Float[Tensor, "n t d"]]):
+    def __init__(
+        self,
+        inputs: LayerInputs,
+        turns: tuple[Float[Tensor, "n t d"], Float[Tensor, "n t d"]],
+        places: Int[Tensor, "n t"],
+    ):
+        self.places = places
         self.options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
         self.turns = turns
 
     def __call__(self, layer: Any, hidden: Float[Tensor, "b t D"], which: Tensor | slice) -> Float[Tensor, "b t D"]:
         """Some windows, given by number."""
         options = self.options | {"position_embeddings": (self.turns[0][which], self.turns[1][which])}
+        if "position_ids" in options:  # latents of unrotated keys are rotated by them
+            options["position_ids"] = self.places[which].to(hidden.device)
         with torch.autocast(hidden.device.type, torch.bfloat16):
             return layer(hidden, **options).float()
 

@@ -34,14 +34,16 @@ class LayerStatistics:
 
     Attributes
     ----------
-    keys, values
-        ``E[k k^T]`` and ``E[v v^T]`` of the stacked heads, fp64; keys before rotation.
+    keys, values, cross
+        ``E[k k^T]``, ``E[v v^T]`` and ``E[k v^T]`` of the stacked heads, fp64; keys before rotation.
     queries
         ``E[q q^T]`` before rotation, summed over the query heads of each group, fp64.
     cos, sin
         The rotary embedding at the positions that the model supports.
     key_weight, value_weight
         ``[W | b]`` of the projections; key rows are multiplied by the gain of the key norm, where there is one.
+    output
+        What ``W_O`` makes of errors in the values: ``W_i^T W_i``, summed over the query heads of each group.
     """
 
     keys: Float[Tensor, "n n"]
@@ -51,6 +53,8 @@ class LayerStatistics:
     sin: Float[Tensor, "p d"]
     key_weight: Float[Tensor, "n _"]
     value_weight: Float[Tensor, "n _"]
+    cross: Float[Tensor, "n n"]
+    output: Float[Tensor, "g d d"]
 
     @property
     def num_kv_heads(self) -> int:
@@ -65,6 +69,8 @@ class LayerStatistics:
 
 class AveragedValues(NamedTuple):
     """Second moments of attention-averaged values ``u_i = A_i v``: all kv heads' values, averaged by query head i.
+
+    For joint latents, ``v`` here is the latent, of ``n`` numbers.
 
     Query heads come in ``c`` blocks of ``m = h / c``; products between blocks are not kept. One block is exact.
 
@@ -103,16 +109,17 @@ class StatisticsSum:
         n, d = attention.k_proj.weight.shape[0], attention.head_dim
         self.tokens = 0
         self.keys = torch.zeros(n, n, dtype=torch.float64)
-        self.values = torch.zeros_like(self.keys)
+        self.values, self.cross = torch.zeros_like(self.keys), torch.zeros_like(self.keys)
         self.queries = torch.zeros(n // d, d, d, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "t D"]) -> None:
         """Take in a window's attention input."""
         queries, keys, values = project(self.attention, x)
         g, t, d = keys.shape
-        for total, heads in ((self.keys, keys), (self.values, values)):
-            rows = heads.transpose(0, 1).reshape(t, g * d)
-            total += rows.T @ rows
+        keys, values = (heads.transpose(0, 1).reshape(t, g * d) for heads in (keys, values))
+        self.keys += keys.T @ keys
+        self.values += values.T @ values
+        self.cross += keys.T @ values
         rows = queries.reshape(g, -1, d)
         self.queries += rows.transpose(1, 2) @ rows
         self.tokens += t
@@ -125,9 +132,11 @@ class StatisticsSum:
             # Norms differ in how they store a gain (Gemma: minus one): a constant vector of size one shows it.
             gain = attention.k_norm(torch.ones(attention.head_dim, dtype=attention.k_proj.weight.dtype))
         key_weight = with_bias(attention.k_proj) * gain.repeat(self.queries.shape[0])[:, None]
+        g, d, _ = self.queries.shape
+        output = attention.o_proj.weight.double().unflatten(1, (g, -1, d))  # heads of a group stand together
         return LayerStatistics(
             self.keys / n, self.queries / n, self.values / n, cos, sin,
-            key_weight, with_bias(attention.v_proj),
+            key_weight, with_bias(attention.v_proj), self.cross / n, torch.einsum("Dgma,Dgmb->gab", output, output),
         )  # fmt: skip
 
 
@@ -153,17 +162,28 @@ class AveragedValuesSum:
     attention, inputs
         The original module, and the mask and rotary embedding of a window.
     key_projection
-        Decoder times encoder of the compressed keys.
+        Decoder times encoder of the compressed keys; of joint latents, the decoder of keys.
+    form
+        Of the latents, see `mea.models.compressed.FORMS`.
+    encoder
+        Of joint latents: from the keys and values of all heads, stacked.
     most
         A block takes as many query heads as keep its ``m * n`` at or below this.
     """
 
     def __init__(
-        self, attention: Any, inputs: LayerInputs, key_projection: Float[Tensor, "n n"], most: int = BLOCK_NUMBERS
+        self,
+        attention: Any,
+        inputs: LayerInputs,
+        key_projection: Float[Tensor, "n _"],
+        form: str = "rotated",
+        encoder: Float[Tensor, "r _"] | None = None,
+        most: int = BLOCK_NUMBERS,
     ):
         self.attention, self.inputs, self.key_projection = attention, inputs, key_projection
+        self.form, self.encoder = form, encoder
         weight = attention.o_proj.weight
-        n, d = attention.k_proj.weight.shape[0], attention.head_dim
+        n, d = key_projection.shape[1], attention.head_dim
         width, h = weight.shape[0], weight.shape[1] // d
         m = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * n <= most))
         self.output_weight = weight.view(width, h // m, m, d).permute(1, 2, 0, 3)
@@ -182,15 +202,21 @@ class AveragedValuesSum:
         c, m = self.output_weight.shape[:2]
         attending = slice(EVERY - 1, None, EVERY)
         cos, sin = self.inputs.position_embeddings
-        queries, keys = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)
-        rows = keys[0].transpose(0, 1).reshape(t, g * d) @ self.key_projection.T
-        keys = rows.view(t, g, 1, d).permute(1, 2, 3, 0)
+        rotated = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)
+        values = values.transpose(0, 1).reshape(t, g * d)
+        encoded = (rotated[1][0] if self.form == "rotated" else keys).transpose(0, 1).reshape(t, g * d)
+        if self.encoder is not None:
+            encoded = values = torch.cat([encoded, values], dim=1) @ self.encoder.T
+        keys = (encoded @ self.key_projection.T).view(t, g, d).transpose(0, 1)
+        if self.form != "rotated":
+            keys = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)[1][0]
+        queries, keys = rotated[0], keys[:, None].transpose(2, 3)
         queries, root, heads = queries[0, :, attending], weight[attending].sqrt()[:, None], heads[attending]
         scale = head_scale(self.attention, heads)
         heads = (heads.unflatten(1, (-1, d)) * scale).flatten(1)
         scores = (queries.unflatten(0, (g, -1)) @ keys).flatten(0, 1) * self.attention.scaling
         maps = (scores + self.inputs.mask[0, :, attending]).softmax(dim=-1)
-        averaged = maps @ values.transpose(0, 1).reshape(t, g * d)
+        averaged = maps @ values
         averaged = (averaged.transpose(0, 1) * scale).reshape(len(heads), c, -1).transpose(0, 1) * root
         output = torch.einsum("tcmd,cmod->cto", heads.unflatten(1, (c, m, d)), self.output_weight) * root
         self.gram += averaged.transpose(1, 2) @ averaged

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -55,11 +55,13 @@ class FactorStore:
         path = self._path(index)
         if not path.is_file():
             return None
-        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            tensors, form = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["form"]  # noqa: SIM118
         return LayerFactors(
             Factors(tensors["key_encoder"], tensors["key_decoder"]),
             Factors(tensors["value_encoder"], tensors["value_decoder"]),
             tensors.get("output"),
+            form,
         )
 
     def put(self, index: int, factors: LayerFactors) -> None:
@@ -75,7 +77,8 @@ class FactorStore:
         }
         if factors.output is not None:
             tensors["output"] = factors.output
-        write_whole(path, save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(path, save(tensors, {"form": factors.form}))
 
     def get_refined(self, index: int) -> dict[str, Tensor] | None:
         """The refined weights of a layer, if an earlier run came that far."""

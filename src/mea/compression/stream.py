@@ -18,11 +18,15 @@ from transformers.cache_utils import DynamicCache
 
 
 class LayerInputs(NamedTuple):
-    """What a layer is called with besides its hidden states, for a window at positions ``0 .. t-1``, batch 1."""
+    """What a layer is called with besides its hidden states, for a window at positions ``0 .. t-1``, batch 1.
+
+    And the model's rotary embedding, which made the `position_embeddings`.
+    """
 
     options: dict[str, Any]
     position_embeddings: tuple[Tensor, Tensor]
     mask: Float[Tensor, "1 1 t t"]
+    rotary: Any
 
 
 class AttentionPass(NamedTuple):
@@ -129,7 +133,10 @@ def layer_inputs(model: Any, length: int) -> list[LayerInputs]:
     with _recording(model, "eager") as recorders:
         model.model(inputs_embeds=embeddings, use_cache=False)
         masks = [recorder.options["attention_mask"] for recorder in recorders]
-    return [LayerInputs(given, given["position_embeddings"], mask) for given, mask in zip(options, masks, strict=True)]
+    return [
+        LayerInputs(given, given["position_embeddings"], mask, model.model.rotary_emb)
+        for given, mask in zip(options, masks, strict=True)
+    ]
 
 
 @torch.no_grad()
@@ -238,6 +245,7 @@ def run_layer_cached(layer: Any, hidden: Float[Tensor, "1 t D"], inputs: LayerIn
         for t in range(hidden.shape[1]):
             step = {
                 **inputs.options,
+                "position_ids": inputs.options["position_ids"][:, t : t + 1],
                 "position_embeddings": (cos[:, t : t + 1], sin[:, t : t + 1]),
                 "attention_mask": inputs.mask[:, :, t : t + 1, : t + 1],
                 "past_key_values": cache,

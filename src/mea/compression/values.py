@@ -57,6 +57,7 @@ def single_heads(averaged: AveragedValues, num_kv_heads: int) -> tuple[Float[Ten
 
 
 DecoderStep = Callable[[AveragedValues, Float[Tensor, "r n"], Float[Tensor, "g d r"]], Float[Tensor, "g d r"]]
+EncoderStep = Callable[[AveragedValues, Float[Tensor, "r n"], Float[Tensor, "g d r"]], Float[Tensor, "r n"]]
 
 
 def alternate(
@@ -64,13 +65,15 @@ def alternate(
     encoder: Float[Tensor, "r n"],
     decoder: Float[Tensor, "g d r"],
     fit_decoder: DecoderStep | None = None,
+    fit_encoder: EncoderStep | None = None,
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "g d r"], Float[Tensor, "D _"]]:
-    """Rounds of least squares from a start, with any step for the decoder; the last result is the output projection."""
-    output, fit_decoder = averaged.output_weight, fit_decoder or _fit_decoder
+    """Rounds of least squares from a start, with any steps for the factors; the output projection comes last."""
+    output = averaged.output_weight
+    fit_decoder, fit_encoder = fit_decoder or _fit_decoder, fit_encoder or _fit_encoder
     encoder, decoder = encoder.float(), decoder.float()
     for _ in range(ROUNDS):
         decoder = fit_decoder(averaged, encoder, decoder)
-        encoder = _fit_encoder(averaged, encoder, decoder)
+        encoder = fit_encoder(averaged, encoder, decoder)
         averaged = averaged._replace(output_weight=_fit_output(averaged, encoder, decoder, output))
     width = output.shape[2]
     return encoder.double(), decoder.double(), averaged.output_weight.permute(2, 0, 1, 3).reshape(width, -1)

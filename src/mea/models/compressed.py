@@ -2,7 +2,12 @@
 
 One attention forward serves every supported architecture: `LatentAttention` is mixed into the architecture's own
 attention class and caches latents (`ops/latent.py`) where the original caches keys and values. Keys are encoded *after*
-their norm and rotation, so that neither has to be undone when reading; values are encoded by the projection itself.
+their norm, which so need not be undone when reading; values are encoded by the projection itself. Latents have a form:
+
+- ``"rotated"``: of rotated keys. Decoding never rebuilds them.
+- ``"unrotated"``: of keys before rotation, which are rebuilt and rotated at every read.
+- ``"joint"``: unrotated, and keys and values share one latent; one half of it is cached in the place of keys, the other
+  in the place of values.
 
 This file and ``ops/latent.py`` together are also the self-contained modelling file that `save_pretrained` writes beside
 the weights, for ``from_pretrained(..., trust_remote_code=True)`` where this package is not installed.
@@ -12,6 +17,7 @@ dimension, ``r`` latent width.
 """
 
 import ast
+import copy
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +29,16 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea.ops import latent
-from mea.ops.latent import absorb, absorbed_is_cheaper, encode, materialise, read, unmix
+from mea.ops.latent import (
+    absorb,
+    absorbed_is_cheaper,
+    attend_rebuilt,
+    encode,
+    key_positions,
+    materialise,
+    read,
+    unmix,
+)
 
 # Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because an
 # attention that looks alike may not be: layers without RoPE (SmolLM3) or one norm over all heads (OLMo2) would convert
@@ -39,6 +54,7 @@ SUPPORTED = {
 }
 MODEL_TYPE_PREFIX = "mea_"
 MODELLING_FILE = "modeling_mea.py"
+FORMS = ("rotated", "unrotated", "joint")
 NO_PAGES = "a compressed cache cannot be paged: use generate() instead of continuous batching"
 
 
@@ -50,20 +66,26 @@ class HeadMixing(nn.Module):
     num_kv_heads, head_dim
         ``g`` and ``d`` of the original attention.
     key_width, value_width
-        Latent widths ``r_k`` and ``r_v``: numbers cached per token.
+        Latent widths ``r_k`` and ``r_v``: numbers cached per token. With the form ``"joint"`` both widths of all
+        tensors below are their sum.
+    form
+        One of `FORMS`.
 
     Attributes
     ----------
     key_encoder : [r_k, g * d]
-        From the rotated keys of all heads to the key latent.
+        From the keys of all heads to the key latent.
     key_decoder : [g, d, r_k]
-        From the key latent to each head's rotated keys.
+        From the key latent to each head's keys.
     value_decoder : [g, d, r_v]
         From the value latent to each head's values. Its encoder is the layer's ``v_proj``.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, key_width: int, value_width: int):
+    def __init__(self, num_kv_heads: int, head_dim: int, key_width: int, value_width: int, form: str):
         super().__init__()
+        self.form = form
+        if form == "joint":
+            key_width = value_width = key_width + value_width
         self.key_encoder = nn.Parameter(torch.empty(key_width, num_kv_heads * head_dim))
         self.key_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, key_width))
         self.value_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, value_width))
@@ -161,7 +183,20 @@ class LatentAttention(_Mixin):
         absorbed = self.reading == "absorbed" or (
             self.reading == "auto" and absorbed_is_cheaper(q, keys.shape[2], h, mixing.key_decoder.shape)
         )
-        if absorbed and is_dense and (q == 1 or attention_mask is not None):
+        absorbed = absorbed and is_dense and (q == 1 or attention_mask is not None)
+        if mixing.form != "rotated":
+            if mixing.form == "joint":
+                keys = values = torch.cat([keys, values], dim=-1)
+            keys = self._rebuilt_keys(keys, attention_mask, past_key_values, kwargs.get("position_ids"))
+            if absorbed:
+                output, weights = attend_rebuilt(
+                    queries, keys, values, attention_mask, self.scaling, options["dropout"]
+                )
+                output = unmix(output, mixing.value_decoder).transpose(1, 2)
+            else:
+                values = materialise(values, mixing.value_decoder)
+                output, weights = attend(self, queries, keys, values, attention_mask, **options)
+        elif absorbed:
             # All heads read the same latents: as rows of one head's query matrix they share every read of the cache.
             packed = absorb(queries, mixing.key_decoder).reshape(queries.shape[0], 1, h * q, -1)
             if attention_mask is not None:
@@ -195,17 +230,38 @@ class LatentAttention(_Mixin):
         queries, keys = self.q_proj(x).view(shape), self.k_proj(x).view(shape)
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = modelling.apply_rotary_pos_emb(
-            queries.transpose(1, 2), keys.transpose(1, 2), *position_embeddings
-        )
-        return encode(keys, self.head_mixing.key_encoder), self.v_proj(x)[:, None], queries
+        keys = keys.transpose(1, 2)
+        queries, rotated = modelling.apply_rotary_pos_emb(queries.transpose(1, 2), keys, *position_embeddings)
+        mixing, values = self.head_mixing, self.v_proj(x)[:, None]
+        latents = encode(rotated if mixing.form == "rotated" else keys, mixing.key_encoder)
+        if mixing.form == "joint":
+            latents, values = (latents + values).chunk(2, dim=-1)
+        return latents, values, queries
+
+    def _rebuilt_keys(self, latents: Tensor, mask: Any, past_key_values: Any, position_ids: Tensor | None) -> Tensor:
+        """Rotated keys ``[b, g, t, d]`` from all unrotated latents, ``[b, 1, t, r]``."""
+        if position_ids is None:
+            raise ValueError("keys that are rotated when they are read need the new tokens' position_ids")
+        hidden, past = None, 0
+        if past_key_values is not None:
+            past = past_key_values.get_seq_length(self.layer_idx) - position_ids.shape[1]
+            if isinstance(mask, Tensor):  # [b, 1, q, t], boolean or added to scores; with flash attention [b, t]
+                first = mask if mask.dim() == 2 else mask[:, 0, 0]
+                hidden = first < 0 if first.is_floating_point() else first == 0
+        positions = key_positions(position_ids, hidden, past, latents.shape[2])
+        by_type = isinstance(self.rotary.rope_type, dict)
+        cos, sin = self.rotary(latents, positions, *([self.layer_type] if by_type else []))
+        keys = materialise(latents, self.head_mixing.key_decoder)
+        modelling = sys.modules[type(self).__mro__[2].__module__]
+        return modelling.apply_rotary_pos_emb(keys[:, :0], keys, cos, sin)[1]
 
 
 class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
-    ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was. With
-    ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
+    ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
+    ``config.latent_form`` is one of `FORMS`. With ``config.head_norm_eps`` every layer has a head norm
+    (`NormedProjection`).
     """
 
     _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
@@ -220,7 +276,7 @@ class LatentCausalLM(_Mixin):
             )
         for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
             if widths is not None:
-                to_latent_attention(layer.self_attn, *widths)
+                to_latent_attention(layer.self_attn, *widths, config.latent_form, self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()
@@ -251,22 +307,40 @@ class LatentCausalLM(_Mixin):
         Path(save_directory, MODELLING_FILE).write_text(modelling_source(), encoding="utf-8")
 
 
-def to_latent_attention(attention: Any, key_width: int, value_width: int) -> None:
+def to_latent_attention(
+    attention: Any, key_width: int, value_width: int, form: str = "rotated", rotary: nn.Module | None = None
+) -> None:
     """Turn a stock attention module into one that caches latents, in place; the new weights are not fitted.
+
+    `rotary` is the model's rotary embedding, of which layers that rotate at reading get a copy. One made anew from the
+    configuration could differ: casting a model to 16 bits rounds its frequencies.
 
     Raises
     ------
     TypeError
         The module is not of a supported architecture.
+    ValueError
+        There is no such form, or the widths do not suit it.
     """
-    latent_class = LATENT_ATTENTION.get(type(attention))
+    stock = type(attention)
+    latent_class = LATENT_ATTENTION.get(stock)
     if latent_class is None:
-        raise TypeError(f"{type(attention).__name__} cannot cache latents; supported: {', '.join(SUPPORTED)}")
+        raise TypeError(f"{stock.__name__} cannot cache latents; supported: {', '.join(SUPPORTED)}")
+    if form not in FORMS or (form == "joint" and key_width != value_width):
+        raise ValueError(
+            f"latents are {', '.join(FORMS)}, joint ones cached in two equal halves, not {form!r} with "
+            f"[{key_width}, {value_width}]"
+        )
     weight = attention.k_proj.weight
     heads = weight.shape[0] // attention.head_dim
     with torch.device(weight.device):
-        mixing = HeadMixing(heads, attention.head_dim, key_width, value_width)
-        v_proj = nn.Linear(attention.v_proj.in_features, value_width, bias=attention.v_proj.bias is not None)
+        mixing = HeadMixing(heads, attention.head_dim, key_width, value_width, form)
+        has_bias, encoded = attention.v_proj.bias is not None, mixing.value_decoder.shape[-1]
+        v_proj = nn.Linear(attention.v_proj.in_features, encoded, bias=has_bias)
+    if form != "rotated":
+        if rotary is None:
+            raise ValueError("keys that are rotated when they are read need the model's rotary embedding")
+        attention.rotary = copy.deepcopy(rotary).to(weight.device)
     attention.head_mixing = mixing.to(weight.dtype)
     attention.v_proj = v_proj.to(weight.dtype)
     attention.__class__ = latent_class
@@ -291,6 +365,7 @@ def modelling_source() -> str:
     start = next(i for i, line in enumerate(mathematics) if line.startswith("def "))
     shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
+    shim += ["Bool = Int = Float", ""]
     shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
     return "\n".join([*head, *shim, *mathematics[start:], *rest, ""])
 
@@ -308,10 +383,12 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
         "__module__": __name__,
         "__annotations__": {
             "latent_widths": "list | None",
+            "latent_form": "str",
             "compression": "dict | None",
             "head_norm_eps": "float | None",
         },
         "latent_widths": None,
+        "latent_form": "rotated",
         "head_norm_eps": None,
         "compression": None,
         "model_type": MODEL_TYPE_PREFIX + model_type,

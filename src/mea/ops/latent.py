@@ -11,12 +11,15 @@ the keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. It is read in one 
 
 The paper's virtual heads (arXiv 2601.19611, section on KV-cache compression) are the case ``D_k[g] = w_g ⊗ I_d``.
 
+Latents of keys *before* rotation keep more per byte, but keys have to be rebuilt and rotated at every read
+(`key_positions`); only values can then be read absorbed (`attend_rebuilt`).
+
 Tensors here are head-major, as caches and attention backends want them: ``b`` batch, ``h`` query heads, ``g`` kv heads,
 ``q`` query tokens, ``t`` cached tokens, ``d`` head dimension, ``r`` latent width.
 """
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mea.ops import cpu
@@ -53,6 +56,65 @@ def encode(heads: Float[Tensor, "b g t d"], encoder: Float[Tensor, "r g*d"]) -> 
     """The latents of all heads' vectors: what is cached, token-major."""
     b, g, t, d = heads.shape
     return torch.matmul(heads.transpose(1, 2).reshape(b, t, g * d), encoder.T)[:, None]
+
+
+def key_positions(
+    position_ids: Int[Tensor, "b q"],
+    hidden: Bool[Tensor, "_ t"] | None,
+    past: int | Int[Tensor, ""],
+    slots: int,
+) -> Int[Tensor, "_ t"]:
+    """Positions of the tokens in a cache, of which only the new ones' are known.
+
+    They are counted back from the first new token: over all slots if its position is the number of tokens before it,
+    as transformers numbers tokens by itself, otherwise over those that are not hidden, as ``generate`` numbers tokens
+    between padding.
+
+    Parameters
+    ----------
+    position_ids
+        Of the new tokens.
+    hidden
+        Whether a slot is hidden from the first new token.
+    past
+        Tokens that the cache has seen before them.
+    slots
+        Tokens in the cache, new ones included. A static cache has empty slots behind them, a sliding one has lost some
+        at the front.
+    """
+    q = position_ids.shape[1]
+    first = torch.as_tensor(past, device=position_ids.device).clamp(max=slots - q)
+    offsets = torch.arange(slots, device=position_ids.device) - first
+    near = offsets.clamp(0, q - 1)
+    positions = position_ids[:, near] + offsets - near
+    if hidden is None:
+        return positions
+    skipped = (hidden & (offsets < 0)).long().flip(-1).cumsum(-1).flip(-1)
+    return positions + skipped * (position_ids[:, :1] != past)
+
+
+def attend_rebuilt(
+    queries: Float[Tensor, "b h q d"],
+    keys: Float[Tensor, "b g t d"],
+    values: Float[Tensor, "b 1 t r"],
+    mask: Tensor | None,
+    scale: float,
+    dropout: float = 0.0,
+) -> tuple[Float[Tensor, "b h q r"], Float[Tensor, "b h q t"]]:
+    """Attention with rebuilt keys over latent values, for few queries: outputs before `unmix`, and the weights.
+
+    `mask` is boolean, true where a query may look, or what is added to the scores.
+    """
+    b, h, q, d = queries.shape
+    g, t = keys.shape[1:3]
+    scores = torch.matmul(queries.reshape(b, g, h // g * q, d), keys.transpose(2, 3)).view(b, h, q, t) * scale
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    elif mask is not None:
+        scores = scores + mask
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
+    weights = torch.nn.functional.dropout(weights, dropout)
+    return torch.matmul(weights.view(b, 1, h * q, t), values).view(b, h, q, -1), weights
 
 
 def read(

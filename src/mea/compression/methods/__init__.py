@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mea.compression.factors import Factors
 from mea.compression.layout import Step
-from mea.compression.methods import frequency, gauge, gqa_mean, gqa_procrustes, gram, position, svd
+from mea.compression.methods import frequency, gauge, gqa_mean, gqa_procrustes, gram, joint, latent, position, svd
 from mea.compression.statistics import AveragedValues, LayerStatistics
 from mea.compression.values import fit_values
 
@@ -34,6 +34,9 @@ class Method:
         From attention-averaged values, the number of kv heads and a width to factors and the ``W_O`` fitted to them.
     whole_heads
         Widths are whole component heads, as in arXiv 2601.19611: one scalar per pair of heads.
+    form
+        Of the latents, see `mea.models.compressed.FORMS`. The keys of ``"joint"`` ones are keys and values stacked,
+        `values` and `averaged` do not count (`mea.compression.methods.joint`).
     """
 
     name: str
@@ -41,6 +44,7 @@ class Method:
     values: Factorise | None = None
     whole_heads: bool = False
     averaged: FitAveraged = fit_values
+    form: str = "rotated"
 
     def step(self, head_dim: int, odd: str = "values") -> Step:
         """The steps in which a layer's widths grow."""
@@ -57,6 +61,8 @@ METHODS = {
         Method("gauge", gauge.keys, whole_heads=True, averaged=gauge.values),
         Method("frequency", frequency.keys),
         Method("position", position.keys),
+        Method("latent", latent.keys, form="unrotated"),
+        Method("joint", joint.keys, form="joint"),
     )
 }
 DEFAULT_METHOD = "position"

@@ -1,0 +1,58 @@
+"""One latent for keys before RoPE and values together, as in multi-head latent attention (arXiv 2405.04434).
+
+Both are linear in the layer's input, so that what they share need be stored only once. With ``z = [k; v]`` the factors
+minimise
+
+    balance * E |k - k̂|^2_Q / E |k|^2_Q  +  E |v - v̂|^2_O / E |v|^2_O,
+
+errors of keys being measured by the queries (as in `latent`) and those of values by ``W_O``. What an error of a score
+costs depends on how sharp attention is: of several balances the one is taken with which the layer's attention output
+loses least. The encoder then stays, and values' decoder and ``W_O`` are fitted to attention-averaged latents.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from mea.compression.factors import Factors, weighted_subspace
+from mea.compression.rotation import average_over_positions
+from mea.compression.statistics import AveragedValues, LayerStatistics
+from mea.compression.values import alternate
+
+BALANCES = (0.5, 1.5, 4.0, 12.0, 32.0, 100.0)
+
+
+def keys(statistics: LayerStatistics, width: int, balance: float = 1.0) -> Factors:
+    """Factors of the stacked ``z``, of twice as many numbers as keys have; `width` is that of the one latent."""
+    metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
+    moment = torch.cat(
+        [
+            torch.cat([statistics.keys, statistics.cross], dim=1),
+            torch.cat([statistics.cross.T, statistics.values], dim=1),
+        ]
+    )
+    key_energy, value_energy = (
+        torch.trace(torch.block_diag(*weight) @ part)
+        for weight, part in ((metric, statistics.keys), (statistics.output, statistics.values))
+    )
+    weights = torch.cat([metric * balance / key_energy, statistics.output / value_energy])
+    encoder, decoder = weighted_subspace(moment, weights, width)
+    # Not orthonormal in z itself: rounded latents would lose values, which can be much smaller than keys.
+    size = torch.linalg.matrix_norm(decoder) / width**0.5
+    return Factors(size * encoder, decoder / size)
+
+
+def split(factors: Factors) -> tuple[Factors, Factors]:
+    """The parts that keys and values have in the factors of both; their encoders add up to the one latent."""
+    encoder, decoder = factors
+    n = len(decoder) // 2
+    return Factors(encoder[:, :n], decoder[:n]), Factors(encoder[:, n:], decoder[n:])
+
+
+def values(averaged: AveragedValues, factors: Factors, num_kv_heads: int) -> tuple[Factors, Float[Tensor, "D _"]]:
+    """The values' part with its decoder, and the output projection, fitted to averaged latents."""
+    encoder, decoder = factors
+    whole = torch.eye(len(encoder))
+    start = decoder.view(num_kv_heads, -1, len(encoder))
+    _, fitted, output = alternate(averaged, whole, start, fit_encoder=lambda _averaged, kept, _decoder: kept)
+    return Factors(encoder, fitted.reshape(decoder.shape)), output
