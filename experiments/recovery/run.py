@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mea.compression import Calibration
 from mea.compression.comparison import packaged_model
 from mea.compression.compress import compress_to_folder
 from mea.train.recovery_folder import recover_to_folder
@@ -21,6 +22,8 @@ SHORT, LONG = 200_000, 1_000_000
 # name -> how it is compressed, stages, tokens of each
 ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
     "position": ({"method": "position"}, ("distil",), SHORT),
+    "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("distil",), SHORT),
+    "joint": ({"method": "joint"}, ("distil",), SHORT),
     "frequency": ({"method": "frequency"}, ("distil",), SHORT),
     "svd": ({"method": "svd"}, ("distil",), SHORT),
     "million": ({"method": "position"}, ("distil",), LONG),

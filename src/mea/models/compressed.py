@@ -276,7 +276,7 @@ class LatentCausalLM(_Mixin):
             )
         for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
             if widths is not None:
-                to_latent_attention(layer.self_attn, *widths, config.latent_form, self.model.rotary_emb)
+                to_latent_attention(layer.self_attn, widths[0], widths[1], config.latent_form, self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()
