@@ -15,8 +15,9 @@ from mea.compression.card import model_card
 from mea.compression.check import SelfCheck, checked_stock_form
 from mea.compression.choosing import allocated
 from mea.compression.convert import LayerFactors, assemble, latent_config
+from mea.compression.cost import estimate
 from mea.compression.fit import Target, fit_layers
-from mea.compression.plan import Allocation, Calibration, Plan, estimate, make_plan
+from mea.compression.plan import Allocation, Calibration, Plan, make_plan
 from mea.compression.refine import RefinedLayer, Refinement, refine_layers
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
 from mea.compression.stream import check_weights, evaluating
