@@ -276,7 +276,8 @@ class LatentCausalLM(_Mixin):
             )
         for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
             if widths is not None:
-                to_latent_attention(layer.self_attn, widths[0], widths[1], config.latent_form, self.model.rotary_emb)
+                form, rotary = config.latent_form, self.model.rotary_emb
+                to_latent_attention(layer.self_attn, *widths, form=form, rotary=rotary)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()

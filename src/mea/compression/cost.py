@@ -1,0 +1,77 @@
+"""What a compression will cost, before any weight is loaded."""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mea.compression.plan import MOVES, Plan
+from mea.compression.statistics import BLOCK_NUMBERS, EVERY
+from mea.compression.values import CG_STEPS, ROUNDS
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Estimates for a plan.
+
+    Attributes
+    ----------
+    memory
+        Bytes at the peak, beyond the weights of a model that stays in memory as a whole.
+    seconds
+        On this machine, from the speed of its matrix products.
+    """
+
+    memory: int
+    seconds: float
+
+
+def estimate(config: Any, plan: Plan) -> Cost:
+    """Memory and time that a plan takes."""
+    width, hidden, tokens = plan.shape.width, config.hidden_size, plan.calibration.tokens
+    h, d, t = config.num_attention_heads, plan.shape.head_dim, plan.calibration.window
+    # Mixtures of experts work with some of their experts only, but all have weights.
+    experts = getattr(config, "num_experts", None)
+    feed_forward = 3 * hidden * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    active = feed_forward * (config.num_experts_per_tok if experts else 1)
+    attention = 2 * hidden * (h * d + width)
+    layer_weights = attention + feed_forward * (experts or 1)
+
+    averaged, rank = width, max((pair[1] for pair in plan.layout.widths if pair), default=0)
+    if plan.method.form == "joint":
+        averaged = rank = 2 * rank
+    block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * averaged <= BLOCK_NUMBERS))
+    moments = h // block * (block * averaged) ** 2
+    forward = 2 * tokens * (attention + active + t * h * d)
+    averages = 2 * tokens * (t * h * (d + averaged) + h * averaged * block * averaged) // EVERY
+    solving = 3 * ROUNDS * CG_STEPS * moments * rank
+    if plan.method.values:
+        averages = solving = 0
+    layers = len(plan.layout.widths)
+    states = 3 * tokens * (2 * hidden + h * d)
+    memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
+    work = layers * (forward + averages + solving)
+    if plan.allocation:  # per round a fit for each neighbour, on fewer windows, and a pass forth and back
+        share = min(1.0, plan.allocation.windows * t / tokens)
+        fits = len(MOVES) * (3 if plan.allocation.equal else 5) + 1
+        work += layers * (
+            fits * (averages * share + solving) + len(MOVES) * 5 * forward * plan.allocation.tokens / tokens
+        )
+    if plan.refinement:  # per pass forth and back through attention; besides, the windows' way through both models
+        part = 2 * tokens * (attention + min(t, plan.refinement.window) * h * d)
+        work += layers * (3 * plan.refinement.passes * part + 4 * part + 4 * tokens * active)
+        memory += 4 * 4 * tokens * hidden
+    return Cost(memory, work / _speed())
+
+
+def _speed() -> float:
+    """Operations per second of fp32 matrix products here, as the fit comes near to."""
+    a = torch.rand(1024, 1024)
+    best = math.inf
+    for _ in range(3):
+        start = time.perf_counter()
+        torch.mm(a, a)
+        best = min(best, time.perf_counter() - start)
+    return 0.5 * 2 * 1024**3 / best
