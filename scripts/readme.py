@@ -30,7 +30,7 @@ def results() -> tuple[str, str]:
     block = [
         START,
         "",
-        f"{found[0].model}, no training ({where}; `experiments/smollm2`):",
+        f"{found[0].model} at half of its cache, the model never trained as a whole ({where}; `experiments/smollm2`):",
         "",
         *lines,
         "",

@@ -73,7 +73,6 @@ DEMO = (
     Contender("position (default)", "position"),
     Contender("frequency", "frequency"),
     Contender("joint latent, slow to read", "joint"),
-    Contender("gram, 1 key and 2 value heads", "gram"),
     Contender("paper's svd, 1 key and 2 value heads", "svd"),
     Contender("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
 )
