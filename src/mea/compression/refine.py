@@ -8,7 +8,8 @@ for quantised models (arXiv 2102.05426, 2308.13137). No gradient runs through mo
 
 The target is the residual stream after the whole layer: with the one before the feed-forward part in its place, which
 would take half of the time, little is gained (docs/LOG.md). Latents of rotated keys have to be right at every position,
-not only at those of short windows: so windows begin anywhere that the model supports, as often in each octave of positions.
+not only at those of short windows: so windows begin anywhere that the model supports, as often in each octave of
+positions.
 """
 
 import copy
