@@ -115,9 +115,7 @@ def refine_layers(
     ValueError
         There are fewer than three windows.
     """
-    rows = tokens.reshape(-1, tokens.shape[1])
-    if tokens.shape[1] > settings.window and tokens.shape[1] % settings.window == 0:
-        rows = tokens.reshape(-1, settings.window)
+    rows = tokens if tokens.shape[1] % settings.window else tokens.reshape(-1, settings.window)
     if len(rows) < 3:
         raise ValueError(f"refinement needs at least 3 windows of calibration text, not {len(rows)}: give more tokens")
     generator = torch.Generator().manual_seed(settings.seed)
@@ -151,12 +149,10 @@ def refine_layers(
 
 def spread_positions(windows: int, length: int, most: int, generator: torch.Generator) -> Int[Tensor, "windows length"]:
     """Positions below `most`: of each window consecutive ones, its start at 0 or log-uniform, alike for each octave."""
-    positions = torch.arange(length).expand(windows, -1)
     octaves = math.log2(max(1, most // length))
     powers = torch.rand(windows, generator=generator) * (octaves + 1) - 1  # below 0: at the beginning
     starts = torch.where(powers < 0, 0.0, length * 2**powers).long().clamp_max(max(0, most - length))
-    positions = positions + starts[:, None]
-    return positions
+    return starts[:, None] + torch.arange(length)
 
 
 class _Reading:
@@ -214,7 +210,8 @@ def _train(
     held_out, rest = windows[chosen], windows[~chosen]
 
     def score() -> float:
-        return sum(loss(one).item() for one in held_out.split(settings.batch)) / len(held_out.split(settings.batch))
+        parts = held_out.split(settings.batch)
+        return sum(loss(part).item() for part in parts) / len(parts)
 
     before = score()
     layer.requires_grad_(False)
