@@ -19,11 +19,12 @@ from mea.train.recovery_settings import recovery
 HERE = Path(__file__).parent
 SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
 SHORT, LONG = 200_000, 1_000_000
-# name -> how it is compressed, stages, tokens of each
-ROWS: dict[str, tuple[dict[str, Any], tuple[str, ...], int]] = {
+CLOSE = {"rate": 5e-4, "other_rate": 1e-4}  # for a start that is near the original; chosen before any run
+# name -> how it is compressed, stages, tokens of each, other settings
+ROWS: dict[str, tuple[Any, ...]] = {
     "position": ({"method": "position"}, ("distil",), SHORT),
     "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("distil",), SHORT),
-    "joint": ({"method": "joint"}, ("distil",), SHORT),
+    "joint": ({"method": "joint"}, ("distil",), SHORT, CLOSE),
     "frequency": ({"method": "frequency"}, ("distil",), SHORT),
     "svd": ({"method": "svd"}, ("distil",), SHORT),
     "million": ({"method": "position"}, ("distil",), LONG),
@@ -46,12 +47,13 @@ def main() -> None:
         record = HERE / "records" / f"{name}.json"
         if record.is_file():
             continue
-        how, stages, tokens = ROWS[name]
+        how, stages, tokens, *changes = ROWS[name]
+        scale = SCALE | (changes[0] if changes else {})
         start, out = options.work / f"{name}-start", options.work / name
         if not start.is_dir():
             compress_to_folder(source, start, dtype="float32", measure_tokens=0, **how)
         if not out.is_dir():
-            settings = [recovery(stage, tokens=tokens, **SCALE) for stage in stages]
+            settings = [recovery(stage, tokens=tokens, **scale) for stage in stages]
             made = recover_to_folder(
                 str(start), out, settings, options.text, original=source, measure_tokens=20480, progress=tell
             )

@@ -13,6 +13,7 @@ from mea.attention import (
     TalkingHeadsAttention,
     by_name,
 )
+from mea.attention.backends import _short_rows
 from mea.attention.mixing import NOISE, FrequencyMixing, HeadMixing
 
 
@@ -143,3 +144,22 @@ def test_modified_talking_heads_has_no_norm():
     module = ModifiedTalkingHeadsAttention(48, 4, 2)
     assert isinstance(module.head_norm, torch.nn.Identity)
     assert module.key_mixing.weight.shape == module.value_mixing.weight.shape == (2, 2)
+
+
+def test_products_of_short_rows_are_attention():
+    """Used for training in bfloat16 on a processor; exact in fp64, forward and backward."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(2, heads, 19, width, generator=generator, dtype=torch.float64, requires_grad=True)
+        for heads, width in ((6, 8), (3, 8), (3, 5))
+    )
+    found = _short_rows(q, k, v, 0.3)
+    repeated = [x.repeat_interleave(2, dim=1) for x in (k, v)]
+    scores = (0.3 * q @ repeated[0].mT).masked_fill(torch.ones(19, 19).triu(1).bool(), -torch.inf)
+    expected = scores.softmax(-1) @ repeated[1]
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(expected.shape, generator=generator, dtype=torch.float64)
+    for own, other in zip(
+        torch.autograd.grad(found, (q, k, v), upstream), torch.autograd.grad(expected, (q, k, v), upstream), strict=True
+    ):
+        torch.testing.assert_close(own, other)

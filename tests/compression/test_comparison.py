@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+import re
 import sys
 
 import pytest
 import torch
 
-from mea.compression import comparison
-from mea.compression.comparison import Contender, Protocol, compare, contenders_of
+from mea.compression import comparison, cost
+from mea.compression.comparison import Contender, Protocol, compare, contenders_of, cost_in_words
 from mea.evaluate import peers
 from mea.report import make_sections, rows
 
@@ -125,3 +126,14 @@ def test_a_backend_that_is_not_installed_is_a_note(saved, calibration, tmp_path)
 def test_contenders_with_one_label_are_refused(saved, calibration, tmp_path):
     with pytest.raises(ValueError, match="labels of their own"):
         compare(str(saved), tmp_path, [CONTENDERS[0]] * 2, protocol=PROTOCOL, calibration=calibration)
+
+
+def test_what_a_comparison_costs_is_said_before_any_weight_is_read(saved, calibration, monkeypatch):
+    monkeypatch.setattr(comparison, "load", None)
+    monkeypatch.setattr(cost, "_speed", lambda: 1e5)
+    one, more = [Contender("1", "svd")], [Contender(str(i), "svd", keep=i / 4) for i in (1, 2, 3)]
+    few, many = (cost_in_words(str(saved), contenders, PROTOCOL, calibration) for contenders in (one, more))
+    minutes = [int(re.search(r"about (\d+) minutes on this machine", words)[1]) for words in (few, many)]
+    assert few.startswith("1 way to")
+    assert many.startswith("3 ways to")
+    assert 1 < minutes[0] < minutes[1]

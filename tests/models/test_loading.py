@@ -49,7 +49,7 @@ def test_dtype_is_the_weights_own_or_the_one_asked_for(asked: str, got: torch.dt
 
 
 def test_unknown_dtype_lists_the_known(folder: Path) -> None:
-    with pytest.raises(ValueError, match="auto, float32, bfloat16, float16, not 'int8'"):
+    with pytest.raises(ValueError, match="auto, fast, float32, bfloat16, float16, not 'int8'"):
         load(str(folder), "int8")
 
 

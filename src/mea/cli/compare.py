@@ -23,7 +23,7 @@ def compare(
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
     context: Annotated[int, typer.Option(help="Of these, read before the continuation that is scored.")] = 768,
-    dtype: Annotated[str, typer.Option(help="To score in: float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="To score in: fast (bfloat16 where it is), float32, bfloat16.")] = "fast",
     calibration_tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     calibration_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
     decode_steps: Annotated[int, typer.Option(help="Decoding steps that are timed; 0: none.")] = 24,
@@ -31,7 +31,7 @@ def compare(
     """Compare every way to make a model's cache smaller, by measured bytes, in one protocol."""
     from mea.compression import Calibration
     from mea.compression.comparison import compare as run
-    from mea.compression.comparison import contenders_of
+    from mea.compression.comparison import contenders_of, cost_in_words
     from mea.compression.measuring import Protocol
     from mea.report import terminal_table, write_report
     from mea.report.sections import make_sections
@@ -44,11 +44,12 @@ def compare(
     texts = tuple((name, tokens) for name in text or ("wikitext-2-test", "technical"))
     protocol = Protocol(texts, window, positions=(), prompt="", decode_steps=decode_steps, context=context, dtype=dtype)
     peers = {"kvpress": kvpress} if kvpress else {}
+    calibration = Calibration(tokens=calibration_tokens, window=calibration_window)
+    Console(stderr=True).print(cost_in_words(model, contenders, protocol, calibration), highlight=False)
     with progress() as report:
         records = run(
-            model, out / "records", contenders, protocol=protocol, peers=peers, progress=report,
-            calibration=Calibration(tokens=calibration_tokens, window=calibration_window),
-        )  # fmt: skip
+            model, out / "records", contenders, protocol=protocol, peers=peers, progress=report, calibration=calibration
+        )
     sections = make_sections(records)
     write_markdown(sections, out / "report.md")
     write_text(out / "report.csv", as_csv(sections))

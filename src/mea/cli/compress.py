@@ -27,7 +27,7 @@ def compress(
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
-    dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
     measure: Annotated[
         int, typer.Option(help="WikiText-2 test tokens for the model card's perplexity; 0: none.")
     ] = 4096,

@@ -12,16 +12,17 @@ from mea.cli.console import progress
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the records and the report.")] = Path("build/demo"),
     model: Annotated[str | None, typer.Option(help="Another model than SmolLM2-135M from its package.")] = None,
+    refined: Annotated[bool, typer.Option("--refined", help="Also the default method with --refine 2: slow.")] = False,
 ) -> None:
     """Compress a real model to half of its cache with every method, and report what that costs and brings."""
-    from mea.compression.comparison import DEMO, compare, packaged_model
+    from mea.compression.comparison import DEMO, REFINED, compare, cost_in_words, packaged_model
     from mea.report import terminal_table, write_report
 
     source = model or packaged_model()
-    errors = Console(stderr=True)
-    errors.print(f"Comparing {len(DEMO)} ways to halve the cache of {Path(source).name}: up to 10 minutes on 2 cores.")
+    contenders = [*([REFINED] if refined else []), *DEMO]
+    Console(stderr=True).print(cost_in_words(source, contenders), highlight=False)
     with progress() as report:
-        records = compare(source, out / "records", list(DEMO), progress=report)
+        records = compare(source, out / "records", contenders, progress=report)
     page = write_report(records, out / "report.html")
     Console().print(terminal_table(records))
     Console().print(f"The report, with figures: {page}", soft_wrap=True)

@@ -25,7 +25,7 @@ def evaluate(
     ] = None,
     seed: Annotated[int, typer.Option(help="long-context: of the prompts.")] = 0,
     limit: Annotated[int | None, typer.Option(help="Only so many rows of each task, or prompts of each kind.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
     batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a batch; found while running if absent.")] = None,
     label: Annotated[
         str | None, typer.Option(help="Name of the model in records; by default that of its folder.")

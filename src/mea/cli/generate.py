@@ -19,7 +19,7 @@ def generate(
     ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
     against: Annotated[str | None, typer.Option(help="Another model, to continue the same prompt.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
     from mea.evaluate.generation import continue_prompt

@@ -16,7 +16,7 @@ def perplexity(
     window: Annotated[int, typer.Option(help="Tokens per window; windows do not overlap.")] = 1024,
     tokens: Annotated[int | None, typer.Option(help="Only this many tokens of the text.")] = None,
     against: Annotated[str | None, typer.Option(help="Another model, to give the ratio to.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (that of the weights), float32, bfloat16 or float16.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
     cache_bits: Annotated[
         int | None, typer.Option(help="Store the cache in 8, 4 or 2 bits instead of as it is.")
     ] = None,

@@ -19,7 +19,7 @@ def profile(
     ] = None,
     tokens: Annotated[int, typer.Option(help="Held-out tokens.")] = 4096,
     window: Annotated[int, typer.Option(help="Tokens per held-out window.")] = 1024,
-    dtype: Annotated[str, typer.Option(help="To measure in: auto, float32, bfloat16 or float16.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="fast (bfloat16 where it is), auto, float32 or bfloat16.")] = "fast",
     calibration_text: Annotated[str, typer.Option(help="A packaged text or a .txt file.")] = "calibration",
     calibration_tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     calibration_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,

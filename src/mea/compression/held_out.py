@@ -19,6 +19,7 @@ from mea.compression.convert import LayerFactors, latent_copy
 from mea.compression.plan import Calibration
 from mea.compression.stream import embed, layer_inputs
 from mea.evaluate.perplexity import encode_text, replaced_forward
+from mea.ops.precision import fast_dtype
 from mea.texts import load_text
 
 ROWS = 256  # logits made at a time
@@ -41,10 +42,11 @@ class HeldOut:
     tokens
         The windows.
     dtype
-        To compute in; sums of losses are in fp32.
+        To compute in, by default `fast_dtype`; sums of losses are in fp32.
     """
 
-    def __init__(self, model: Any, tokens: Int[Tensor, "n t"], dtype: torch.dtype = torch.bfloat16):
+    def __init__(self, model: Any, tokens: Int[Tensor, "n t"], dtype: torch.dtype | None = None):
+        dtype = dtype or fast_dtype(model.device)
         self.model = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
         self.tokens, self.dtype = tokens, dtype
         self.layers: list[Any] = list(self.model.model.layers)

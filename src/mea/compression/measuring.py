@@ -31,6 +31,7 @@ from mea.evaluate.through_cache import ThroughCache
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_form
 from mea.models.quantised import CacheFormat, QuantisedCache
+from mea.ops.precision import named_dtype
 from mea.records import Record, make_record
 from mea.texts import load_text
 
@@ -54,7 +55,8 @@ class Protocol:
     prompt, new_tokens
         Continued greedily; not without a prompt.
     decode_context, decode_steps
-        For the time of a decoding step, in `decode_dtype`; not without steps.
+        For the time of a decoding step, in `decode_dtype` (``"fast"``: bfloat16 where this machine multiplies it, else
+        float32); not without steps.
     context
         Of each window, what is read before the continuation that is scored; no continuations if 0. Bytes are then
         those of the cache after such a context.
@@ -70,9 +72,13 @@ class Protocol:
     new_tokens: int = 48
     decode_context: int = 8000
     decode_steps: int = 24
-    decode_dtype: str = "bfloat16"
+    decode_dtype: str = "fast"
     context: int = 0
     dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        for name in ("decode_dtype", "dtype"):
+            object.__setattr__(self, name, named_dtype(getattr(self, name)))
 
 
 @dataclass(frozen=True)

@@ -28,6 +28,7 @@ from mea.compression.stream import evaluating
 from mea.evaluate.perplexity import block_means, ratio
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
+from mea.ops.precision import named_dtype
 from mea.records import Record, make_record, read_record, write_record
 
 Progress = Callable[[str, int, int], None]
@@ -43,7 +44,7 @@ def profile(
     text: str | None = None,
     tokens: int = 4096,
     window: int = 1024,
-    dtype: str = "bfloat16",
+    dtype: str = "fast",
     calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Record:
@@ -67,7 +68,7 @@ def profile(
     ValueError
         `out` is something else than this run's record; or as `mea.compression.compress.compress`.
     """
-    calibration = calibration or Calibration()
+    calibration, dtype = calibration or Calibration(), named_dtype(dtype)
     plan = make_plan(load_config(source), 2, keep=keep, method=method, calibration=calibration)
     config = _config(source, plan, keep, text, tokens, window, dtype)
     record = _begun(out, config)

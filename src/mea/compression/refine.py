@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mea.compression.convert import replace_weights
 from mea.compression.stream import LayerInputs, embed, evaluating, layer_inputs, position_embeddings, resident
+from mea.ops.precision import fast_dtype
 
 Progress = Callable[[str, int, int], None]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -173,7 +174,8 @@ class _Reading:
         options = self.options | {"position_embeddings": (self.turns[0][which], self.turns[1][which])}
         if "position_ids" in options:  # latents of unrotated keys are rotated by them
             options["position_ids"] = self.places[which].to(hidden.device)
-        with torch.autocast(hidden.device.type, torch.bfloat16):
+        kind = fast_dtype(hidden.device)
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
             return layer(hidden, **options).float()
 
     @torch.no_grad()

@@ -15,8 +15,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from mea.models.compressed import MODEL_TYPE_PREFIX, SUPPORTED
+from mea.ops.precision import named_dtype
 
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 MEMORY_SHARE = 0.7  # of the free memory may be taken by weights; more stays on disk and is read layer by layer
 
 MARKED_BYTES = 2**20
@@ -62,7 +63,7 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     source
         A folder, a GGUF file (dequantised), or a model's id on the hub.
     dtype
-        ``"auto"`` keeps that of the weights.
+        ``"auto"`` keeps that of the weights; ``"fast"`` is bfloat16 where this machine multiplies it, else float32.
     offload_folder
         Where weights may stay that do not fit into memory; without it, a model that does not fit is refused.
 
@@ -96,7 +97,7 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
 
 
 def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
-    """The dtype that a model will be loaded in: the one given, or for ``"auto"`` that of its weights.
+    """The dtype that a model will be loaded in: the one given, that of its weights (``"auto"``), or the ``"fast"`` one.
 
     Raises
     ------
@@ -106,7 +107,7 @@ def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
     if dtype != "auto":
-        return getattr(torch, dtype)
+        return getattr(torch, named_dtype(dtype))
     own = getattr(config, "dtype", None) or torch.float32
     return getattr(torch, own) if isinstance(own, str) else own
 

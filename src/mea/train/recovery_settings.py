@@ -5,9 +5,11 @@ import difflib
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from mea.ops.precision import named_dtype
+
 Objective = Literal["attention", "logits", "text"]
 Trained = Literal["factors", "attention", "all", "lora"]
-Precision = Literal["bfloat16", "float32"]
+Precision = Literal["fast", "bfloat16", "float32"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Recovery:
     checkpoints
         How often the state is saved.
     precision
-        Of the products; sums, updates and all that is stored are fp32.
+        Of the products; sums, updates and all that is stored are fp32. ``"fast"`` is bfloat16 where
+        this machine multiplies it, else float32.
     less_memory
         Keep no activations within layers for the backward pass; costs a second forward pass.
     seed
@@ -73,7 +76,7 @@ class Recovery:
     held_out: int = 8192
     evaluations: int = 8
     checkpoints: int = 8
-    precision: str = "bfloat16"
+    precision: str = "fast"
     less_memory: bool = False
     seed: int = 0
 
@@ -81,6 +84,7 @@ class Recovery:
         for name, allowed in (("objective", Objective), ("trained", Trained), ("precision", Precision)):
             one_of(name, getattr(self, name), get_args(allowed))
         object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "precision", named_dtype(self.precision))
         for name in ("tokens", "batch", "micro_batch", "rank", "held_out", "evaluations", "checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
