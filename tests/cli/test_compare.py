@@ -1,6 +1,7 @@
 """``mea compare``, ``mea profile`` and ``mea compress --allocate`` from the outside."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +20,24 @@ def test_compare_writes_records_and_three_reports(mea, models_, text, tmp_path):
         assert "Not run" in (tmp_path / name).read_text() or name == "report.csv"
     again = mea("compare", models_["a"], tmp_path, *options)
     assert again.exit_code == 0, again.output
+
+
+def test_compare_measures_before_and_after_the_same_training(mea, models_, text, tmp_path):
+    options = ("--method", "position", "--method", "svd", "--keep", 0.5, "--bits", 8, "--decode-steps", 0)
+    options += ("--text", text, "--tokens", 256, "--window", 64, "--context", 40)
+    options += ("--calibration-tokens", 256, "--calibration-window", 64, "--recover-tokens", 2 * 4 * 64)
+    Path(text).write_text(5 * Path(text).read_text())
+    refused = mea("compare", models_["a"], tmp_path, *options)
+    assert "--recover-text FILE" in refused.stderr
+    result = mea("compare", models_["a"], tmp_path, *options, "--recover-text", text)
+    assert result.exit_code == 0, result.output
+    records = {record["config"]["label"]: record for record in read_records(tmp_path / "records")}
+    for method in ("position", "svd"):
+        before, after = records[f"{method} 0.5"], records[f"{method} 0.5, recovered"]
+        assert after["config"]["recovery"]["steps"] == 2
+        assert after["results"]["cache"] == before["results"]["cache"]
+        assert list((tmp_path / "recovery").glob(f"{method}-0-5--recovered/checkpoint-*"))
+    assert not any("8 bits, recovered" in label for label in records)
 
 
 def test_profile_writes_its_record(mea, models_, text, tmp_path):

@@ -1,5 +1,6 @@
 """The side-by-side comparison behind the demo, on a tiny model."""
 
+import copy
 import dataclasses
 import math
 import re
@@ -9,8 +10,9 @@ import pytest
 import torch
 
 from mea.compression import comparison, cost
-from mea.compression.comparison import Contender, Protocol, compare, contenders_of, cost_in_words
+from mea.compression.comparison import Contender, Protocol, Training, compare, contenders_of, cost_in_words
 from mea.evaluate import peers
+from mea.models.loading import load_config
 from mea.report import make_sections, rows
 
 CONTENDERS = [Contender("position", "position"), Contender("svd", "svd"), Contender("svd, less", "svd", keep=0.25)]
@@ -94,6 +96,7 @@ def test_a_peer_exchanges_tokens_and_losses_with_its_environment(saved, calibrat
         "request = json.loads((folder / 'request.json').read_text())\n"
         "tokens = load_file(folder / 'tokens.safetensors')['tokens']\n"
         "assert (pathlib.Path(request['model']) / 'config.json').is_file()\n"
+        "assert request['calibration'][0] and request['calibration_window'] > 0\n"
         "losses = torch.ones(len(tokens), tokens.shape[1] - request['context'] - 1)\n"
         "save_file({'losses': losses}, folder / '0.safetensors')\n"
         "(folder / '0.json').write_text(json.dumps({'bytes_per_token': 7.0, 'versions': {}}))\n"
@@ -106,6 +109,32 @@ def test_a_peer_exchanges_tokens_and_losses_with_its_environment(saved, calibrat
     assert one["results"]["cache"]["bytes_per_token"] == 7.0
     assert one["results"]["continuations"]["technical"]["perplexity"] == pytest.approx(math.e)
     assert two["results"]["not_run"] == "TypeError: no such press"
+
+
+def test_recovered_contenders_are_measured_as_the_training_leaves_them(saved, calibration, tmp_path):
+    def silenced(student, original, name):
+        assert student is not original
+        names.append(name)
+        model = copy.deepcopy(student)
+        torch.nn.init.zeros_(model.get_output_embeddings().weight)
+        return model
+
+    names = []
+    contenders = contenders_of(["position", "svd"], [0.5], bits=(), recovered=True)
+    options = {"protocol": CONTINUED, "calibration": calibration, "training": Training(silenced, {"how": "zeros"})}
+    records = compare(str(saved), tmp_path / "r", contenders, **options)
+    found = {record["config"]["label"]: record for record in records}
+    assert names == ["position-0-5--recovered", "svd-0-5--recovered"]
+    vocabulary = load_config(str(saved)).vocab_size
+    for method in ("position", "svd"):
+        before, after = (found[f"{method} 0.5{end}"] for end in ("", ", recovered"))
+        assert after["config"]["recovery"] == {"how": "zeros"}
+        assert "recovery" not in before["config"]
+        assert after["results"]["cache"] == before["results"]["cache"]
+        assert after["results"]["texts"]["technical"]["perplexity"] == pytest.approx(vocabulary)
+        assert before["results"]["texts"]["technical"]["perplexity"] != pytest.approx(vocabulary)
+    with pytest.raises(ValueError, match="no training is given"):
+        compare(str(saved), tmp_path / "r", contenders, **options | {"training": None})
 
 
 def test_an_environment_without_the_peer_says_so(tmp_path):

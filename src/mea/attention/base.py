@@ -54,6 +54,7 @@ class AttentionOptions(TypedDict, total=False):
     bias: bool
     backend: Backend
     eps: float
+    head_norm_init: float
     layer_index: int
 
 
@@ -78,6 +79,9 @@ class Attention(nn.Module):
         ``"eager"``, ``"sdpa"`` or ``"flex"`` (`mea.attention.backends`).
     eps
         Of every norm.
+    head_norm_init
+        What the gain of the norm after attention starts at, where there is one. At 1 a head's output is at the start
+        many times as large as an average of values without the norm.
     layer_index
         Which layer of a cache is this module's; Differential V1 also takes its lambda_init from it.
     projections
@@ -100,6 +104,7 @@ class Attention(nn.Module):
         bias: bool = False,
         backend: Backend = "sdpa",
         eps: float = 1e-5,
+        head_norm_init: float = 1.0,
         layer_index: int = 0,
         projections: tuple[int, int, int] | None = None,
     ) -> None:
@@ -116,7 +121,7 @@ class Attention(nn.Module):
         self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = hidden_size, num_heads, num_kv_heads, d
         self.rope, self.causal, self.window = rope, causal, window
         self.backend: Backend = backend
-        self.layer_index, self.eps = layer_index, eps
+        self.layer_index, self.eps, self.head_norm_init = layer_index, eps, head_norm_init
         self.rotary_dim = d if rope is None else rope.rotary_dim(d)
 
         q, k, v = projections or (num_heads, num_kv_heads, num_kv_heads)

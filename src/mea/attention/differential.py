@@ -48,7 +48,7 @@ class DifferentialAttention(Attention):
         self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2 = (
             nn.Parameter(torch.empty(self.head_dim)) for _ in range(4)
         )
-        self.head_norm = HeadNorm(num_heads // 2, 2 * self.head_dim, "shared_gain", self.eps)
+        self.head_norm = HeadNorm(num_heads // 2, 2 * self.head_dim, "shared_gain", self.eps, self.head_norm_init)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -37,7 +37,7 @@ class GroupedQueryAttention(Attention):
         **options: Unpack[AttentionOptions],
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, **options)
-        self.head_norm = make_head_norm(num_heads, self.head_dim, head_norm, self.eps)
+        self.head_norm = make_head_norm(num_heads, self.head_dim, head_norm, self.eps, self.head_norm_init)
 
     def forward(
         self,

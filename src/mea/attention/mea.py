@@ -90,7 +90,7 @@ class MultiheadExplicitAttention(Attention):
         elif mix_keys:
             self.key_mixing = HeadMixing(h_c, h_kv, init)
         self.value_mixing = HeadMixing(h_c, h_kv, init) if mix_values else None
-        self.head_norm = make_head_norm(num_heads, self.head_dim, head_norm, self.eps)
+        self.head_norm = make_head_norm(num_heads, self.head_dim, head_norm, self.eps, self.head_norm_init)
 
     def forward(
         self,

@@ -154,14 +154,19 @@ class HeadNorm(nn.Module):
         Heads after attention, and channels of one.
     gain
         ``"no_gain"``, ``"shared_gain"`` (one for all heads, as in Differential Transformer) or ``"per_head_gain"``.
+    init
+        What the gain starts at.
     """
 
-    def __init__(self, num_heads: int, channels: int, gain: HeadNormGain = "shared_gain", eps: float = 1e-5) -> None:
+    def __init__(
+        self, num_heads: int, channels: int, gain: HeadNormGain = "shared_gain", eps: float = 1e-5, init: float = 1.0
+    ) -> None:
         super().__init__()
         shapes = {"no_gain": None, "shared_gain": (channels,), "per_head_gain": (num_heads, channels)}
         check_name("gain", gain, tuple(shapes))
         self.channels, self.gain, self.eps, shape = channels, gain, eps, shapes[gain]
-        self.weight = None if shape is None else nn.Parameter(torch.ones(shape))
+        self.init = init
+        self.weight = None if shape is None else nn.Parameter(torch.full(shape, init))
 
     def forward(self, x: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
         """Normalise every head of every token."""
@@ -171,7 +176,7 @@ class HeadNorm(nn.Module):
         return F.rms_norm(x, (self.channels,), weight, self.eps)
 
 
-def make_head_norm(num_heads: int, channels: int, gain: HeadNormGain, eps: float) -> nn.Module:
+def make_head_norm(num_heads: int, channels: int, gain: HeadNormGain, eps: float, init: float = 1.0) -> nn.Module:
     """The norm after attention by name; nothing for ``"off"``."""
     check_name("head_norm", gain, get_args(HeadNormGain))
-    return nn.Identity() if gain == "off" else HeadNorm(num_heads, channels, gain, eps)
+    return nn.Identity() if gain == "off" else HeadNorm(num_heads, channels, gain, eps, init)

@@ -19,6 +19,10 @@ def compare(
     backend: Annotated[list[str] | None, typer.Option(help="Of transformers' QuantizedCache: hqq, quanto.")] = None,
     press: Annotated[list[str] | None, typer.Option(help="A class of kvpress; may be repeated.")] = None,
     kvpress: Annotated[str | None, typer.Option(help="Python of an environment that has kvpress.")] = None,
+    conversion: Annotated[list[str] | None, typer.Option(help="Of cacheshrink: separate, joint, xkv.")] = None,
+    cacheshrink: Annotated[str | None, typer.Option(help="Python of an environment that has cacheshrink.")] = None,
+    recover_tokens: Annotated[int, typer.Option(help="Measure every method also after training on so many.")] = 0,
+    recover_text: Annotated[list[str] | None, typer.Option(help="To train on: a .txt file; may be repeated.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="To score; wikitext-2-test and technical by default.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens of each text.")] = 8192,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 1024,
@@ -30,25 +34,44 @@ def compare(
 ) -> None:
     """Compare every way to make a model's cache smaller, by measured bytes, in one protocol."""
     from mea.compression import Calibration
+    from mea.compression.comparison import Training, contenders_of, cost_in_words
     from mea.compression.comparison import compare as run
-    from mea.compression.comparison import contenders_of, cost_in_words
     from mea.compression.measuring import Protocol
     from mea.report import terminal_table, write_report
     from mea.report.sections import make_sections
     from mea.report.writing import as_csv, write_markdown, write_text
+    from mea.train.recovery_settings import recovery
+    from mea.train.same_recovery import SameRecovery
 
     contenders = contenders_of(
         method or ["position", "frequency"], keep or [0.25, 0.33, 0.5, 0.67, 0.8], bits=bits or [8, 4, 2],
         backends=backend or [], allocated=allocate or [], presses=press or [],
+        conversions=conversion or [], recovered=recover_tokens > 0,
     )  # fmt: skip
     texts = tuple((name, tokens) for name in text or ("wikitext-2-test", "technical"))
     protocol = Protocol(texts, window, positions=(), prompt="", decode_steps=decode_steps, context=context, dtype=dtype)
-    peers = {"kvpress": kvpress} if kvpress else {}
+    peers = {name: python for name, python in (("kvpress", kvpress), ("cacheshrink", cacheshrink)) if python}
     calibration = Calibration(tokens=calibration_tokens, window=calibration_window)
-    Console(stderr=True).print(cost_in_words(model, contenders, protocol, calibration), highlight=False)
+    if recover_tokens and not recover_text:
+        raise ValueError("no text to train on: give at least one (--recover-text FILE)")
+    words = cost_in_words(model, contenders, protocol, calibration, recover_tokens)
+    Console(stderr=True).print(words, highlight=False)
     with progress() as report:
+        training = None
+        if recover_tokens:
+            width, held_out = min(512, window), min(8192, max(window, recover_tokens // 8))
+            settings = recovery(tokens=recover_tokens, window=width, held_out=held_out)
+            same = SameRecovery(model, recover_text or [], settings, out / "recovery", report)
+            training = Training(same, same.description)
         records = run(
-            model, out / "records", contenders, protocol=protocol, peers=peers, progress=report, calibration=calibration
+            model,
+            out / "records",
+            contenders,
+            protocol=protocol,
+            peers=peers,
+            training=training,
+            progress=report,
+            calibration=calibration,
         )
     sections = make_sections(records)
     write_markdown(sections, out / "report.md")

