@@ -157,6 +157,19 @@ def test_initial_values_survive_the_construction_by_hugging_face():
     assert 0 < differential.lambda_q1.abs().max() < 0.5
 
 
+@pytest.mark.parametrize("method", ["gqa", "mea", "differential_v1"])
+def test_the_gain_of_the_head_norm_starts_where_it_is_told_to_and_no_other(method, tmp_path):
+    options = {"head_norm_init": 0.1, "qk_norm": True} | ({"head_norm": "shared_gain"} if method == "gqa" else {})
+    model = MeaForCausalLM(MeaConfig(**TINY, attention=method, attention_options=options))
+    attention = model.model.layers[1].self_attn
+    assert (attention.head_norm.weight == 0.1).all()
+    assert (attention.q_norm.weight == 1).all()
+    torch.nn.init.constant_(attention.head_norm.weight, 0.7)
+    model.save_pretrained(tmp_path)
+    loaded = MeaForCausalLM.from_pretrained(tmp_path)
+    assert (loaded.model.layers[1].self_attn.head_norm.weight == 0.7).all()
+
+
 def test_embeddings_are_tied_only_when_asked():
     untied = MeaForCausalLM(MeaConfig(**TINY))
     assert untied.lm_head.weight is not untied.model.embed_tokens.weight

@@ -81,11 +81,15 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Names of the paper's arms, and beyond them; `mea_half` trains with half as many component heads.
+# Names of the paper's arms, and beyond them: `mea_half` trains with half as many component heads; with `_small_gain` heads
+# start about as loud as they are without a norm (docs/LOG.md: from 1 on, short trainings do worse than without).
+SMALL_GAIN = {"head_norm_init": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "transformer": {"attention": "gqa"},
     "groupnorm": {"attention": "gqa", "attention_options": {"head_norm": "shared_gain"}},
+    "groupnorm_small_gain": {"attention": "gqa", "attention_options": {"head_norm": "shared_gain"} | SMALL_GAIN},
     "mea": {"attention": "mea"},
+    "mea_small_gain": {"attention": "mea", "attention_options": SMALL_GAIN},
     "mea_no_norm": {"attention": "modified_talking_heads"},
     "mea_keys": {"attention": "mea", "attention_options": {"mix": "keys"}},
     "mea_values": {"attention": "mea", "attention_options": {"mix": "values"}},
