@@ -81,8 +81,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Names of the paper's arms, and beyond them: `mea_half` trains with half as many component heads; with `_small_gain` heads
-# start about as loud as they are without a norm (docs/LOG.md: from 1 on, short trainings do worse than without).
+# Names of the paper's arms, and beyond them: `mea_half` trains with half as many component heads; with `_small_gain`
+# heads start about as loud as they are without a norm (docs/LOG.md: from 1 on, short trainings do worse than without).
 SMALL_GAIN = {"head_norm_init": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "transformer": {"attention": "gqa"},
