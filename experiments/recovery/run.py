@@ -19,12 +19,11 @@ from mea.train.recovery_settings import recovery
 HERE = Path(__file__).parent
 SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
 SHORT, LONG = 200_000, 1_000_000
-CLOSE = {"rate": 5e-4, "other_rate": 1e-4}  # for a start that is near the original; chosen before any run
 # name -> how it is compressed, stages, tokens of each, other settings
 ROWS: dict[str, tuple[Any, ...]] = {
     "position": ({"method": "position"}, ("distil",), SHORT),
     "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("distil",), SHORT),
-    "joint": ({"method": "joint"}, ("distil",), SHORT, CLOSE),
+    "joint": ({"method": "joint"}, ("near",), SHORT // 2, {"evaluations": 3}),
     "frequency": ({"method": "frequency"}, ("distil",), SHORT),
     "svd": ({"method": "svd"}, ("distil",), SHORT),
     "million": ({"method": "position"}, ("distil",), LONG),

@@ -1,6 +1,7 @@
 """Tiny random models of several architectures, which differ in what they do to their logits."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -58,3 +59,22 @@ def bytes_tokenizer() -> Any:
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+
+
+@pytest.fixture(scope="session")
+def two_models(tmp_path_factory: pytest.TempPathFactory, bytes_tokenizer: Any) -> Callable[[int], Path]:
+    """two_models(context) is a folder with the models "first" and "second": the same shape, other weights."""
+
+    def make(context: int) -> Path:
+        root = tmp_path_factory.mktemp("models")
+        sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+        for seed, name in enumerate(("first", "second")):
+            torch.manual_seed(seed)
+            config = transformers.LlamaConfig(
+                vocab_size=258, num_key_value_heads=2, max_position_embeddings=context, **sizes
+            )
+            transformers.LlamaForCausalLM(config).save_pretrained(root / name)
+            bytes_tokenizer.save_pretrained(root / name)
+        return root
+
+    return make

@@ -16,19 +16,8 @@ PLAN = Evaluation("zero-shot", ("piqa", "arc_easy"), DATA, limit=6, batch_tokens
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory, bytes_tokenizer):
-    """Two models of the same shape with other weights."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    root = tmp_path_factory.mktemp("models")
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
-    for seed, name in enumerate(("first", "second")):
-        torch.manual_seed(seed)
-        config = LlamaConfig(vocab_size=258, num_key_value_heads=2, max_position_embeddings=1024, **sizes)
-        LlamaForCausalLM(config).save_pretrained(root / name)
-        bytes_tokenizer.save_pretrained(root / name)
-    return root
+def folders(two_models):
+    return two_models(1024)
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from mea.train.recovery_choice import factors
 from mea.train.recovery_data import overlaps, windows
 from mea.train.recovery_loss import Distilled
 from mea.train.recovery_settings import recovery
-from mea.train.recovery_trainer import DivergedError
+from mea.train.recovery_trainer import DivergedError, RecoveryTrainer
 from tiny_models import compress, stock
 
 WINDOW = 16
@@ -57,28 +57,44 @@ class Stopped(Exception):
     pass
 
 
-def test_a_run_that_was_interrupted_ends_in_the_same_state(pair, tmp_path):
-    whole = run(pair, tmp_path / "whole")
+@pytest.mark.parametrize("preset", ["distil", "near"])
+def test_a_run_that_was_interrupted_ends_in_the_same_state(pair, tmp_path, preset):
+    whole = run(pair, tmp_path / "whole", preset)
 
     def stop(what: str, done: int, of: int) -> None:
         if what == "recovering" and done == 8:
             raise Stopped
 
     with pytest.raises(Stopped):
-        run(pair, tmp_path / "parts", progress=stop)
+        run(pair, tmp_path / "parts", preset, progress=stop)
     assert (tmp_path / "parts" / "checkpoint-6").is_dir()
-    resumed = run(pair, tmp_path / "parts")
+    resumed = run(pair, tmp_path / "parts", preset)
     assert resumed.losses == whole.losses
     assert resumed.curve == whole.curve
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("preset", ["layers", "distil", "cpt"])
+@pytest.mark.parametrize("preset", ["layers", "distil", "near", "cpt"])
 def test_every_stage_lowers_what_it_minimises(pair, tmp_path, preset):
     result = run(pair, tmp_path, preset, rate=3e-3, other_rate=1e-3)
     losses = [point["loss"] for point in result.losses]
     assert sum(losses[-3:]) < sum(losses[:3])
+
+
+def test_relative_rates_are_the_same_share_of_every_tensor(pair, tmp_path):
+    student, original = copy.deepcopy(pair)
+    nought = next(parameter for name, parameter in student.named_parameters() if "norm" in name)
+    torch.nn.init.zeros_(nought)
+    settings = recovery("near", **{**SMALL, "rate": 1e-3, "other_rate": 1e-4})
+    own = list(factors(student).values())
+    module = Distilled(student, original, kl=1.0, ce=0.0)
+    groups = RecoveryTrainer(module, own, rows(), dict, settings, tmp_path).create_optimizer().param_groups
+    rates = {id(parameter): group["lr"] for group in groups for parameter in group["params"]}
+    for parameter in student.parameters():
+        share = 1e-3 if any(parameter is each for each in own) else 1e-4
+        size = 1e-3 if parameter is nought else parameter.detach().square().mean().sqrt().item()
+        assert rates[id(parameter)] == pytest.approx(share * size)
 
 
 def test_distillation_comes_nearer_to_the_original_on_held_out_text(pair, tmp_path):

@@ -15,7 +15,7 @@ def recover(
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
     text: Annotated[list[str], typer.Option(help="Text to train on, a file or a packaged one; may be repeated.")],
     original: Annotated[str | None, typer.Option(help="The uncompressed model; cpt does without.")] = None,
-    stage: Annotated[str, typer.Option(help="layers, distil or cpt; several joined by +.")] = "distil",
+    stage: Annotated[str, typer.Option(help="layers, distil, near or cpt; several joined by +.")] = "distil",
     trained: Annotated[str | None, typer.Option(help="factors, attention, all or lora.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each stage; 100,000 by default.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens read in one piece; 512 by default.")] = None,
