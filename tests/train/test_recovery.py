@@ -117,6 +117,17 @@ def test_the_result_is_the_best_state_seen_and_never_worse_than_the_start(pair, 
     assert measured == pytest.approx(result.best["ce"], rel=1e-5)  # in parts of 2 windows, and of 4 here
 
 
+@pytest.mark.parametrize(("preset", "chosen"), [("distil", 2), ("cpt", 1)])
+def test_distillation_chooses_by_nearness_among_states_that_predict_no_worse(pair, tmp_path, preset, chosen):
+    student, original = copy.deepcopy(pair)
+    scores = [{"ce": ce, "kl": kl} for ce, kl in ((3.0, 0.2), (2.9, 0.15), (2.95, 0.1), (3.1, 0.05))]
+    settings = recovery(preset, **{**SMALL, "tokens": 3 * 4 * WINDOW, "evaluations": 3})
+    module = Distilled(student, original, kl=float(preset == "distil"), ce=float(preset == "cpt"))
+    trainer = RecoveryTrainer(module, [], rows(), iter(scores).__next__, settings, tmp_path)
+    trainer.train()
+    assert {name: trainer.restore_best()[name] for name in ("ce", "kl")} == scores[chosen]
+
+
 def test_the_curve_has_the_start_and_the_end_whatever_the_interval(pair, tmp_path):
     curve = run(pair, tmp_path, evaluations=5).curve  # every 2 steps of 12, and every 5 of 13
     assert [point["tokens"] for point in curve] == [64 * step for step in range(0, 13, 2)]

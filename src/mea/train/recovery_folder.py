@@ -190,7 +190,7 @@ def card(record: Record) -> str:
         f"# {config['model']}, recovered",
         "",
         f"A model with a compressed KV cache, trained for {tokens:,} tokens of {', '.join(config['texts'])}; its state "
-        "is the one that predicted text held out from these best.",
+        "was chosen by text held out from these.",
         "",
         "| measured | before training | now |",
         "|---|---|---|",

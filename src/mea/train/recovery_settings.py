@@ -48,7 +48,7 @@ class Recovery:
     rank
         Of the low-rank updates.
     held_out
-        Tokens at the end of each text that are not trained on; the result is the state that predicts them best.
+        Tokens at the end of each text that are not trained on; they choose the result, see `RecoveryTrainer.best`.
     evaluations
         How often they are scored.
     checkpoints

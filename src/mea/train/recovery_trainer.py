@@ -116,6 +116,16 @@ class RecoveryTrainer(Trainer):
         return [{key.removeprefix("held_out_"): entry[key] for key in keys if key in entry} for entry in found]
 
     @property
+    def best(self) -> Point:
+        """The point nearest to the original of those that predict the text no worse than the start.
+
+        Without an original, and where the text itself is the objective, the point that predicts it best.
+        """
+        points = [point for point in self.curve if point["ce"] <= self.curve[0]["ce"]]
+        what = "kl" if self.settings.objective != "text" and "kl" in points[0] else "ce"
+        return min(points, key=lambda point: point[what])
+
+    @property
     def losses(self) -> list[Point]:
         """Training losses: ``tokens`` and the mean ``loss`` of the steps since the entry before."""
         return [
@@ -168,18 +178,17 @@ class RecoveryTrainer(Trainer):
         self.model.eval()
         scores = self.scored()
         self.model.train()
-        best = min((point["ce"] for point in self.curve), default=math.inf)
         if not math.isfinite(scores["ce"]):
             raise DivergedError(f"the held-out loss is {scores['ce']} after {tokens:,} tokens: train with lower rates")
-        if scores["ce"] < best:
-            self._keep(self.folder / BEST)
         self.log({f"held_out_{name}": value for name, value in scores.items()} | {"tokens": tokens})
+        if self.best["tokens"] == tokens:
+            self._keep(self.folder / BEST)
         return {}
 
     def restore_best(self) -> Point:
         """Put the best state seen, the start included, into the model; returns its point of the curve."""
         self._put(self.folder / BEST)
-        return min(self.curve, key=lambda point: point["ce"])
+        return self.best
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return SequentialSampler(self._rows)  # the order is the rows' own, on any number of processes
