@@ -77,7 +77,8 @@ def test_a_run_that_was_interrupted_ends_in_the_same_state(pair, tmp_path, prese
 
 @pytest.mark.parametrize("preset", ["layers", "distil", "near", "cpt"])
 def test_every_stage_lowers_what_it_minimises(pair, tmp_path, preset):
-    result = run(pair, tmp_path, preset, rate=3e-3, other_rate=1e-3)
+    scale = 10 if preset == "near" else 1  # the tensors of this model have an RMS of about a tenth
+    result = run(pair, tmp_path, preset, rate=scale * 3e-3, other_rate=scale * 1e-3)
     losses = [point["loss"] for point in result.losses]
     assert sum(losses[-3:]) < sum(losses[:3])
 
@@ -142,7 +143,7 @@ def test_what_is_trained_is_what_was_chosen(pair, tmp_path):
     everything = {name for name, _ in start.named_parameters()}
     assert own < attention < everything
     for trained, expected in (("factors", own), ("attention", attention), ("all", everything)):
-        result = run(pair, tmp_path / trained, trained=trained, tokens=2 * 64)
+        result = run(pair, tmp_path / trained, trained=trained)
         assert changed(start, result.model) == expected, trained
         assert all(parameter.requires_grad for parameter in result.model.parameters())
 
