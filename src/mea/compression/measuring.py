@@ -191,6 +191,7 @@ class Measuring:
         `calibration` holds the windows that this package's methods are fitted on.
         """
         scored: dict[str, list[PeerResult]] = {}
+        texts = self.tokenizer.batch_decode(calibration)
         with tempfile.TemporaryDirectory() as place:
             folder = Path(place)
             if python is not None:
@@ -201,7 +202,7 @@ class Measuring:
                 rows = windows(tokens, self.protocol.window, start_token(self.tokenizer))
                 scored[text] = run_peer(
                     peer, python, folder / text, folder / "model", rows, list(runs), context=self.protocol.context,
-                    dtype=self.protocol.dtype, calibration=self.tokenizer.batch_decode(calibration),
+                    dtype=self.protocol.dtype, calibration=texts,
                     calibration_window=calibration.shape[1],
                 )  # fmt: skip
         return [self._peer(peer, run, {text: found[i] for text, found in scored.items()}, settings)

@@ -174,8 +174,8 @@ class _Reading:
         options = self.options | {"position_embeddings": (self.turns[0][which], self.turns[1][which])}
         if "position_ids" in options:  # latents of unrotated keys are rotated by them
             options["position_ids"] = self.places[which].to(hidden.device)
-        kind = fast_dtype(hidden.device)
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=kind == torch.bfloat16):
+        fast = fast_dtype(hidden.device) == torch.bfloat16
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=fast):
             return layer(hidden, **options).float()
 
     @torch.no_grad()

@@ -49,8 +49,5 @@ class SameRecovery:
 
     def __call__(self, student: Any, original: Any, name: str) -> Any:
         """A trained copy of `student` in its best state; `original` is only read."""
-        folder = self.folder / name
-        model = copy.deepcopy(student).float()
-        return recover(
-            model, original, self.rows, self.held_out, self.settings, folder, progress=self.progress
-        ).model  # fmt: skip
+        model, folder = copy.deepcopy(student).float(), self.folder / name
+        return recover(model, original, self.rows, self.held_out, self.settings, folder, progress=self.progress).model
