@@ -16,6 +16,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 DEPENDENCIES := $(VENV)/.stamp-dependencies
 WEIGHTS := $(VENV)/.stamp-weights
 READY := $(DEPENDENCIES) $(WEIGHTS)
+# One process a core, one thread each; a file's tests stay together, as they share what is expensive to make.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 LINTED := src tests $(wildcard benchmarks experiments scripts)
 
 # The tests use local files only: an attempt to reach a model hub fails at once instead of hanging.
@@ -35,10 +37,10 @@ bench: $(READY) ## Measure decoding on this machine and write the records
 	@$(BIN)/python benchmarks/run.py
 
 test: $(READY) lint pytest-compile eval-smoke ## Lint, types, layers and the tests (at most 20 minutes on 2 cores)
-	@$(BIN)/python -m pytest -q -m "not slow and not compile" --durations=10
+	@$(PYTEST) -m "not slow and not compile" --durations=10
 
 test-full: $(READY) lint pytest-compile ## The same with the slow tests
-	@$(BIN)/python -m pytest -q -m "not compile" --durations=20
+	@$(PYTEST) -m "not compile" --durations=20
 
 lint: $(DEPENDENCIES) ## Ruff, pyright and the import layers
 	@$(BIN)/ruff check $(LINTED)

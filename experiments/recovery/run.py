@@ -19,19 +19,24 @@ from mea.train.recovery_settings import recovery
 HERE = Path(__file__).parent
 SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
 SHORT, LONG = 200_000, 1_000_000
-# name -> how it is compressed, stages, tokens of each, other settings
+NEAR = {"rate": 3e-4, "other_rate": 3e-4}  # relative to each tensor's size; for a start as near as a joint latent
+FAR = {"rate": 1e-3, "other_rate": 1e-3}
+SVD: dict[str, Any] = {"method": "svd"}
+# name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start
 ROWS: dict[str, tuple[Any, ...]] = {
-    "position": ({"method": "position"}, ("distil",), SHORT),
-    "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("distil",), SHORT),
-    "joint": ({"method": "joint"}, ("near",), SHORT // 2, {"evaluations": 3}),
-    "frequency": ({"method": "frequency"}, ("distil",), SHORT),
-    "svd": ({"method": "svd"}, ("distil",), SHORT),
-    "million": ({"method": "position"}, ("distil",), LONG),
+    "joint": ({"method": "joint"}, ("near",), SHORT, NEAR),
+    "position": ({"method": "position"}, ("near",), SHORT, FAR),
+    "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("near",), SHORT, FAR),
+    "frequency": ({"method": "frequency"}, ("near",), SHORT, FAR),
+    "gauge": ({"method": "gauge"}, ("near",), SHORT, FAR),
+    "svd": (SVD, ("near",), SHORT, FAR),
+    "million": ("refined", ("near",), LONG, FAR),
+    "joint-million": ("joint", ("near",), LONG, NEAR),
     "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
-    "half-cpt": ({"method": "svd", "layout": "half"}, ("cpt",), SHORT),
-    "deep-cpt": ({"method": "svd", "layout": "deep"}, ("cpt",), SHORT),
-    "full-cpt": ({"method": "svd", "layout": "full"}, ("cpt",), SHORT),
-    "full-recover-cpt": ({"method": "svd", "layout": "full"}, ("distil", "cpt"), SHORT),
+    "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
+    "deep-cpt": (SVD | {"layout": "deep"}, ("cpt",), SHORT),
+    "full-cpt": ("svd", ("cpt",), SHORT),
+    "full-recover-cpt": ("svd", ("near", "cpt"), SHORT),
 }
 
 
@@ -48,7 +53,11 @@ def main() -> None:
             continue
         how, stages, tokens, *changes = ROWS[name]
         scale = SCALE | (changes[0] if changes else {})
-        start, out = options.work / f"{name}-start", options.work / name
+        if isinstance(how, str):
+            start, how = options.work / f"{how}-start", ROWS[how][0]
+        else:
+            start = options.work / f"{name}-start"
+        out = options.work / name
         if not start.is_dir():
             compress_to_folder(source, start, dtype="float32", measure_tokens=0, **how)
         if not out.is_dir():

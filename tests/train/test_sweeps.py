@@ -145,13 +145,6 @@ def test_a_command_adds_to_its_log(tmp_path):
     assert log.read_text() == "before\nout\n"
 
 
-def test_a_run_keeps_its_memory_unless_told_otherwise(tmp_path, monkeypatch):
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "5")
-    names = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
-    run_command([sys.executable, "-c", f"import os; print(*map(os.getenv, {names}))"], str(tmp_path / "log.txt"))
-    assert (tmp_path / "log.txt").read_text() == "1073741824 5\n"
-
-
 def test_ray_is_asked_for_by_name_if_it_is_missing(monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ImportError, match="pip install ray"):

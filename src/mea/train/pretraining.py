@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 from mea.models.accounting import training_flops
 from mea.models.decoder import MeaForCausalLM
 from mea.models.presets import preset
+from mea.ops.memory import keep_freed_memory
 from mea.records import Record, make_record, write_record
 from mea.train.branching import SETTINGS, adopt, branched_at, differing, stored
 from mea.train.checkpoints import last_complete
@@ -66,6 +67,7 @@ def pretrain(
     OSError
         The disk is full: the last whole checkpoint stays.
     """
+    keep_freed_memory()
     out = Path(out)
     target = Path(record) if record else out / "record.json"
     out.mkdir(parents=True, exist_ok=True)

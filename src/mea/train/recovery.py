@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mea.models.compressed import MODEL_TYPE_PREFIX
+from mea.ops.memory import keep_freed_memory
 from mea.train.recovery_choice import choose, factors, merged
 from mea.train.recovery_layers import LayerOutputs
 from mea.train.recovery_loss import Distilled
@@ -86,6 +87,7 @@ def recover(
         The loss stopped being a number.
     """
     check_pair(student.config, getattr(original, "config", None), settings)
+    keep_freed_memory()
     start = time.perf_counter()
     trained = choose(student, settings)
     own = getattr(trained, "get_base_model", lambda: trained)()

@@ -7,7 +7,6 @@ import copy
 import hashlib
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -26,9 +25,6 @@ from mea.train.pretraining import KIND
 from mea.train.settings import read_toml, settings_from
 from mea.train.shards import Progress, prepare
 
-# For glibc: memory that was freed is kept. Giving tens of megabytes back at every step and getting them again, page by
-# page, takes a sixth of the time of a small model's step.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 KEPT = "kept"  # of the work folder, for checkpoints that branches start from
 Launch = Callable[[list[str], str], int]
 # The command that does one run; the arguments are the run's settings as JSON, its folder, the cache and the record.
@@ -210,7 +206,7 @@ def _distinct_data(jobs: list[Job]) -> Iterator[dict[str, Any]]:
 def run_command(command: list[str], log: str) -> int:
     """Run a command with its output added to a file; return its exit code."""
     with open(log, "a", encoding="utf-8") as file:
-        return subprocess.run(command, stdout=file, stderr=file, env={**KEEP_MEMORY, **os.environ}).returncode
+        return subprocess.run(command, stdout=file, stderr=file).returncode
 
 
 def on_ray(gpus: float) -> Launch:
