@@ -160,10 +160,10 @@ class Problem(NamedTuple):
     samples: Tensor
 
 
-def problem() -> Problem:
+def problem(rank: int = N, noise: float = 0.3) -> Problem:
     h, width = 2 * G, 12
-    common = torch.randn(200, N).double() @ torch.randn(N, N).double() / N**0.5
-    u = common + 0.3 * torch.randn(h, 200, N).double()
+    common = torch.randn(200, rank).double() @ torch.randn(rank, N).double() / N**0.5
+    u = common + noise * torch.randn(h, 200, N).double()
     output = torch.randn(1, h, width, D).double()
     own = torch.stack([u[i].view(200, G, D)[:, i // 2] for i in range(h)])
     target = torch.einsum("isd,iod->so", own, output[0])
@@ -204,3 +204,10 @@ def test_gauge_values_keep_the_form_and_improve_on_their_start(monkeypatch: pyte
 def test_gauge_values_lose_nothing_at_full_rank() -> None:
     averaged = problem().averaged
     assert lost(averaged, *gauge.values(averaged, G, N)) < 1e-6
+
+
+def test_gauge_values_do_not_cancel_where_hardly_anything_was_seen() -> None:
+    """Found on SmolLM2: decoders of 1e2 against encoders of 1e5, whose products in fp32 were per cents off."""
+    factors, _ = gauge.values(problem(rank=1, noise=1e-5).averaged, G, 3 * D)
+    sizes = [torch.linalg.matrix_norm(each, 2).item() for each in (factors.decoder, factors.encoder)]
+    assert sizes[0] * sizes[1] < 3 / gauge.RTOL

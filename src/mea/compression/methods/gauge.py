@@ -26,6 +26,7 @@ from mea.compression.values import alternate, conjugate_gradients, decoder_equat
 STARTS = 6  # at random, besides two that are made of alike heads
 FIRST_ROUNDS, ROUNDS = 10, 50
 FLOOR = 1e-9  # of the largest energy: what was hardly ever seen
+RTOL = 1e-3  # of the largest singular value: a direction in which decoders are smaller would be read out of rounding
 
 
 def keys(statistics: LayerStatistics, width: int) -> Factors:
@@ -49,7 +50,7 @@ def values(averaged: AveragedValues, num_kv_heads: int, width: int) -> tuple[Fac
     weighted = torch.block_diag(*root)
     maps, scalars = fit_gauge(value_blocks(weighted @ moment @ weighted, d), width // d)
     decoder = _decoder(inverse @ head_matrices(maps), scalars)
-    encoder = linalg.pinv(weighted @ decoder) @ weighted
+    encoder = linalg.pinv(weighted @ decoder, rtol=RTOL) @ weighted
     encoder, decoder, output = alternate(averaged, encoder, decoder.view(num_kv_heads, d, -1), _fit_decoder)
     return Factors(encoder, decoder.reshape(num_kv_heads * d, width)), output
 
