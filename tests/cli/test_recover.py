@@ -31,6 +31,7 @@ def test_a_compressed_folder_is_trained_into_one_that_loads(models_, text, tmp_p
     found = mea(*arguments)
     assert found.exit_code == 0, found.stderr
     assert "128 tokens in 4 steps" in found.stderr
+    assert "about 1 minute on" in " ".join(found.stderr.split())
     record = json.loads((tmp_path / "out" / "recovery.json").read_text())
     assert record["results"]["held_out"]["ce"] <= record["results"]["held_out_start"]["ce"]
     assert record["config"]["texts"] == ["text.txt"]

@@ -32,7 +32,7 @@ def recover(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ) -> None:
     """Train a compressed model for a short while to bring back quality; an interrupted run goes on."""
-    from mea.train.recovery_folder import recover_to_folder
+    from mea.train.recovery_folder import recover_to_folder, recovery_seconds
     from mea.train.recovery_settings import recovery
 
     changes = {
@@ -44,7 +44,11 @@ def recover(
     if speaks:
         for name, settings in zip(stage.split("+"), stages, strict=True):
             done = settings.steps * settings.step_tokens
-            errors.print(f"{name}: {done:,} tokens in {settings.steps:,} steps, trained: {settings.trained}")
+            minutes = max(1, round(recovery_seconds(model, settings) / 60))
+            errors.print(
+                f"{name}: {done:,} tokens in {settings.steps:,} steps, trained: {settings.trained}; in one process "
+                f"about {minutes:,} minute{'s' * (minutes != 1)} on this machine if it is quiet"
+            )
     if dry_run:
         return
     with progress() as report:

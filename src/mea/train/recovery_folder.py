@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from transformers import AutoModelForCausalLM
 
 from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
 from mea.models.loading import load, load_config, load_tokenizer, weights_mark
@@ -19,10 +20,12 @@ from mea.train.recovery import Recovered, check_pair, describe, recover
 from mea.train.recovery_data import overlaps, windows
 from mea.train.recovery_settings import Recovery
 from mea.train.recovery_trainer import Progress
+from mea.train.watching import peak_flops
 
 KIND = "recovery"
 TESTED = ("wikitext-2-test", "wikitext-2-valid", "technical")
 MEASURED_TEXT, MEASURED_WINDOW = "wikitext-2-test", 1024
+OF_PEAK = 0.4  # of the speed of one large product: what a step of a small model comes to
 
 
 def recover_to_folder(
@@ -101,6 +104,21 @@ def recover_to_folder(
     if dist.is_initialized():
         dist.barrier()
     return record
+
+
+def recovery_seconds(source: str, settings: Recovery) -> float:
+    """Time that a stage takes in one process of this machine, if it is quiet; no weights are read.
+
+    Every token costs a product with every weight, thrice as much with its gradients, and one more of the original's.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(source))
+    looked_up = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    original = settings.objective != "text"
+    trained = settings.steps * settings.step_tokens * (3 + original + settings.less_memory)
+    scored = (1 + settings.evaluations) * settings.held_out * (1 + original)
+    peak = peak_flops("cuda" if torch.cuda.is_available() else "cpu", settings.precision)
+    return 2 * (model.num_parameters() - looked_up) * (trained + scored) / (OF_PEAK * peak)
 
 
 def _same_run(work: Path, settings: dict[str, Any]) -> None:
