@@ -22,7 +22,7 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("latent_cpu.c")
 FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-fopenmp", "-shared", "-fPIC")
-FEATURES = ("avx512f", "avx512bw", "avx512vl", "avx512_bf16")
+FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16")  # by torch's names
 
 
 def usable(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
@@ -77,12 +77,8 @@ def library() -> ctypes.CDLL | None:
 
 
 def _processor_has(features: tuple[str, ...]) -> bool:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return False
-    flags = next((line.split() for line in lines if line.startswith("flags")), [])
-    return set(features) <= set(flags)
+    able = torch.cpu.get_capabilities()
+    return all(able.get(feature) for feature in features)
 
 
 def _compiled() -> Path:
