@@ -10,7 +10,7 @@ from mea.records import make_record, write_record
 from mea.report import as_csv, find_records, make_sections, write_markdown, write_report
 from mea.report.parts import Figure, Part, Section, Table, terminal, with_interval
 from mea.report.sections import REGISTRY
-from mea.report.writing import END, FIGURES, START
+from mea.report.writing import END, FIGURES, START, table_markdown
 from synthetic_runs import sweep
 
 SVG = '<svg role="img" viewBox="0 0 1 1"><path stroke="currentColor"/></svg>'
@@ -131,6 +131,11 @@ def test_records_are_found_below_and_once(run, tmp_path):
 )
 def test_intervals_in_words(arguments, text):
     assert with_interval(*arguments) == text
+
+
+def test_an_empty_cell_stays_empty_in_a_line_that_stands_out():
+    table = Table(["name", "value", "p"], [["x", "3", ""]], "What it is.", best=(0,))
+    assert table_markdown(table).splitlines()[-1] == "| **x** | **3** |  |"
 
 
 def test_a_part_without_a_table_has_nothing_for_a_terminal():

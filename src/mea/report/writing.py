@@ -84,7 +84,7 @@ def table_markdown(table: Table) -> str:
     rules = ["---" if index < table.texts else "---:" for index in range(len(table.header))]
     lines = [[" ".join(title.split()) for title in table.header], rules]
     for index, line in enumerate(table.lines):
-        lines.append([f"**{cell}**" if index in table.best else cell for cell in map(_cell, line)])
+        lines.append([f"**{cell}**" if cell and index in table.best else cell for cell in map(_cell, line)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
