@@ -19,24 +19,23 @@ from mea.train.recovery_settings import recovery
 HERE = Path(__file__).parent
 SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
 SHORT, LONG = 200_000, 1_000_000
-NEAR = {"rate": 3e-4, "other_rate": 3e-4}  # relative to each tensor's size; for a start as near as a joint latent
-FAR = {"rate": 1e-3, "other_rate": 1e-3}
+FAR = {"rate": 1e-3, "other_rate": 1e-3}  # relative to each tensor's size; the stage's own suit a joint latent
 SVD: dict[str, Any] = {"method": "svd"}
 # name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start
 ROWS: dict[str, tuple[Any, ...]] = {
-    "joint": ({"method": "joint"}, ("near",), SHORT, NEAR),
+    "joint": ({"method": "joint"}, ("near",), SHORT),
     "position": ({"method": "position"}, ("near",), SHORT, FAR),
     "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("near",), SHORT, FAR),
     "frequency": ({"method": "frequency"}, ("near",), SHORT, FAR),
     "gauge": ({"method": "gauge"}, ("near",), SHORT, FAR),
     "svd": (SVD, ("near",), SHORT, FAR),
     "million": ("refined", ("near",), LONG, FAR),
-    "joint-million": ("joint", ("near",), LONG, NEAR),
+    "joint-million": ("joint", ("near",), LONG),
     "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
     "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
     "deep-cpt": (SVD | {"layout": "deep"}, ("cpt",), SHORT),
     "full-cpt": ("svd", ("cpt",), SHORT),
-    "full-recover-cpt": ("svd", ("near", "cpt"), SHORT),
+    "full-recover-cpt": ("svd", ("distil", "cpt"), SHORT),
 }
 
 
@@ -53,13 +52,10 @@ def main() -> None:
             continue
         how, stages, tokens, *changes = ROWS[name]
         scale = SCALE | (changes[0] if changes else {})
-        if isinstance(how, str):
-            start, how = options.work / f"{how}-start", ROWS[how][0]
-        else:
-            start = options.work / f"{name}-start"
-        out = options.work / name
+        begun = how if isinstance(how, str) else name
+        start, out = options.work / f"{begun}-start", options.work / name
         if not start.is_dir():
-            compress_to_folder(source, start, dtype="float32", measure_tokens=0, **how)
+            compress_to_folder(source, start, dtype="float32", measure_tokens=0, **ROWS[begun][0])
         if not out.is_dir():
             settings = [recovery(stage, tokens=tokens, **scale) for stage in stages]
             made = recover_to_folder(

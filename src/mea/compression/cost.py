@@ -1,17 +1,14 @@
 """What a compression will cost, before any weight is loaded."""
 
 import functools
-import math
-import time
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from mea.compression.layout import CacheShape
 from mea.compression.plan import MOVES, Plan
 from mea.compression.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.values import CG_STEPS, ROUNDS
+from mea.ops.precision import peak_flops
 
 READING = 1.5  # plain reading comes so much nearer to the speed of matrix products than a fit does
 
@@ -85,10 +82,4 @@ def _layer_weights(config: Any, shape: CacheShape) -> tuple[int, int, int]:
 @functools.cache
 def _speed() -> float:
     """Operations per second of fp32 matrix products here, as the fit comes near to."""
-    a = torch.rand(1024, 1024)
-    best = math.inf
-    for _ in range(3):
-        start = time.perf_counter()
-        torch.mm(a, a)
-        best = min(best, time.perf_counter() - start)
-    return 0.5 * 2 * 1024**3 / best
+    return 0.5 * peak_flops("cpu", "float32")

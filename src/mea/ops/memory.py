@@ -1,4 +1,4 @@
-"""What a processor's memory is given back for, and when not."""
+"""Memory that a process frees: kept for its next tensors instead of given back to the system."""
 
 import ctypes
 import os

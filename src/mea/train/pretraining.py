@@ -18,6 +18,7 @@ from mea.models.accounting import training_flops
 from mea.models.decoder import MeaForCausalLM
 from mea.models.presets import preset
 from mea.ops.memory import keep_freed_memory
+from mea.ops.precision import peak_flops
 from mea.records import Record, make_record, write_record
 from mea.train.branching import SETTINGS, adopt, branched_at, differing, stored
 from mea.train.checkpoints import last_complete
@@ -26,7 +27,7 @@ from mea.train.settings import PretrainSettings
 from mea.train.sharding import shard
 from mea.train.shards import Progress, TokenStream, TrainingRows, ValidationRows, collate, load_tokenizer, prepare
 from mea.train.trainer import PretrainTrainer
-from mea.train.watching import MarkCheckpoints, StopDiverged, TellProgress, peak_flops
+from mea.train.watching import MarkCheckpoints, StopDiverged, TellProgress
 
 KIND = "pretraining"
 LITTLE_SPACE = 64 << 20  # bytes free below which a failed write is put down to a full disk

@@ -14,13 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
 from mea.models.loading import load, load_config, load_tokenizer, weights_mark
+from mea.ops.precision import peak_flops
 from mea.records import Record, make_record, write_record
 from mea.texts import load_text
 from mea.train.recovery import Recovered, check_pair, describe, recover
 from mea.train.recovery_data import overlaps, windows
 from mea.train.recovery_settings import Recovery
 from mea.train.recovery_trainer import Progress
-from mea.train.watching import peak_flops
 
 KIND = "recovery"
 TESTED = ("wikitext-2-test", "wikitext-2-valid", "technical")

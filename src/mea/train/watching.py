@@ -5,7 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
 
@@ -62,22 +61,3 @@ class TellProgress(TrainerCallback):
             rate = (state.global_step - self.first) / (time.perf_counter() - self.start)
             speed = f"{rate * self.tokens:,.0f} tokens/s, {rate * self.flops / self.peak:.0%} MFU"
             self.report(f"steps ({speed})", state.global_step, state.max_steps)
-
-
-def peak_flops(device: str, precision: str) -> float:
-    """Most operations per second of a processor, measured on one large product of matrices.
-
-    Of a GPU it is less than the number on its data sheet: utilisation is against what the machine can really do.
-    """
-    size = 4096 if device == "cuda" else 1024
-    x = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
-    best = math.inf
-    for _ in range(4):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        torch.mm(x, x)
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
