@@ -21,7 +21,10 @@ def recover(
     window: Annotated[int | None, typer.Option(help="Tokens read in one piece; 512 by default.")] = None,
     batch: Annotated[int | None, typer.Option(help="Windows per step; 4 by default.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Windows at a time in one process.")] = None,
-    rate: Annotated[float | None, typer.Option(help="Peak learning rate of the factors.")] = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate of the factors; for distil and near as a share of each tensor's RMS."),
+    ] = None,
     other_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
     held_out: Annotated[int | None, typer.Option(help="Tokens of the texts that choose the best state.")] = None,
     precision: Annotated[

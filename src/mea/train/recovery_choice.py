@@ -1,13 +1,14 @@
-"""What recovery trains: factors, attention, everything, or factors and low-rank updates."""
+"""What recovery trains, factors, attention, everything, or factors and low-rank updates, and by what steps."""
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from mea.models.compressed import LATENT_ATTENTION
 from mea.train.recovery_settings import Recovery
 
 LATENT_CLASSES = tuple(LATENT_ATTENTION.values())
+SMALLEST_SIZE = 1e-3  # Adafactor's: what starts at zero has to move as well
 
 
 def choose(student: Any, settings: Recovery) -> Any:
@@ -49,6 +50,26 @@ def merged(student: Any) -> Any:
         if isinstance(student, PeftModel):
             return student.merge_and_unload()
     return student
+
+
+def sizes(trained: Any) -> dict[nn.Parameter, float]:
+    """What a relative rate is relative to: each tensor's RMS, and at least 1e-3 (arXiv 1804.04235).
+
+    The second matrix of a low-rank update is zero at first. Its size is that at which the update would be as large as
+    the weight that it is added to, so that a step changes the weight by about the same share as elsewhere.
+    """
+    found = {each: max(_rms(each), SMALLEST_SIZE) for each in trained.parameters() if each.requires_grad}
+    for module in trained.modules():
+        for name, second in getattr(module, "lora_B", {}).items():
+            first = module.lora_A[name].weight
+            of_unit = module.scaling[name] * first.shape[0] ** 0.5 * _rms(first)
+            found[second.weight] = _rms(module.base_layer.weight) / of_unit
+    return found
+
+
+def _rms(parameter: Tensor) -> float:
+    mean = parameter.detach().float().square().mean()
+    return getattr(mean, "full_tensor", lambda: mean)().sqrt().item()  # a sharded tensor's mean is a part's
 
 
 def _with_adapters(student: Any, rank: int) -> Any:

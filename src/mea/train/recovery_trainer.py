@@ -22,12 +22,12 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mea.train.recovery_choice import sizes
 from mea.train.recovery_settings import Recovery
 
 Progress = Callable[[str, int, int], None]
 Point = dict[str, float | int]
 WEIGHTS, OPTIMISER, SCHEDULE, BEST = "trained.safetensors", "optimizer.pt", "scheduler.pt", "best.safetensors"
-SMALLEST_RMS = 1e-3  # Adafactor's: what starts at zero has to move as well
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
 
 
@@ -143,8 +143,9 @@ class RecoveryTrainer(Trainer):
             rest = [each for each in trained if id(each) not in self._factors]
             groups = [{"params": own, "lr": settings.rate}, {"params": rest, "lr": settings.other_rate}]
             if settings.relative:
+                size = sizes(self.model)
                 groups = [
-                    {"params": [each], "lr": group["lr"] * _rms(each)} for group in groups for each in group["params"]
+                    {"params": [each], "lr": group["lr"] * size[each]} for group in groups for each in group["params"]
                 ]
             groups = [group for group in groups if group["params"]]
             options: dict[str, Any] = {"betas": settings.betas, "weight_decay": settings.weight_decay, "fused": True}
@@ -275,11 +276,6 @@ def last_checkpoint(folder: Path) -> str | None:
 
 def _inner(optimizer: Any) -> torch.optim.Optimizer:
     return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
-
-
-def _rms(parameter: Tensor) -> float:
-    mean = parameter.detach().float().square().mean()
-    return max(getattr(mean, "full_tensor", lambda: mean)().sqrt().item(), SMALLEST_RMS)
 
 
 def _untied(state: dict[str, Any]) -> dict[str, Tensor]:
