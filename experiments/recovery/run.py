@@ -19,16 +19,17 @@ from mea.train.recovery_settings import recovery
 HERE = Path(__file__).parent
 SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
 SHORT, LONG = 200_000, 1_000_000
+SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 SVD: dict[str, Any] = {"method": "svd"}
-# name -> how it is compressed, stages, tokens of each; a row whose first part is a name has its start
-ROWS: dict[str, tuple[Any, tuple[str, ...], int]] = {
+# name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start
+ROWS: dict[str, tuple[Any, ...]] = {
     "joint": ({"method": "joint"}, ("near",), SHORT),
     "position": ({"method": "position"}, ("distil",), SHORT),
     "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("distil",), SHORT),
     "frequency": ({"method": "frequency"}, ("distil",), SHORT),
     "gauge": ({"method": "gauge"}, ("distil",), SHORT),
     "svd": (SVD, ("distil",), SHORT),
-    "million": ("refined", ("distil",), LONG),
+    "million": ("refined", ("distil",), LONG, SMALL_STEPS),
     "joint-million": ("joint", ("near",), LONG),
     "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
     "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
@@ -49,13 +50,14 @@ def main() -> None:
         record = HERE / "records" / f"{name}.json"
         if record.is_file():
             continue
-        how, stages, tokens = ROWS[name]
+        how, stages, tokens, *changes = ROWS[name]
+        scale = SCALE | (changes[0] if changes else {})
         begun = how if isinstance(how, str) else name
         start, out = options.work / f"{begun}-start", options.work / name
         if not start.is_dir():
             compress_to_folder(source, start, dtype="float32", measure_tokens=0, **ROWS[begun][0])
         if not out.is_dir():
-            settings = [recovery(stage, tokens=tokens, **SCALE) for stage in stages]
+            settings = [recovery(stage, tokens=tokens, **scale) for stage in stages]
             made = recover_to_folder(
                 str(start), out, settings, options.text, original=source, measure_tokens=20480, progress=tell
             )
