@@ -70,8 +70,8 @@ def recover(
     student
         A compressed model, in fp32.
     original
-        The uncompressed model; None for plain pretraining. Weights that it shares with the student in value are shared
-        in memory afterwards.
+        The uncompressed model; None for plain pretraining. It is frozen, in place, and stays so; weights that it shares
+        with the student in value are shared in memory afterwards.
     rows, held_out
         Windows to train on and to judge by: `mea.train.recovery_data.windows`.
     folder
