@@ -271,6 +271,8 @@ def test_impossible_settings_are_refused(changes, message):
 class Letters:
     """One token per character."""
 
+    bos_token_id = None
+
     def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
         return {"input_ids": [ord(c) for c in text]}
 

@@ -22,7 +22,7 @@ from mea.compression.refine import RefinedLayer, Refinement, refine_layers
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
 from mea.compression.stream import check_weights, evaluating
 from mea.evaluate.cache import cache_size
-from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
+from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses, windows
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
 from mea.records import make_record, write_record
@@ -259,21 +259,23 @@ def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, An
 def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, "n t"]:
     """Windows of the calibration text, chosen by the seed from all that it has.
 
+    Each opens with the token that the tokenizer puts before every text, if it has one: what is kept of that token in
+    the cache is read by all that follow, and a model may be useless without it.
+
     Raises
     ------
     ValueError
         The text is shorter than what is asked for.
     """
     ids = encode_text(tokenizer, load_text(calibration.text))
-    wanted, there = calibration.tokens // calibration.window, len(ids) // calibration.window
-    if there < wanted:
+    rows, wanted = windows(ids, calibration.window, start_token(tokenizer)), calibration.tokens // calibration.window
+    if len(rows) < wanted:
         raise ValueError(
-            f"{calibration.text} has {len(ids):,} tokens, {there} calibration windows of {calibration.window}; "
+            f"{calibration.text} has {len(ids):,} tokens, {len(rows)} calibration windows of {calibration.window}; "
             f"{wanted} are asked for: give a longer text or fewer tokens"
         )
     generator = torch.Generator().manual_seed(calibration.seed)
-    windows = torch.randperm(there, generator=generator)[:wanted].sort().values
-    return ids[: there * calibration.window].view(there, -1)[windows]
+    return rows[torch.randperm(len(rows), generator=generator)[:wanted].sort().values]
 
 
 def _measure(

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from mea.compression.convert import LayerFactors, latent_copy
 from mea.compression.plan import Calibration
 from mea.compression.stream import embed, layer_inputs
-from mea.evaluate.perplexity import encode_text, replaced_forward
+from mea.evaluate.perplexity import encode_text, replaced_forward, start_token, windows
 from mea.ops.precision import fast_dtype
 from mea.texts import load_text
 
@@ -173,22 +173,22 @@ def held_out_tokens(
     ValueError
         There is not so much of it.
     """
-    wanted = count // window
+    wanted, start = count // window, start_token(tokenizer)
     if wanted < 1:
         raise ValueError(f"held-out text needs at least one window of {window} tokens, not {count} tokens")
-    if text is not None:
-        return encode_text(tokenizer, load_text(text), wanted * window).view(wanted, window)
-    ids = encode_text(tokenizer, load_text(calibration.text))
-    size = calibration.window
-    there, used = len(ids) // size, calibration.tokens // calibration.window
-    order = torch.randperm(there, generator=torch.Generator().manual_seed(calibration.seed))
-    left = ids[: there * size].view(there, size)[order[used:]].flatten()
-    if len(left) < wanted * window:
+    ids = encode_text(tokenizer, load_text(text or calibration.text))
+    if text is None:
+        used, rows = calibration.tokens // calibration.window, windows(ids, calibration.window, start)
+        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))
+        ids = rows[order[used:], start is not None :].flatten()
+    found = windows(ids, window, start)[:wanted]
+    if len(found) < wanted:
+        beside = "" if text else " beside those of the calibration"
         raise ValueError(
-            f"{calibration.text} has {len(left):,} tokens beside those of the calibration, not {wanted * window:,}: "
-            f"calibrate on fewer, or name another text to hold out"
+            f"{text or calibration.text} has {len(ids):,} tokens{beside}, not {wanted * window:,}: "
+            "calibrate on fewer, or name another text to hold out"
         )
-    return left[: wanted * window].view(wanted, window)
+    return found
 
 
 def _cast(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mea.evaluate.perplexity import (
     ratio,
     start_token,
     token_losses,
+    windows,
 )
 from mea.evaluate.through_cache import ThroughCache
 from mea.models.accounting import cached_share
@@ -287,10 +288,3 @@ class Measuring:
 def _estimate(name: str, estimate: Estimate) -> dict[str, float]:
     error = "standard_error" if name == "perplexity" else f"{name}_standard_error"
     return {name: estimate.value, error: estimate.standard_error}
-
-
-def windows(tokens: Tensor, window: int, start: int | None) -> Tensor:
-    """The rows ``[n, window]`` that `token_losses` reads of a text."""
-    taken = window if start is None else window - 1
-    rows = tokens[: len(tokens) // taken * taken].view(-1, taken)
-    return rows if start is None else torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)

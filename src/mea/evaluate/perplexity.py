@@ -64,6 +64,13 @@ def start_token(tokenizer: Any) -> int | None:
     return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None
 
 
+def windows(tokens: Int[Tensor, " n"], window: int, start: int | None) -> Int[Tensor, "windows window"]:
+    """A text cut into rows of `window` tokens, each opened by `start` if there is one; what is left over is dropped."""
+    taken = window if start is None else window - 1
+    rows = tokens[: len(tokens) // taken * taken].view(-1, taken)
+    return rows if start is None else torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)
+
+
 @torch.no_grad()
 def token_losses(
     model: Any,
@@ -98,10 +105,7 @@ def token_losses(
         token is outside the vocabulary, or the model's losses are not numbers.
     """
     _check(model, tokens, window, start)
-    taken = window if start is None else window - 1
-    rows = tokens[: len(tokens) // taken * taken].view(-1, taken)
-    if start is not None:
-        rows = torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)
+    rows = windows(tokens, window, start)
     was_training = model.training
     model.eval()
     losses = []

@@ -8,7 +8,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.evaluate.perplexity import encode_text
+from mea.evaluate.perplexity import encode_text, start_token
+from mea.evaluate.perplexity import windows as cut
 from mea.texts import load_text
 from mea.train.recovery_settings import Recovery
 
@@ -17,6 +18,8 @@ def windows(
     tokenizer: Any, texts: Sequence[str], settings: Recovery, skip: int = 0
 ) -> tuple[Int[Tensor, "n t"], Int[Tensor, "m t"]]:
     """Windows to train on, in the order in which they are, and windows held out.
+
+    Each opens with the token that the tokenizer puts before every text, if it has one.
 
     Held out is the end of every text, in proportion to the texts' lengths, so that hardly a held-out window continues
     one that was trained on. From the rest windows are drawn without repetition, all texts alike.
@@ -36,7 +39,7 @@ def windows(
     rows = []
     for text in texts:
         ids = encode_text(tokenizer, load_text(text))
-        rows.append(ids[: len(ids) // settings.window * settings.window].view(-1, settings.window))
+        rows.append(cut(ids, settings.window, start_token(tokenizer)))
     count = sum(len(part) for part in rows)
     wanted, held = settings.steps * settings.batch, -(-settings.held_out // settings.window)
     before = -(-skip // settings.window)
