@@ -11,7 +11,7 @@ from compression.rotary import rotation, tables
 from mea.compression.factors import Factors, orthonormal, weighted_subspace
 from mea.compression.methods import METHODS, find_method, gram, joint, position, svd
 from mea.compression.rotation import average_over_positions
-from mea.compression.statistics import LayerStatistics
+from mea.compression.statistics import Attended, LayerStatistics
 
 G, D, WIDTH = 3, 8, 20  # kv heads, head dimension, model width
 N = G * D
@@ -33,6 +33,7 @@ def statistics(theta: Tensor | None = None, count: int = 4096, bias: bool = True
     return LayerStatistics(
         keys.T @ keys / 500, queries.transpose(1, 2) @ queries / 400, values.T @ values / 500, cos, sin,
         key_weight.float(), value_weight.float(), keys.T @ values / 500, output.mT @ output,
+        Attended(keys.T @ keys / 500, torch.zeros(N, N, dtype=torch.float64), queries.mT @ queries / 400),
     )  # fmt: skip
 
 

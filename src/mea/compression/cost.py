@@ -46,6 +46,8 @@ def estimate(config: Any, plan: Plan) -> Cost:
     solving = 3 * ROUNDS * CG_STEPS * moments * rank
     if plan.method.values:
         averages = solving = 0
+    if plan.method.attended:
+        forward += 4 * tokens * t * h * d // EVERY
     layers = len(plan.layout.widths)
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)

@@ -1,12 +1,14 @@
 """Calibrate and factorise: one streaming pass over the layers, any number of methods and layouts at once."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mea.compression.attended import AttendedSum
 from mea.compression.convert import LayerFactors, latent_copy
 from mea.compression.factors import Factors
 from mea.compression.layout import Layout
@@ -63,9 +65,10 @@ def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) ->
     """
     hidden = embed(model, tokens).float()
     inputs, tables = layer_inputs(model, tokens.shape[1]), rotations(model)
+    attended = any(target.method.attended for target in targets)
     for index, stored in enumerate(model.model.layers):
         layer = resident(stored)
-        passes, statistics = _calibrate(layer, hidden, inputs[index], tables[index])
+        passes, statistics = _calibrate(layer, hidden, inputs[index], tables[index], attended)
         hidden = torch.stack([window.layer_out for window in passes])
         if not hidden.isfinite().all():
             raise ValueError(f"layer {index}: activations are not finite on the calibration text; the model overflows")
@@ -85,14 +88,17 @@ def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) ->
 
 
 def _calibrate(
-    layer: Any, hidden: Tensor, inputs: LayerInputs, table: tuple[Tensor, Tensor]
+    layer: Any, hidden: Tensor, inputs: LayerInputs, table: tuple[Tensor, Tensor], attended: bool
 ) -> tuple[list[AttentionPass], LayerStatistics]:
     total = StatisticsSum(layer.self_attn)
+    scores = AttendedSum(layer.self_attn, inputs) if attended else None
     passes = []
     for window in run_layer(layer, hidden, inputs):
         total.add(window.attention_in)
+        if scores:
+            scores.add(window)
         passes.append(window)
-    return passes, total.result(*table)
+    return passes, replace(total.result(*table), attended=scores and scores.result())
 
 
 def _fit(

@@ -28,6 +28,24 @@ class Projected(NamedTuple):
     values: Float[Tensor, "g t d"]
 
 
+class Attended(NamedTuple):
+    """Second moments before rotation; scores count by what their errors do, see `mea.compression.attended`.
+
+    Attributes
+    ----------
+    keys
+        Of keys of all heads stacked, but for the first of each window, fp64.
+    first
+        Of these first ones, which are at position 0 always, in the same unit.
+    queries
+        Summed over the query heads of each group, fp64.
+    """
+
+    keys: Float[Tensor, "n n"]
+    first: Float[Tensor, "n n"]
+    queries: Float[Tensor, "g d d"]
+
+
 @dataclass(frozen=True)
 class LayerStatistics:
     """One layer, as the methods see it.
@@ -44,6 +62,8 @@ class LayerStatistics:
         ``[W | b]`` of the projections; key rows are multiplied by the gain of the key norm, where there is one.
     output
         What ``W_O`` makes of errors in the values: ``W_i^T W_i``, summed over the query heads of each group.
+    attended
+        Only where a method asks for it.
     """
 
     keys: Float[Tensor, "n n"]
@@ -55,6 +75,7 @@ class LayerStatistics:
     value_weight: Float[Tensor, "n _"]
     cross: Float[Tensor, "n n"]
     output: Float[Tensor, "g d d"]
+    attended: Attended | None = None
 
     @property
     def num_kv_heads(self) -> int:

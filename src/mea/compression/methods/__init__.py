@@ -13,7 +13,18 @@ from torch import Tensor
 
 from mea.compression.factors import Factors
 from mea.compression.layout import Step
-from mea.compression.methods import frequency, gauge, gqa_mean, gqa_procrustes, gram, joint, latent, position, svd
+from mea.compression.methods import (
+    attended,
+    frequency,
+    gauge,
+    gqa_mean,
+    gqa_procrustes,
+    gram,
+    joint,
+    latent,
+    position,
+    svd,
+)
 from mea.compression.statistics import AveragedValues, LayerStatistics
 from mea.compression.values import fit_values
 
@@ -37,6 +48,8 @@ class Method:
     form
         Of the latents, see `mea.models.compressed.FORMS`. The keys of ``"joint"`` ones are keys and values stacked,
         `values` and `averaged` do not count (`mea.compression.methods.joint`).
+    attended
+        `keys` reads `LayerStatistics.attended`.
     """
 
     name: str
@@ -45,6 +58,7 @@ class Method:
     whole_heads: bool = False
     averaged: FitAveraged = fit_values
     form: str = "rotated"
+    attended: bool = False
 
     def step(self, head_dim: int, odd: str = "values") -> Step:
         """The steps in which a layer's widths grow."""
@@ -61,6 +75,7 @@ METHODS = {
         Method("gauge", gauge.keys, whole_heads=True, averaged=gauge.values),
         Method("frequency", frequency.keys),
         Method("position", position.keys),
+        Method("attended", attended.keys, attended=True),
         Method("latent", latent.keys, form="unrotated"),
         Method("joint", joint.keys, form="joint"),
     )
