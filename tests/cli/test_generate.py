@@ -1,9 +1,12 @@
 """``mea generate`` continues a prompt as the model's own generate does, for one model or two."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mea.compression.methods import METHODS
 from mea.evaluate.generation import continue_prompt
 
 
@@ -69,6 +72,12 @@ def test_help_lists_the_commands(mea):
     assert result.exit_code == 0
     assert "perplexity" in result.stdout
     assert "generate" in result.stdout
+
+
+def test_help_names_every_method(mea):
+    """Written out, because the help does not wait for what the methods need."""
+    words = set(re.findall(r"[\w-]+", mea("compress", "--help").stdout))
+    assert words >= set(METHODS)
 
 
 def test_over_a_cache_in_few_bits(mea, models_):

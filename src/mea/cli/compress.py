@@ -18,7 +18,10 @@ def compress(
     budget: Annotated[str | None, typer.Option(help="Instead: bytes at a context, '64k tokens in 2 GiB'.")] = None,
     layout: Annotated[str | None, typer.Option(help="Instead: full, half or deep, or a JSON file of widths.")] = None,
     method: Annotated[
-        str, typer.Option(help="position, frequency, gauge, gqa-procrustes, gqa-mean, gram or svd.")
+        str,
+        typer.Option(
+            help="position, attended, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
+        ),
     ] = "position",
     odd: Annotated[
         str, typer.Option(help="Which get an odd component head, keys or values (methods with whole heads).")
