@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.nn import functional
 
+from mea.models.divergence import Head, distance
 from mea.train.recovery import recover
 from mea.train.recovery_choice import choose, factors, sizes
 from mea.train.recovery_data import overlaps, windows
-from mea.train.recovery_loss import Distilled, Head, distance
+from mea.train.recovery_loss import Distilled
 from mea.train.recovery_settings import recovery
 from mea.train.recovery_trainer import DivergedError, RecoveryTrainer
 from tiny_models import compress, stock

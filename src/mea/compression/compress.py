@@ -18,7 +18,7 @@ from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.cost import estimate
 from mea.compression.fit import Target, fit_layers
 from mea.compression.plan import Allocation, Calibration, Plan, make_plan
-from mea.compression.refine import RefinedLayer, Refinement, refine_layers
+from mea.compression.refine import Refined, Refinement, refine_layers
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
 from mea.compression.stream import check_weights, evaluating
 from mea.evaluate.cache import cache_size
@@ -47,7 +47,7 @@ class Compressed:
     seconds
         For calibration, fit, checks and refinement.
     refined
-        Per layer what refinement did, see `mea.compression.refine`; empty without it.
+        What refinement did, if there was any.
     """
 
     model: Any
@@ -55,7 +55,7 @@ class Compressed:
     lost: list[float]
     errors: dict[str, float]
     seconds: float
-    refined: tuple[RefinedLayer | None, ...] = ()
+    refined: Refined | None = None
 
 
 def compress(
@@ -158,7 +158,7 @@ def run_plans(
     for plan, found, shares, error in zip(plans, factors, lost, errors, strict=True):
         start = time.perf_counter()
         made = assemble(model, found, latent_config(model.config, plan.layout, plan.describe(), plan.method.form))
-        refined: tuple[RefinedLayer | None, ...] = ()
+        refined = None
         if plan.refinement:
             kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}
             refined = refine_layers(model, made, tokens, plan.refinement, progress=progress, **kept)
@@ -293,7 +293,7 @@ def _measure(
         "cache_bytes_per_token_before": before,
         "cache_bytes_per_token": cache_size(result.model, length).bytes_per_token,
         "layer_lost": result.lost,
-        **({"refined": [pair and pair._asdict() for pair in result.refined]} if result.refined else {}),
+        **_told(result.refined),
         "self_check": result.errors,
         "seconds": result.seconds,
     }
@@ -322,6 +322,14 @@ def _measure(
         **plan.describe(),
     }
     return make_record("compression", config, results=results, seeds={"calibration": plan.calibration.seed})
+
+
+def _told(refined: Refined | None) -> dict[str, Any]:
+    if refined is None:
+        return {}
+    layers, divergence = refined
+    found: dict[str, Any] = {"refined": [pair and pair._asdict() for pair in layers]}
+    return found | ({"refined_divergence": divergence._asdict()} if divergence else {})
 
 
 def _check_space(folder: Path, model: Any) -> None:

@@ -61,6 +61,7 @@ def estimate(config: Any, plan: Plan) -> Cost:
     if plan.refinement:  # per pass forth and back through attention; besides, the windows' way through both models
         part = 2 * tokens * (attention + min(t, plan.refinement.window) * h * d)
         work += layers * (3 * plan.refinement.passes * part + 4 * part + 4 * tokens * active)
+        work += 2 * tokens * hidden * config.vocab_size * 3 * plan.refinement.passes
         memory += 4 * 4 * tokens * hidden
     return Cost(memory, work / _speed())
 

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from mea.compression.convert import replace_weights
 from mea.compression.stream import LayerInputs, embed, evaluating, layer_inputs, position_embeddings, resident
+from mea.models.divergence import IGNORED, Head, distance
 from mea.ops.precision import fast_dtype
 
 Progress = Callable[[str, int, int], None]
@@ -76,6 +77,22 @@ class RefinedLayer(NamedTuple):
     after: float
 
 
+class Refined(NamedTuple):
+    """What refinement did.
+
+    Attributes
+    ----------
+    layers
+        For every layer its losses; None where it caches what it did before, or was refined by an earlier run.
+    divergence
+        From the original's next-token distribution, nats per token, when the last layer was trained for it; None where
+        it was not.
+    """
+
+    layers: tuple[RefinedLayer | None, ...] = ()
+    divergence: RefinedLayer | None = None
+
+
 Known = Callable[[int], dict[str, Tensor] | None]
 Keep = Callable[[int, dict[str, Tensor]], None]
 
@@ -89,7 +106,7 @@ def refine_layers(
     known: Known = lambda _: None,
     keep: Keep = lambda *_: None,
     progress: Progress | None = None,
-) -> tuple[RefinedLayer | None, ...]:
+) -> Refined:
     """Refine a compressed model in place.
 
     Parameters
@@ -107,14 +124,10 @@ def refine_layers(
     progress
         Called with a word, the layers done and the layers in all.
 
-    Returns
-    -------
-    For every layer its losses; None where it caches what it did before, or was refined by an earlier run.
-
     Raises
     ------
     ValueError
-        There are fewer than three windows.
+        There are fewer than three windows, or the model's logits are of no kind that `mea.models.divergence` knows.
     """
     rows = tokens if tokens.shape[1] % settings.window else tokens.reshape(-1, settings.window)
     if len(rows) < 3:
@@ -122,6 +135,8 @@ def refine_layers(
     generator = torch.Generator().manual_seed(settings.seed)
     places = spread_positions(rows.shape[0], rows.shape[1], model.config.max_position_embeddings, generator)
     losses: list[RefinedLayer | None] = []
+    divergence = None
+    heads = [Head(each, resident(each.get_output_embeddings()), frozen=True) for each in (compressed, model)]
     with evaluating(model), evaluating(compressed), torch.no_grad():
         inputs, turns = layer_inputs(model, rows.shape[1]), position_embeddings(model, places)
         original = embed(model, rows).float()
@@ -132,7 +147,11 @@ def refine_layers(
             if hasattr(changed.self_attn, "head_mixing"):
                 layer, found = copy.deepcopy(resident(changed)), known(index)
                 if found is None:
-                    losses.append(_train(layer, reading, ours, target, settings, index))
+                    losses.append(_train(layer.self_attn, _Errors(layer, reading, ours, target), settings, index))
+                    if index == len(model.model.layers) - 1:
+                        norm = copy.deepcopy(resident(model.model.norm)).requires_grad_(False)
+                        loss = _Divergences(layer, reading, ours, target, norm, *heads)
+                        divergence = _train(layer.self_attn, loss, settings, index + 1)
                     found = {name: weight.detach() for name, weight in _trained(layer.self_attn).items()}
                     keep(index, found)
                 else:
@@ -145,7 +164,7 @@ def refine_layers(
             ours, original = reading.all(layer, ours), target
             if progress:
                 progress("refining", index + 1, len(model.model.layers))
-    return tuple(losses)
+    return Refined(tuple(losses), divergence)
 
 
 def spread_positions(windows: int, length: int, most: int, generator: torch.Generator) -> Int[Tensor, "windows length"]:
@@ -174,8 +193,7 @@ class _Reading:
         options = self.options | {"position_embeddings": (self.turns[0][which], self.turns[1][which])}
         if "position_ids" in options:  # latents of unrotated keys are rotated by them
             options["position_ids"] = self.places[which].to(hidden.device)
-        fast = fast_dtype(hidden.device) == torch.bfloat16
-        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=fast):
+        with _fast_products(hidden.device):
             return layer(hidden, **options).float()
 
     @torch.no_grad()
@@ -184,29 +202,54 @@ class _Reading:
         return torch.cat([self(layer, hidden[i : i + 1], slice(i, i + 1)) for i in range(len(hidden))])
 
 
+def _fast_products(device: torch.device) -> torch.autocast:
+    """Products in bfloat16 where the device multiplies it faster."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
+
+
 def _trained(attention: Any) -> dict[str, Tensor]:
     """The matrices that are trained: factors and projections."""
     names = ("head_mixing", *PROJECTIONS)
     return {n: p for n, p in attention.named_parameters() if n.split(".")[0] in names and p.dim() > 1}
 
 
-def _train(
-    layer: Any,
-    reading: _Reading,
-    hidden: Float[Tensor, "n t D"],
-    target: Float[Tensor, "n t D"],
-    settings: Refinement,
-    index: int,
-) -> RefinedLayer:
+class _Errors:
+    """Relative squared error per token of a layer's output, for some windows."""
+
+    def __init__(self, layer: Any, reading: _Reading, hidden: Float[Tensor, "n t D"], target: Float[Tensor, "n t D"]):
+        self.layer, self.reading, self.hidden, self.target = layer, reading, hidden, target
+        self.weight = 1 / target.square().mean(-1, keepdim=True)
+
+    def __len__(self) -> int:
+        return len(self.hidden)
+
+    def __call__(self, which: Tensor) -> Tensor:
+        error = self.reading(self.layer, self.hidden[which], which) - self.target[which]
+        return (error.square().mean(-1, keepdim=True) * self.weight[which]).mean()
+
+
+class _Divergences(_Errors):
+    """Divergence per token of the next-token distribution behind the last layer, for some windows."""
+
+    def __init__(
+        self, layer: Any, reading: _Reading, hidden: Tensor, target: Tensor, norm: Any, own: Head, original: Head
+    ):
+        super().__init__(layer, reading, hidden, target)
+        self.norm, self.heads = norm, (own, original)
+
+    def __call__(self, which: Tensor) -> Tensor:
+        with _fast_products(self.hidden.device):
+            own, other = (self.norm(x).flatten(0, 1) for x in (
+                self.reading(self.layer, self.hidden[which], which), self.target[which]
+            ))  # fmt: skip
+            labels = torch.full(own.shape[:1], IGNORED, device=own.device)
+            return distance(own, self.heads[0], (other, self.heads[1]), labels)[0]
+
+
+def _train(attention: Any, loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
     """Train one layer's attention in place; on held-out windows it is never worse than it was."""
-    generator = torch.Generator().manual_seed(settings.seed + index)  # of the layer's own: a run may begin with any
-    weight = 1 / target.square().mean(-1, keepdim=True)
-
-    def loss(which: Tensor) -> Tensor:
-        error = (reading(layer, hidden[which], which) - target[which]).square().mean(-1, keepdim=True)
-        return (error * weight[which]).mean()
-
-    windows = torch.arange(len(hidden))
+    generator = torch.Generator().manual_seed(settings.seed + number)  # of the layer's own: a run may begin with any
+    windows = torch.arange(len(loss))
     chosen = windows % settings.held_out == settings.held_out - 1
     chosen[-1] = True
     held_out, rest = windows[chosen], windows[~chosen]
@@ -216,8 +259,8 @@ def _train(
         return sum(loss(part).item() for part in parts) / len(parts)
 
     before = score()
-    layer.requires_grad_(False)
-    trained = _trained(layer.self_attn)
+    loss.layer.requires_grad_(False)
+    trained = _trained(attention)
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     fast = [p for n, p in trained.items() if n.startswith(("head_mixing", "v_proj"))]
     slow = [p for n, p in trained.items() if not n.startswith(("head_mixing", "v_proj"))]
@@ -234,7 +277,7 @@ def _train(
                 loss(which).backward()
                 optimiser.step()
                 schedule.step()
-    layer.requires_grad_(False)
+    loss.layer.requires_grad_(False)
     after = score()
     if not after < before:  # also where it is no number
         for name, parameter in trained.items():
