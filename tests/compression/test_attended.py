@@ -28,7 +28,9 @@ def seen(kind: str) -> tuple[torch.nn.Module, LayerInputs, AttentionPass]:
 def test_costs_are_squared_derivatives_of_the_output_by_single_scores(kind: str) -> None:
     attention, inputs, window = seen(kind)
     with torch.no_grad():
-        found = AttendedSum(attention, inputs).costs(window).flatten(0, 1)  # h t_queries t
+        found = (
+            AttendedSum(attention, inputs).costs(window, project(attention, window.attention_in)).flatten(0, 1)
+        )  # h t_queries t
     queries, keys, values = (x.repeat_interleave(len(x0) // len(x), 0) for x0, x in _with_queries(attention, window))
     rotated = _rotated(attention, inputs, queries, keys)
     scores = (rotated[0] @ rotated[1].mT * attention.scaling + inputs.mask[0]).detach()
@@ -65,8 +67,8 @@ def test_moments_are_sums_over_tokens_that_count_by_their_costs() -> None:
     with torch.no_grad():
         total = AttendedSum(attention, inputs)
         total.add(window)
-        costs, found = total.costs(window), total.result()
-        queries, keys, _ = project(attention, window.attention_in)
+        queries, keys, _ = projected = project(attention, window.attention_in)
+        costs, found = total.costs(window, projected), total.result()
     rows = keys.transpose(0, 1).flatten(1).double()
     outer = rows[:, :, None] * rows[:, None] * costs.sum((0, 1, 2))[:, None, None]
     torch.testing.assert_close(found.first, outer[0])

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mea.compression.statistics import EVERY, Attended, head_scale, project
+from mea.compression.statistics import EVERY, Attended, Projected, head_scale, project
 from mea.compression.stream import AttentionPass, LayerInputs
 
 
@@ -43,9 +43,10 @@ class AttendedSum:
 
     def add(self, window: AttentionPass) -> None:
         """Take in a window; of its queries one in `EVERY`."""
-        queries, keys, _ = project(self.attention, window.attention_in)
+        projected = project(self.attention, window.attention_in)
+        queries, keys, _ = projected
         queries = queries.unflatten(0, (len(keys), -1))[:, :, EVERY - 1 :: EVERY]
-        costs = self.costs(window)
+        costs = self.costs(window, projected)
         rows = keys.transpose(0, 1).flatten(1).double()
         weight = costs.sum((0, 1, 2)).double()
         self.first += weight[0] * torch.outer(rows[0], rows[0])
@@ -53,21 +54,21 @@ class AttendedSum:
         weighted = queries * costs.sum(3)[..., None]
         self.queries += torch.einsum("gmta,gmtb->gab", weighted, queries).double()
 
-    def costs(self, window: AttentionPass) -> Float[Tensor, "g m t_queries t"]:
+    def costs(self, window: AttentionPass, projected: Projected) -> Float[Tensor, "g m t_queries t"]:
         """``c_ij`` by kv head, query head of its group, query and key, relative to the residual stream's energy."""
         modelling = sys.modules[type(self.attention).__module__]
         attending = slice(EVERY - 1, None, EVERY)
-        queries, keys, values = project(self.attention, window.attention_in)
+        queries, keys, values = projected
         g, _, d = keys.shape
         rotated = modelling.apply_rotary_pos_emb(queries[None], keys[None], *self.inputs.position_embeddings)
         queries, keys = rotated[0][0, :, attending].unflatten(0, (g, -1)), rotated[1][0, :, None]
         maps = (queries @ keys.mT * self.attention.scaling + self.inputs.mask[0, :, attending]).softmax(-1)
         heads = window.heads_out[attending]
         scale = (head_scale(self.attention, heads).square() * window.weight[attending, None, None]).squeeze(2)
-        outputs = heads.unflatten(1, (g, -1, d)).permute(1, 2, 0, 3) @ self.metric
-        seen = values[:, None] @ self.metric
-        away = (seen * values[:, None]).sum(-1)[:, :, None] - 2 * outputs @ values[:, None].mT
-        away += (outputs * heads.unflatten(1, (g, -1, d)).permute(1, 2, 0, 3)).sum(-1)[..., None]
+        outputs, values = heads.unflatten(1, (g, -1, d)).permute(1, 2, 0, 3), values[:, None]
+        seen = outputs @ self.metric
+        away = (values @ self.metric * values).sum(-1)[:, :, None] - 2 * seen @ values.mT
+        away += (seen * outputs).sum(-1)[..., None]
         return maps.square() * away.clamp_min(0) * scale.T.unflatten(0, (g, -1))[..., None]
 
     def result(self) -> Attended:

@@ -89,8 +89,8 @@ class Refined(NamedTuple):
         it was not.
     """
 
-    layers: tuple[RefinedLayer | None, ...] = ()
-    divergence: RefinedLayer | None = None
+    layers: tuple[RefinedLayer | None, ...]
+    divergence: RefinedLayer | None
 
 
 Known = Callable[[int], dict[str, Tensor] | None]
@@ -136,7 +136,7 @@ def refine_layers(
     places = spread_positions(rows.shape[0], rows.shape[1], model.config.max_position_embeddings, generator)
     losses: list[RefinedLayer | None] = []
     divergence = None
-    heads = [Head(each, resident(each.get_output_embeddings()), frozen=True) for each in (compressed, model)]
+    Head(model)  # refuses what it does not know, before any work
     with evaluating(model), evaluating(compressed), torch.no_grad():
         inputs, turns = layer_inputs(model, rows.shape[1]), position_embeddings(model, places)
         original = embed(model, rows).float()
@@ -147,11 +147,10 @@ def refine_layers(
             if hasattr(changed.self_attn, "head_mixing"):
                 layer, found = copy.deepcopy(resident(changed)), known(index)
                 if found is None:
-                    losses.append(_train(layer.self_attn, _Errors(layer, reading, ours, target), settings, index))
+                    losses.append(_train(_Errors(layer, reading, ours, target), settings, index))
                     if index == len(model.model.layers) - 1:
-                        norm = copy.deepcopy(resident(model.model.norm)).requires_grad_(False)
-                        loss = _Divergences(layer, reading, ours, target, norm, *heads)
-                        divergence = _train(layer.self_attn, loss, settings, index + 1)
+                        loss = _Divergences(layer, reading, ours, target, model)
+                        divergence = _train(loss, settings, index + 1)
                     found = {name: weight.detach() for name, weight in _trained(layer.self_attn).items()}
                     keep(index, found)
                 else:
@@ -229,13 +228,15 @@ class _Errors:
 
 
 class _Divergences(_Errors):
-    """Divergence per token of the next-token distribution behind the last layer, for some windows."""
+    """Divergence per token of the next-token distribution behind the last layer, for some windows.
 
-    def __init__(
-        self, layer: Any, reading: _Reading, hidden: Tensor, target: Tensor, norm: Any, own: Head, original: Head
-    ):
+    What comes behind that layer is the original's in both models.
+    """
+
+    def __init__(self, layer: Any, reading: _Reading, hidden: Tensor, target: Tensor, model: Any):
         super().__init__(layer, reading, hidden, target)
-        self.norm, self.heads = norm, (own, original)
+        self.norm = copy.deepcopy(resident(model.model.norm)).requires_grad_(False)
+        self.head = Head(model, resident(model.get_output_embeddings()), frozen=True)
 
     def __call__(self, which: Tensor) -> Tensor:
         with _fast_products(self.hidden.device):
@@ -243,10 +244,10 @@ class _Divergences(_Errors):
                 self.reading(self.layer, self.hidden[which], which), self.target[which]
             ))  # fmt: skip
             labels = torch.full(own.shape[:1], IGNORED, device=own.device)
-            return distance(own, self.heads[0], (other, self.heads[1]), labels)[0]
+            return distance(own, self.head, (other, self.head), labels)[0]
 
 
-def _train(attention: Any, loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
+def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
     """Train one layer's attention in place; on held-out windows it is never worse than it was."""
     generator = torch.Generator().manual_seed(settings.seed + number)  # of the layer's own: a run may begin with any
     windows = torch.arange(len(loss))
@@ -260,7 +261,7 @@ def _train(attention: Any, loss: _Errors, settings: Refinement, number: int) -> 
 
     before = score()
     loss.layer.requires_grad_(False)
-    trained = _trained(attention)
+    trained = _trained(loss.layer.self_attn)
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     fast = [p for n, p in trained.items() if n.startswith(("head_mixing", "v_proj"))]
     slow = [p for n, p in trained.items() if not n.startswith(("head_mixing", "v_proj"))]
