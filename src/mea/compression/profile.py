@@ -23,6 +23,7 @@ from mea.compression.compress import calibration_tokens
 from mea.compression.fit import Target, fit_layers
 from mea.compression.held_out import HeldOut, held_out_tokens
 from mea.compression.layout import Layout, preset_layout
+from mea.compression.methods import DEFAULT_METHOD
 from mea.compression.plan import Calibration, Plan, make_plan
 from mea.compression.stream import evaluating
 from mea.evaluate.perplexity import block_means, ratio
@@ -40,7 +41,7 @@ def profile(
     out: Path,
     *,
     keep: float = 0.5,
-    method: str = "position",
+    method: str = DEFAULT_METHOD,
     text: str | None = None,
     tokens: int = 4096,
     window: int = 1024,

@@ -80,7 +80,7 @@ METHODS = {
         Method("joint", joint.keys, form="joint"),
     )
 }
-DEFAULT_METHOD = "position"
+DEFAULT_METHOD = "attended"
 
 
 def find_method(name: str, num_kv_heads: int) -> Method:
