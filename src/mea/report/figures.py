@@ -31,7 +31,7 @@ def perplexity_against_bytes(found: Sequence[Row]) -> tuple[str, str] | None:
             look = line(colour.get(series, -1)) | ({"linestyle": "none"} if len(group) == 1 else {})
             axes.errorbar(sizes, [values[row.name] for row in group], yerr=errors, label=series, **look)
         drawn = [values[row.name] for row in near]
-        if max(drawn) > 10 * min(drawn):
+        if max(drawn) > 4 * min(drawn):
             logarithmic(axes)
         else:
             axes.set_ylim(bottom=0)
@@ -68,7 +68,7 @@ def ratio_against_bytes(found: Sequence[Row], kind: str) -> tuple[str, str] | No
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlim(left=0)
         axes.set_xlabel("cache, KiB per token (measured)")
-        axes.set_ylabel(f"{text}: perplexity / uncompressed")
+        axes.set_ylabel(f"{text}:\nperplexity / uncompressed")
         legend(figure, axes)
         return svg(figure), note
 
