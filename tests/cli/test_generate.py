@@ -1,12 +1,15 @@
 """``mea generate`` continues a prompt as the model's own generate does, for one model or two."""
 
+import inspect
 import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mea.compression.methods import METHODS
+from mea.cli.compress import compress
+from mea.cli.profile import profile
+from mea.compression.methods import DEFAULT_METHOD, METHODS
 from mea.evaluate.generation import continue_prompt
 
 
@@ -78,6 +81,8 @@ def test_help_names_every_method(mea):
     """Written out, because the help does not wait for what the methods need."""
     words = set(re.findall(r"[\w-]+", mea("compress", "--help").stdout))
     assert words >= set(METHODS)
+    for command in (compress, profile):
+        assert inspect.signature(command).parameters["method"].default == DEFAULT_METHOD
 
 
 def test_over_a_cache_in_few_bits(mea, models_):

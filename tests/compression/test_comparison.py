@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from mea.compression import comparison, cost
-from mea.compression.comparison import Contender, Protocol, Training, compare, contenders_of, cost_in_words
+from mea.compression.comparison import Protocol, Training, compare, cost_in_words
+from mea.compression.contenders import Contender, contenders_of
 from mea.evaluate import peers
 from mea.models.loading import load_config
 from mea.report import make_sections, rows

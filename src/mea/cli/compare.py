@@ -34,8 +34,9 @@ def compare(
 ) -> None:
     """Compare every way to make a model's cache smaller, by measured bytes, in one protocol."""
     from mea.compression import Calibration
-    from mea.compression.comparison import Training, contenders_of, cost_in_words
+    from mea.compression.comparison import Training, cost_in_words
     from mea.compression.comparison import compare as run
+    from mea.compression.contenders import contenders_of
     from mea.compression.measuring import Protocol
     from mea.report import terminal_table, write_report
     from mea.report.sections import make_sections
