@@ -2,18 +2,24 @@
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mea.models.loading import load_tokenizer
 from mea.train.recovery import describe, recover
 from mea.train.recovery_data import windows
-from mea.train.recovery_settings import Recovery
+from mea.train.recovery_settings import PRESETS, Recovery
 from mea.train.recovery_trainer import Progress
+
+NEAR = {name: PRESETS["near"][name] for name in ("rate", "other_rate")}
 
 
 class SameRecovery:
     """Trains copies of models, each on the same windows in the same order.
+
+    Joint latents begin nearer to the original than other forms, and at the usual rates move away from it: they train at
+    those of the stage ``near``.
 
     Parameters
     ----------
@@ -45,9 +51,12 @@ class SameRecovery:
     ):
         self.settings, self.folder, self.progress = settings, folder, progress
         self.rows, self.held_out = windows(load_tokenizer(source), texts, settings)
-        self.description: dict[str, Any] = {**describe(settings), "texts": [Path(text).name for text in texts]}
+        self.description: dict[str, Any] = {
+            **describe(settings), "joint": NEAR, "texts": [Path(text).name for text in texts]
+        }  # fmt: skip
 
     def __call__(self, student: Any, original: Any, name: str) -> Any:
         """A trained copy of `student` in its best state; `original` is only read."""
         model, folder = copy.deepcopy(student).float(), self.folder / name
-        return recover(model, original, self.rows, self.held_out, self.settings, folder, progress=self.progress).model
+        settings = replace(self.settings, **NEAR) if student.config.latent_form == "joint" else self.settings
+        return recover(model, original, self.rows, self.held_out, settings, folder, progress=self.progress).model
