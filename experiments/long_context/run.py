@@ -1,6 +1,7 @@
 """Long contexts for several versions of one model, each compared prompt by prompt with the first.
 
-Started again, it goes on where it was: every answer is kept as soon as it is there.
+Started again, it goes on where it was: every answer is kept as soon as it is there, and committed records of the same
+weights and prompts are not made again.
 
     python experiments/long_context/run.py uncompressed=FOLDER position=FOLDER svd=FOLDER
 """
@@ -25,10 +26,14 @@ def run(models: Mapping[str, str], plan: LongContext, work: Path, records: Path)
     found = {}
     for label, source in models.items():
         began = time.perf_counter()
+        done, record = work / f"{label}-long-context.json", records / f"{label}.json"
+        if record.is_file() and not done.is_file():
+            work.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(record, done)
         (found[label],) = evaluate(source, plan, work, label=label, progress=tell, say=print)
         print(f"{label}: {time.perf_counter() - began:.0f} s", flush=True)
         records.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(work / f"{label}-long-context.json", records / f"{label}.json")
+        shutil.copyfile(done, record)
     for label in others:
         write_record(records / f"paired-{label}-{first}.json", compare(found[label], found[first]))
 

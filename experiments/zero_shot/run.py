@@ -1,7 +1,8 @@
 """Zero-shot tasks for several versions of one model, each compared item by item with the first.
 
 Small tasks come first and HellaSwag last, and every model does a task before the next one begins: whenever this is
-stopped, what is there can be compared. Started again, it goes on where it was.
+stopped, what is there can be compared. Started again, it goes on where it was; committed records of the same weights
+and rows are not made again.
 
     python experiments/zero_shot/run.py DATA uncompressed=FOLDER position=FOLDER svd=FOLDER
 """
@@ -29,13 +30,22 @@ def run(models: Mapping[str, str], data: str, work: Path, records: Path, limit: 
         for label, source in models.items():
             plan = Evaluation("zero-shot", (task,), data, limit, "bfloat16", BATCH_TOKENS)
             began = time.perf_counter()
+            name = f"{label}-{task}.json"
+            known(records / name, work / name)
             (record,) = evaluate(source, plan, work, label=label)
             print(f"{task} {label}: {record['results']['metrics']} in {time.perf_counter() - began:.0f} s", flush=True)
             done[label].append(record)
             records.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(work / f"{label}-{task}.json", records / f"{label}-{task}.json")
+            shutil.copyfile(work / name, records / name)
         for label in others:
             write_record(records / f"paired-{label}-{first}.json", compare(done[label], done[first]))
+
+
+def known(record: Path, work: Path) -> None:
+    """Let the evaluation find a committed record, which it takes if it is of the same weights and rows."""
+    if record.is_file() and not work.is_file():
+        work.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(record, work)
 
 
 def main() -> None:
