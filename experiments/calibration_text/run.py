@@ -85,7 +85,7 @@ def losses(model, tokenizer, tokens: dict[str, torch.Tensor]) -> dict[str, torch
 def one(run: Run, folder: Path, model, tokenizer, tokens, reference) -> None:
     source = run.text if run.text in NAMES else str(folder / run.text / "calibration.txt.gz")
     calibration = Calibration(source, run.tokens, seed=run.seed)
-    plan = make_plan(model.config, 4, keep=0.5, calibration=calibration)
+    plan = make_plan(model.config, 4, method="position", keep=0.5, calibration=calibration)
     windows = calibration_tokens(tokenizer, calibration)
     result = run_plans(checked_stock_form(model, windows), windows, [plan])[0]
     texts = {}

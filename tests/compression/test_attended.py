@@ -28,9 +28,8 @@ def seen(kind: str) -> tuple[torch.nn.Module, LayerInputs, AttentionPass]:
 def test_costs_are_squared_derivatives_of_the_output_by_single_scores(kind: str) -> None:
     attention, inputs, window = seen(kind)
     with torch.no_grad():
-        found = (
-            AttendedSum(attention, inputs).costs(window, project(attention, window.attention_in)).flatten(0, 1)
-        )  # h t_queries t
+        projected = project(attention, window.attention_in)
+        found = AttendedSum(attention, inputs).costs(window, projected).flatten(0, 1)  # h t_queries t
     queries, keys, values = (x.repeat_interleave(len(x0) // len(x), 0) for x0, x in _with_queries(attention, window))
     rotated = _rotated(attention, inputs, queries, keys)
     scores = (rotated[0] @ rotated[1].mT * attention.scaling + inputs.mask[0]).detach()

@@ -38,6 +38,7 @@ def compare(
     from mea.compression.comparison import compare as run
     from mea.compression.contenders import contenders_of
     from mea.compression.measuring import Protocol
+    from mea.compression.methods import DEFAULT_METHOD
     from mea.report import terminal_table, write_report
     from mea.report.sections import make_sections
     from mea.report.writing import as_csv, write_markdown, write_text
@@ -45,7 +46,7 @@ def compare(
     from mea.train.same_recovery import SameRecovery
 
     contenders = contenders_of(
-        method or ["attended", "joint"], keep or [0.25, 0.33, 0.5, 0.67, 0.8], bits=bits or [8, 4, 2],
+        method or [DEFAULT_METHOD, "joint"], keep or [0.25, 0.33, 0.5, 0.67, 0.8], bits=bits or [8, 4, 2],
         backends=backend or [], allocated=allocate or [], presses=press or [],
         conversions=conversion or [], recovered=recover_tokens > 0,
     )  # fmt: skip
