@@ -33,6 +33,18 @@ def test_beginnings_are_shared_where_that_saves_tokens():
                 assert [row.positions[place] for place in places] == list(range(first, len(text.tokens)))
 
 
+def test_what_all_items_begin_with_does_not_put_them_all_into_one_row():
+    """A row of thousands of items had a mask of more memory than the machine."""
+    items = [Scored((1, 2, *range(10 * i, 10 * i + 10), answer), (0,)) for i in range(1, 500) for answer in (3, 4)]
+    assert max(len(row.tokens) for row in pack(items[1:])) == 14  # the first item has a single answer
+
+
+def test_items_with_a_long_common_beginning_share_it_in_rows_that_stay_short():
+    examples = tuple(range(1000))
+    rows = pack([Scored((*examples, *range(10 * i, 10 * i + 50)), (0,)) for i in range(500)])
+    assert [len(row.tokens) for row in rows] == [2000] * 25
+
+
 def test_mask_shows_the_beginning_and_the_own_branch():
     _, _, mask = tensors(pack(TEXTS)[:1])
     assert mask is not None

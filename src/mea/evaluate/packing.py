@@ -13,6 +13,9 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 PADDING = -1  # segment of tokens that belong to no text
+# Attention and its mask grow with the square of a row, so that strangers in it cost more than they save: a text joins
+# where at least this share of it is common, while the branches together are no longer than the beginning, or than this.
+LEAST_SHARE, BRANCHES = 0.25, 512
 
 
 @dataclass(frozen=True)
@@ -82,11 +85,13 @@ def _common(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def _worth(texts: Sequence[Scored], group: list[int], text: Scored) -> bool:
-    """Whether one more text makes the row shorter than two rows would be."""
+    """Whether one more text makes the row shorter than two rows would be, and the row does not become a long one."""
     members = [texts[index] for index in group]
     before = min((_common(members[0].tokens, member.tokens) for member in members[1:]), default=len(members[0].tokens))
     after = min(before, _common(members[0].tokens, text.tokens))
-    return after * len(group) > before * (len(group) - 1)
+    branches = sum(len(member.tokens) - after for member in [*members, text])
+    few = after >= LEAST_SHARE * len(text.tokens) and branches <= max(after, BRANCHES)
+    return few and after * len(group) > before * (len(group) - 1)
 
 
 def _row(texts: Sequence[Scored], group: list[int]) -> Packed:
