@@ -33,6 +33,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "attended": ({"method": "attended", "refine": 2, "calibration": Calibration(tokens=65536)}, ("distil",), SHORT),
     "million": ("refined", ("distil",), LONG, SMALL_STEPS),
     "attended-million": ("attended", ("distil",), LONG, LONG_WINDOWS),
+    "attended-small-steps": ("attended", ("distil",), LONG, SMALL_STEPS),
     "joint-million": ("joint", ("near",), LONG),
     "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
     "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
