@@ -22,7 +22,8 @@ SHORT, LONG = 200_000, 1_000_000
 SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
 SVD: dict[str, Any] = {"method": "svd"}
-# name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start
+# name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start.
+# Rows with `cpt` are the paper's second table, all on the same tokens; those of RESULTS begin with another row's result.
 ROWS: dict[str, tuple[Any, ...]] = {
     "joint": ({"method": "joint"}, ("near",), SHORT),
     "position": ({"method": "position"}, ("distil",), SHORT),
@@ -39,8 +40,11 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
     "deep-cpt": (SVD | {"layout": "deep"}, ("cpt",), SHORT),
     "full-cpt": ("svd", ("cpt",), SHORT),
-    "full-recover-cpt": ("svd", ("distil", "cpt"), SHORT),
+    "full-recover-cpt": ("svd", ("cpt",), SHORT),
+    "attended-cpt": ("attended", ("cpt",), SHORT),
+    "attended-recover-cpt": ("attended", ("cpt",), SHORT),
 }
+RESULTS = {"full-recover-cpt": "svd", "attended-recover-cpt": "attended"}
 
 
 def main() -> None:
@@ -58,7 +62,11 @@ def main() -> None:
         scale = SCALE | (changes[0] if changes else {})
         begun = how if isinstance(how, str) else name
         start, out = options.work / f"{begun}-start", options.work / name
-        if not start.is_dir():
+        if name in RESULTS:
+            start = options.work / RESULTS[name]
+            if not start.is_dir():
+                parser.error(f"{name} begins with what {RESULTS[name]} ends with: make that first")
+        elif not start.is_dir():
             compress_to_folder(source, start, dtype="float32", measure_tokens=0, **ROWS[begun][0])
         if not out.is_dir():
             settings = [recovery(stage, tokens=tokens, **scale) for stage in stages]
