@@ -23,7 +23,7 @@ SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
 SVD: dict[str, Any] = {"method": "svd"}
 # name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start.
-# Rows with `cpt` are the paper's second table, all on the same tokens; those of RESULTS begin with another row's result.
+# Rows with `cpt` are the paper's second table, on the same tokens; those of RESULTS begin at another row's result.
 ROWS: dict[str, tuple[Any, ...]] = {
     "joint": ({"method": "joint"}, ("near",), SHORT),
     "position": ({"method": "position"}, ("distil",), SHORT),
