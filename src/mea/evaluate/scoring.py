@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from mea.evaluate.packing import Packed, Scored, batches, pack, tensors
 from mea.evaluate.perplexity import replaced_forward
+from mea.ops.memory import keep_freed_memory
 
 ROWS = 256  # logits made at a time
 SMALLEST, LARGEST = 512, 65_536  # tokens of a batch
@@ -64,6 +65,7 @@ class Scorer:
     """
 
     def __init__(self, model: Any, batch_tokens: int | None = None):
+        keep_freed_memory()
         self.model = model
         self.size = BatchSize(batch_tokens, settled=True) if batch_tokens else BatchSize()
         self.head_alone = self._head_stands_alone()
@@ -129,7 +131,10 @@ class Scorer:
         for part, wanted in zip(picked.split(ROWS), targets.split(ROWS), strict=True):
             logits = (self._logits(part) if self.head_alone else part).float()
             losses.append(functional.cross_entropy(logits, wanted, reduction="none").cpu())
-            greedy.append((logits.argmax(-1) == wanted).cpu())
+            # The place of the largest is slow to find, its value is not; few targets have it.
+            hit = logits.gather(-1, wanted[:, None])[:, 0] == logits.amax(-1)
+            hit[hit.clone()] = logits[hit].argmax(-1) == wanted[hit]
+            greedy.append(hit.cpu())
         return torch.cat(losses), torch.cat(greedy)
 
     def _run(self, rows: Sequence[Packed], *, body_only: bool) -> Tensor:
