@@ -35,16 +35,21 @@ def test_published_rows_are_marked_and_average_to_what_they_say():
     for row in tasks.PUBLISHED_1.values():
         assert sum(row[:-1]) / 6 == pytest.approx(row[-1], abs=0.006)
     table = tasks.table_1([score("small", "piqa")]).table
-    assert all(tasks.PAPER in line[0] and tasks.SCALE_1 in line[1] for line in table.lines[:4])
+    assert all("published" in line[0] and tasks.SCALE_1 in line[1] for line in table.lines[:4])
     assert table.best == (4,)
-    assert tasks.PAPER not in table.lines[4][0]
-    assert "another scale" in table.note
+    assert "published" not in table.lines[4][0]
+    assert tasks.PAPER in table.note and "another scale" in table.note
 
 
 def test_our_row(complete):
     line = tasks.table_1(complete).table.lines[4]
-    assert line[:3] == ["small", "135M parameters, float32", "68.00 ± 1.00"]
+    assert line[:3] == ["small", "135M, float32", "68.00 ± 1.00"]
     assert line[-1] == "43.67 ± 0.41"  # six errors of 1 point: 1 / sqrt 6
+
+
+def test_what_others_are_compared_with_stands_first(paired):
+    (section,) = tasks.sections([score("a", "piqa"), score("half", "piqa"), score("plain", "piqa"), paired])
+    assert [line[0] for line in section.parts[1].table.lines] == ["half", "a", "plain"]
 
 
 def test_no_average_over_a_part(complete):

@@ -17,7 +17,7 @@ PUBLISHED_1 = {
     "+ DFA": (71.76, 22.20, 54.38, 41.29, 60.69, 27.82, 46.36),
     "MEA": (73.18, 19.80, 54.14, 42.02, 61.57, 27.65, 46.39),
 }
-SCALE_1 = "LLaMA-3.2-1B shape, 500B tokens"
+SCALE_1 = "1B, 500B tokens"
 
 # Table 2: averages over the columns of each group. The differences that the paper prints are to the row "+ CPT".
 TABLE_2 = ("knowledge", "science", "math", "total")

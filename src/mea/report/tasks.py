@@ -21,7 +21,7 @@ TASK, PAIRED = "task", "paired tasks"  # kinds of records
 
 def sections(records: Sequence[Record]) -> list[Section]:
     """One section: the paper's tables with our rows where there are some, all scores, and all comparisons."""
-    found = [record for record in records if record["kind"] == TASK]
+    found = _tasks(records)
     parts = [part for part in (table_1(found), table_2(found)) if part]
     parts += [scores(found)] if found else []
     parts += [differences(record) for record in records if record["kind"] == PAIRED]
@@ -30,9 +30,16 @@ def sections(records: Sequence[Record]) -> list[Section]:
 
 def task_tables(records: Sequence[Record]) -> list[Group]:
     """Tables for a terminal: scores of each model, then the comparisons."""
-    found = [record for record in records if record["kind"] == TASK]
+    found = _tasks(records)
     parts = [scores(found)] if found else []
     return [terminal(part) for part in [*parts, *(differences(one) for one in records if one["kind"] == PAIRED)]]
+
+
+def _tasks(records: Sequence[Record]) -> list[Record]:
+    """Records of tasks, the model's first that others are compared with."""
+    references = {record["config"]["second"] for record in records if record["kind"] == PAIRED}
+    found = [record for record in records if record["kind"] == TASK]
+    return sorted(found, key=lambda record: record["config"]["label"] not in references)
 
 
 def table_1(records: Sequence[Record]) -> Part | None:
@@ -43,7 +50,7 @@ def table_1(records: Sequence[Record]) -> Part | None:
     found = [record for record in records if record["config"]["task"] in TABLE_1.values()]
     if not found:
         return None
-    lines = [[f"{name} ({PAPER})", SCALE_1, *(f"{x:.2f}" for x in row)] for name, row in PUBLISHED_1.items()]
+    lines = [[f"{name}, published", SCALE_1, *(f"{x:.2f}" for x in row)] for name, row in PUBLISHED_1.items()]
     published = len(lines)
     for label, own in _by_label(found).items():
         metrics = [own[task]["results"]["metrics"]["acc"] if task in own else None for task in TABLE_1.values()]
@@ -56,8 +63,8 @@ def table_1(records: Sequence[Record]) -> Part | None:
         lines.append([label, _scale(own), *cells, average])
     note = (
         f"Accuracy in %, no examples, the likelier answer not normalised by length. The first {published} rows are "
-        "published ones, of models of another scale; compare rows of one scale with each other only. ± is one standard "
-        "error over the rows of a task."
+        f"those of {PAPER}, of models of another scale; compare rows of one scale with each other only. ± is one "
+        "standard error over the rows of a task."
     )
     ours = tuple(range(published, len(lines)))
     table = Table(["model", "scale", *TABLE_1, "average"], lines, note, ours, texts=2)
@@ -69,7 +76,7 @@ def table_2(records: Sequence[Record]) -> Part | None:
     found = [record for record in records if record["config"].get("suite") in TABLE_2]
     if not found:
         return None
-    lines = [[f"{name} ({PAPER})", SCALE_2, *(f"{x:.2f}" for x in row)] for name, row in PUBLISHED_2.items()]
+    lines = [[f"{name}, published", SCALE_2, *(f"{x:.2f}" for x in row)] for name, row in PUBLISHED_2.items()]
     published = len(lines)
     for label, own in _by_label(found).items():
         line = [label, _scale(own)]
@@ -79,7 +86,7 @@ def table_2(records: Sequence[Record]) -> Part | None:
             line.append(f"{100 * sum(means) / len(means):.2f} [{tasks}]" if means else ABSENT)
         lines.append(line)
     note = (
-        f"Averages in %. The first {published} rows are published ones, over the paper's benchmarks; ours are over "
+        f"Averages in %. The first {published} rows are those of {PAPER}, over its benchmarks; ours are over "
         "the tasks of our suites, in brackets how many: the columns are not the same measure. Of the paper's columns "
         f"we have {_columns('columns')}; not {_columns('missing')}."
     )
@@ -135,7 +142,7 @@ def _by_label(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
 def _scale(own: dict[str, Record]) -> str:
     config = next(iter(own.values()))["config"]
     rows = f", first {config['limit']} rows" if config["limit"] else ""
-    return f"{config['parameters'] / 1e6:,.0f}M parameters, {config['dtype']}{rows}"
+    return f"{config['parameters'] / 1e6:,.0f}M, {config['dtype']}{rows}"
 
 
 def _main(record: Record) -> dict[str, float]:
