@@ -40,7 +40,9 @@ def context_tables(records: Sequence[Record]) -> list[Group]:
 
 
 def _parts(records: Sequence[Record], *, figures: bool) -> list[Part]:
+    references = {record["config"]["second"] for record in records if record["kind"] == PAIRED}
     found = [record for record in records if record["kind"] == LONG]
+    found.sort(key=lambda record: _name(record) not in references)  # what others are compared with first
     parts = [maps(found)] if figures and any(_mapped(record) for record in found) else []
     parts += [scores(found)] if any(record["results"]["cells"] for record in found) else []
     parts += [positions(found)] if any(record["results"].get("positions") for record in found) else []
