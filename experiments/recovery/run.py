@@ -44,7 +44,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "attended-cpt": ("attended", ("cpt",), SHORT),
     "attended-recover-cpt": ("attended", ("cpt",), SHORT),
 }
-RESULTS = {"full-recover-cpt": "svd", "attended-recover-cpt": "attended"}
+RESULTS = ("full-recover-cpt", "attended-recover-cpt")
 
 
 def main() -> None:
@@ -61,12 +61,10 @@ def main() -> None:
         how, stages, tokens, *changes = ROWS[name]
         scale = SCALE | (changes[0] if changes else {})
         begun = how if isinstance(how, str) else name
-        start, out = options.work / f"{begun}-start", options.work / name
-        if name in RESULTS:
-            start = options.work / RESULTS[name]
-            if not start.is_dir():
-                parser.error(f"{name} begins with what {RESULTS[name]} ends with: make that first")
-        elif not start.is_dir():
+        start, out = options.work / (begun if name in RESULTS else f"{begun}-start"), options.work / name
+        if not start.is_dir():
+            if name in RESULTS:
+                parser.error(f"{name} begins with what {begun} ends with: make that first")
             compress_to_folder(source, start, dtype="float32", measure_tokens=0, **ROWS[begun][0])
         if not out.is_dir():
             settings = [recovery(stage, tokens=tokens, **scale) for stage in stages]

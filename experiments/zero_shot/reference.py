@@ -18,11 +18,11 @@ from lm_eval.models.huggingface import HFLM
 from mea.evaluate.benchmarks import numbers
 from mea.evaluate.harness import harness_task
 from mea.evaluate.local_data import read_task
+from mea.evaluate.suites import ZERO_SHOT
 from mea.models.loading import load
 from mea.records import make_record, read_record, write_record
 
 HERE = Path(__file__).parent
-TASKS = ("openbookqa", "winogrande", "arc_challenge", "arc_easy", "piqa", "hellaswag")
 BATCH = 16
 
 
@@ -52,11 +52,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", help="folder with a folder per task")
     parser.add_argument("model")
-    parser.add_argument("--task", action="append", choices=TASKS, help="may be repeated; all if absent")
+    parser.add_argument("--task", action="append", choices=ZERO_SHOT, help="may be repeated; all if absent")
     given = parser.parse_args()
     model, tokenizer = load(given.model, "bfloat16")
     lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)  # pyright: ignore
-    for name in given.task or TASKS:
+    for name in given.task or ZERO_SHOT:
         found = check(lm, name, given.data)
         print(name, found, flush=True)
         config = {"task": name, "model": Path(given.model).name, "dtype": "bfloat16", "batch_size": BATCH}

@@ -1,9 +1,7 @@
 """``mea recover``: from a compressed folder to a compressed folder."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.layout import Layout
 from mea.models.loading import load
 from tiny_models import Factors
+from two_processes import run_on_two
 
 
 def halved(folder: str, out: str) -> str:
@@ -58,11 +57,9 @@ def test_two_processes_do_what_one_does(models_, text, tmp_path, mea, sharded):
     options += ["--tokens", 192, "--held-out", 32, "--precision", "float32", "--measure", 0]
     alone = mea("recover", start, tmp_path / "alone", *options)
     assert alone.exit_code == 0, alone.stderr
-    program = [str(Path(sys.executable).with_name("mea")), "recover", start, tmp_path / "together", *options]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--no-python"]
-    environment = {**os.environ, "JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    arguments = [str(argument) for argument in (*command, *program, *(["--shard"] if sharded else []))]
-    subprocess.run(arguments, env=environment, check=True)
+    program = Path(sys.executable).with_name("mea")
+    options += ["--shard"] if sharded else []
+    run_on_two("--no-python", program, "recover", start, tmp_path / "together", *options)
 
     both = [json.loads((tmp_path / name / "recovery.json").read_text()) for name in ("alone", "together")]
     # The same windows; only the order in which fp32 gradients are summed differs, over 3 steps.

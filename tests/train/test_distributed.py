@@ -1,10 +1,7 @@
 """Two processes, by gloo, do what one does: the batch shared out (DDP), or the model as well (FSDP2)."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +13,7 @@ from mea.train.settings import settings_from
 from mea.train.sharding import shard
 from mea.train.sweeps import WORKER
 from tiny_corpus import merged
+from two_processes import run_on_two
 
 
 def test_one_process_has_nothing_to_share_with(settings):
@@ -31,9 +29,7 @@ def test_two_processes_do_what_one_does_and_go_on_from_a_checkpoint(tables, cach
     out, target, script = tmp_path / "run", tmp_path / "record.json", tmp_path / "worker.py"
     script.write_text(WORKER, encoding="utf-8")
     arguments = [json.dumps(merged(tables, {"run": {"shard": sharded}})), str(out), str(cache), str(target)]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    environment = {**os.environ, "JAXTYPING_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, *arguments], env=environment, check=True)
+    run_on_two(script, *arguments)
     together = read_record(target)
     assert together["results"]["processes"] == 2
     # The same batches; only the order in which fp32 gradients are summed differs, over 20 steps.
@@ -46,5 +42,5 @@ def test_two_processes_do_what_one_does_and_go_on_from_a_checkpoint(tables, cach
     for folder in ("checkpoint-20", "model"):
         shutil.rmtree(out / folder)
     target.unlink()
-    subprocess.run([*command, *arguments], env=environment, check=True)
+    run_on_two(script, *arguments)
     assert read_record(target)["samples"] == together["samples"]

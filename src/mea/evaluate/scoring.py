@@ -133,7 +133,8 @@ class Scorer:
             losses.append(functional.cross_entropy(logits, wanted, reduction="none").cpu())
             # The place of the largest is slow to find, its value is not; few targets have it.
             hit = logits.gather(-1, wanted[:, None])[:, 0] == logits.amax(-1)
-            hit[hit.clone()] = logits[hit].argmax(-1) == wanted[hit]
+            at = hit.nonzero()[:, 0]
+            hit[at] = logits[at].argmax(-1) == wanted[at]
             greedy.append(hit.cpu())
         return torch.cat(losses), torch.cat(greedy)
 

@@ -18,6 +18,7 @@ from mea.records import Record
 from mea.report.drawing import COLOURS, INK, axes_of_a_figure, style, svg
 from mea.report.parts import ABSENT, Figure, Part, Section, Table, terminal, with_interval
 from mea.report.rows import with_error
+from mea.report.sources import name_of, reference_first
 
 LONG, PAIRED = "long context", "paired long context"  # kinds of records
 MAPPED = {"needle": "one fact", "multi-key": "one of eight facts"}
@@ -40,9 +41,7 @@ def context_tables(records: Sequence[Record]) -> list[Group]:
 
 
 def _parts(records: Sequence[Record], *, figures: bool) -> list[Part]:
-    references = {record["config"]["second"] for record in records if record["kind"] == PAIRED}
-    found = [record for record in records if record["kind"] == LONG]
-    found.sort(key=lambda record: _name(record) not in references)  # what others are compared with first
+    found = reference_first(records, LONG, PAIRED)
     parts = [maps(found)] if figures and any(_mapped(record) for record in found) else []
     parts += [scores(found)] if any(record["results"]["cells"] for record in found) else []
     parts += [positions(found)] if any(record["results"].get("positions") for record in found) else []
@@ -153,8 +152,8 @@ def _map(name: str, record: Record, task: str) -> Figure:
 
 
 def _name(record: Record) -> str:
-    name, bits = record["config"].get("label") or record["config"].get("model", "?"), record["config"].get("cache_bits")
-    return f"{name}, {bits}-bit cache" if bits else str(name)
+    name, bits = name_of(record), record["config"].get("cache_bits")
+    return f"{name}, {bits}-bit cache" if bits else name
 
 
 def _mean(values: Sequence[float | int]) -> tuple[float, float | None]:

@@ -37,6 +37,19 @@ def find_records(places: Iterable[str | Path]) -> list[Record]:
     return list(found.values())
 
 
+def reference_first(records: Iterable[Record], kind: str, paired: str) -> list[Record]:
+    """Records of a kind in their order, but first those of the models that others are compared with (kind `paired`)."""
+    records = list(records)
+    references = {record["config"]["second"] for record in records if record["kind"] == paired}
+    found = [record for record in records if record["kind"] == kind]
+    return sorted(found, key=lambda record: name_of(record) not in references)
+
+
+def name_of(record: Record) -> str:
+    """A model's name in a record: its label, if it has one."""
+    return str(record["config"].get("label") or record["config"].get("model", "?"))
+
+
 def _is_record(path: Path) -> bool:
     """Whether a file means to be a record; one that is cut short does."""
     try:

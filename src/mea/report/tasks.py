@@ -15,13 +15,14 @@ from mea.evaluate.suites import SUITES
 from mea.records import Record
 from mea.report.parts import ABSENT, Part, Section, Table, terminal, with_interval
 from mea.report.published import PAPER, PUBLISHED_1, PUBLISHED_2, SCALE_1, SCALE_2, TABLE_1, TABLE_2
+from mea.report.sources import reference_first
 
 TASK, PAIRED = "task", "paired tasks"  # kinds of records
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
     """One section: the paper's tables with our rows where there are some, all scores, and all comparisons."""
-    found = _tasks(records)
+    found = reference_first(records, TASK, PAIRED)
     parts = [part for part in (table_1(found), table_2(found)) if part]
     parts += [scores(found)] if found else []
     parts += [differences(record) for record in records if record["kind"] == PAIRED]
@@ -30,16 +31,9 @@ def sections(records: Sequence[Record]) -> list[Section]:
 
 def task_tables(records: Sequence[Record]) -> list[Group]:
     """Tables for a terminal: scores of each model, then the comparisons."""
-    found = _tasks(records)
+    found = reference_first(records, TASK, PAIRED)
     parts = [scores(found)] if found else []
     return [terminal(part) for part in [*parts, *(differences(one) for one in records if one["kind"] == PAIRED)]]
-
-
-def _tasks(records: Sequence[Record]) -> list[Record]:
-    """Records of tasks, the model's first that others are compared with."""
-    references = {record["config"]["second"] for record in records if record["kind"] == PAIRED}
-    found = [record for record in records if record["kind"] == TASK]
-    return sorted(found, key=lambda record: record["config"]["label"] not in references)
 
 
 def table_1(records: Sequence[Record]) -> Part | None:
