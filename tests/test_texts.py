@@ -7,8 +7,9 @@ from functools import cache
 from importlib.resources import files
 
 import pytest
+import torch
 
-from mea.texts import NAMES, load_text
+from mea.texts import NAMES, STRETCH, load_text, read_again
 
 DATA = files("mea") / "data"
 
@@ -100,3 +101,30 @@ def test_unusable_files(tmp_path, name, data, message):
 def test_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.txt"):
         load_text(tmp_path / "none.txt")
+
+
+@pytest.mark.parametrize("length", [8, 64, STRETCH, 2 * STRETCH, 2 * STRETCH + 5])
+def test_stretches_end_with_a_copy_of_their_own_tokens(length):
+    rows = torch.arange(40 * length).view(40, length)  # no token twice: what occurs twice has been copied
+    made = read_again(rows, 0.5)
+    changed = (made != rows).any(1)
+    assert changed.sum() == 20
+    for before, after in zip(rows[changed], made[changed], strict=True):
+        for own, stretch in zip(before.split(STRETCH), after.split(STRETCH), strict=True):
+            copied = int((own != stretch).sum())
+            if len(own) < 8:
+                assert not copied
+                continue
+            assert max(1, len(own) // 16) <= copied <= 7 * len(own) // 16
+            assert torch.equal(stretch[:-copied], own[:-copied])
+            source = int(stretch[-copied]) - int(own[0])
+            assert 1 <= source <= len(own) - 2 * copied, "the copy is of what stands before it, not of the first token"
+            assert torch.equal(stretch[-copied:], own[source : source + copied])
+
+
+def test_rereading_leaves_what_it_is_given_and_repeats_itself():
+    rows = torch.arange(640).view(10, 64)
+    assert torch.equal(read_again(rows, 0.0), rows)
+    assert torch.equal(read_again(rows, 1.0, seed=3), read_again(rows, 1.0, seed=3))
+    assert not torch.equal(read_again(rows, 1.0, seed=3), read_again(rows, 1.0, seed=4))
+    assert torch.equal(rows, torch.arange(640).view(10, 64))

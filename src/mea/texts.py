@@ -1,4 +1,4 @@
-"""Texts to calibrate and to test on: those that ship with the package, by name, and the user's own files."""
+"""Texts to calibrate and to test on: shipped ones by name, the user's own files, and windows that are read again."""
 
 import difflib
 import gzip
@@ -6,7 +6,13 @@ import zlib
 from importlib.resources import files
 from pathlib import Path
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 NAMES = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
+STRETCH = 512  # tokens: as many as are refined and recovered on in one piece
+LEAST = 8  # tokens of a stretch that is too short for a copy
 
 
 def load_text(name_or_path: str | Path) -> str:
@@ -33,6 +39,43 @@ def load_text(name_or_path: str | Path) -> str:
         guess = f"did you mean {close[0]}? " if close else ""
         raise ValueError(f"no text named {str(path)!r}: {guess}names are {', '.join(NAMES)}; anything else is a file")
     return _read(path)
+
+
+def read_again(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[Tensor, "n t"]:
+    """Windows of which a share looks back: there, every stretch ends with a copy of a run of its own tokens.
+
+    Running prose seldom repeats what stands far back word for word, so that hardly anything in it depends on finding
+    it; a stretch that does, makes the keys and queries count that find it.
+
+    Parameters
+    ----------
+    rows
+        Windows; their first tokens are never copied.
+    share
+        Of the windows, between 0 and 1.
+    seed
+        Chooses windows and runs: 1/16 to 7/16 of a stretch of `STRETCH` tokens.
+    """
+    rows, generator = rows.clone(), torch.Generator().manual_seed(seed)
+
+    def draw(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    for index in torch.randperm(len(rows), generator=generator)[: round(share * len(rows))]:
+        for stretch in rows[index].split(STRETCH):
+            size = len(stretch)
+            if size < LEAST:
+                continue
+            length = draw(max(1, size // 16), 7 * size // 16)
+            begin = draw(1, size - 2 * length)
+            stretch[-length:] = stretch[begin : begin + length].clone()
+    return rows
+
+
+def check_share(share: float) -> None:
+    """Raise ValueError if that is no share of windows."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"reread is a share of the windows, 0 to 1, not {share}")
 
 
 def _read(path: Path) -> str:

@@ -260,6 +260,7 @@ def test_what_cannot_be_recovered_is_refused(pair, tmp_path):
         ({"batch": 3}, "cannot be cut"),
         ({"rate": 0.0}, "must be positive"),
         ({"warmup": 1.0}, "a share"),
+        ({"reread": 1.5}, "a share of the windows"),
         ({"windows": 3}, "did you mean window"),
         ({"objective": "attention", "trained": "all"}, "train factors or attention"),
     ],
@@ -290,6 +291,9 @@ def test_windows_come_from_all_texts_once_and_stages_do_not_share_them(tmp_path)
     assert len(seen.unique()) == len(seen) == (48 + 16 + 4) * WINDOW
     assert sorted(held.flatten().tolist()) == [*range(868, 900), *range(1868, 1900)]
     assert {int(row[0]) // 1000 for row in first} == {0, 1}
+    again, same = windows(Letters(), texts, recovery(**{**SMALL, "reread": 0.5}))
+    assert torch.equal(held, same)
+    assert (again != first).any(1).sum() == len(first) // 2
     with pytest.raises(ValueError, match="give more text"):
         windows(Letters(), texts, recovery(**{**SMALL, "tokens": 100_000}))
 

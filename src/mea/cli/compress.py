@@ -29,6 +29,9 @@ def compress(
     text: Annotated[str, typer.Option(help="Calibration text: a packaged name or a .txt file.")] = "calibration",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
+    reread: Annotated[
+        float, typer.Option(help="Share of the windows in which a part is read again, for facts far back to be found.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
     measure: Annotated[
@@ -51,7 +54,7 @@ def compress(
     from mea.compression import Calibration, allocation, compress_to_folder, preview
     from mea.report.terminal import compression_table, plan_table
 
-    calibration = Calibration(text, tokens, window, seed)
+    calibration = Calibration(text, tokens, window, seed, reread)
     options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd}
     options["refine"] = refine
     options["allocate"] = allocation(allocate, equal=equal, same=same, step=step)

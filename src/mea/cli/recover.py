@@ -19,6 +19,9 @@ def recover(
     trained: Annotated[str | None, typer.Option(help="factors, attention, all or lora.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each stage; 100,000 by default.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens read in one piece; 512 by default.")] = None,
+    reread: Annotated[
+        float | None, typer.Option(help="Share of the windows in which a part is read again; 0 by default.")
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows per step; 4 by default.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Windows at a time in one process.")] = None,
     rate: Annotated[
@@ -39,8 +42,9 @@ def recover(
     from mea.train.recovery_settings import recovery
 
     changes = {
-        "trained": trained, "tokens": tokens, "window": window, "batch": batch, "micro_batch": micro_batch,
-        "rate": rate, "other_rate": other_rate, "held_out": held_out, "precision": precision,
+        "trained": trained, "tokens": tokens, "window": window, "reread": reread,
+        "batch": batch, "micro_batch": micro_batch, "rate": rate, "other_rate": other_rate, "held_out": held_out,
+        "precision": precision,
     }  # fmt: skip
     stages = [recovery(name, **changes) for name in stage.split("+")]
     speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one

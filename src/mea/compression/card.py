@@ -7,6 +7,7 @@ def model_card(record: dict[str, Any]) -> str:
     """Markdown from the record of a compression: what was done, what was measured, how to use the result."""
     config, results = record["config"], record["results"]
     before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
+    share = config.get("calibration_reread")
     lines = [
         "---",
         "library_name: transformers",
@@ -16,7 +17,8 @@ def model_card(record: dict[str, Any]) -> str:
         f"# {config['model']} with {after / before:.0%} of its KV cache",
         "",
         f"Compressed with mea {record['versions'].get('mea', '')}: method `{config['method']}`, calibrated on "
-        f"{config['calibration_tokens']:,} tokens of `{config['calibration_text']}`, no training.",
+        f"{config['calibration_tokens']:,} tokens of `{config['calibration_text']}`"
+        f"{f', parts of them read again in {share:.0%} of the windows' if share else ''}, no training.",
         "",
         "| measured | original | compressed |",
         "|---|---|---|",

@@ -27,7 +27,7 @@ from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token,
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
 from mea.records import make_record, write_record
-from mea.texts import load_text
+from mea.texts import load_text, read_again
 
 Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
 MEASURED_TEXT = "wikitext-2-test"
@@ -261,7 +261,8 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
     """Windows of the calibration text, chosen by the seed from all that it has.
 
     Each opens with the token that the tokenizer puts before every text, if it has one: what is kept of that token in
-    the cache is read by all that follow, and a model may be useless without it.
+    the cache is read by all that follow, and a model may be useless without it. In as many as
+    `Calibration.reread` says a part is read again.
 
     Raises
     ------
@@ -276,7 +277,8 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
             f"{wanted} are asked for: give a longer text or fewer tokens"
         )
     generator = torch.Generator().manual_seed(calibration.seed)
-    return rows[torch.randperm(len(rows), generator=generator)[:wanted].sort().values]
+    chosen = rows[torch.randperm(len(rows), generator=generator)[:wanted].sort().values]
+    return read_again(chosen, calibration.reread, calibration.seed)
 
 
 def _measure(

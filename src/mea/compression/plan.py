@@ -20,6 +20,7 @@ from mea.compression.refine import Refinement
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
+from mea.texts import check_share
 
 DEFAULT_KEEP = 0.5
 MOVES = (4, 4, 8)  # rounds of an allocation: at most h_kv * d over so many numbers are moved for keys or values
@@ -37,14 +38,18 @@ class Calibration:
         How much of it, in windows of how many tokens.
     seed
         Chooses the windows.
+    reread
+        Share of the windows in which a part is read a second time, see `mea.texts.read_again`.
     """
 
     text: str = "calibration"
     tokens: int = 16384
     window: int = 1024
     seed: int = 0
+    reread: float = 0.0
 
     def __post_init__(self) -> None:
+        check_share(self.reread)
         if self.window < 64 or self.tokens < 4 * self.window:
             raise ValueError(
                 f"calibration needs at least 4 windows of at least 64 tokens, not {self.tokens} tokens in windows of "
@@ -133,6 +138,7 @@ class Plan:
             "calibration_tokens": calibration.tokens,
             "calibration_window": calibration.window,
             "seed": calibration.seed,
+            **({"calibration_reread": calibration.reread} if calibration.reread else {}),
             **({} if self.allocation is None else {"allocation": asdict(self.allocation)}),
             **({} if self.refinement is None else {"refinement": asdict(self.refinement)}),
         }

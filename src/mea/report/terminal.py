@@ -41,13 +41,14 @@ def plan_table(preview: dict[str, Any]) -> Table:
     before, after = preview["bytes_per_token_before"], preview["bytes_per_token"]
     context = preview["context"]
     full = f"{_size(preview['bytes_at_context_before'])} → {_size(preview['bytes_at_context'])}"
+    again = f", parts read again in {share:.0%} of the windows" if (share := preview.get("calibration_reread")) else ""
     for line in (
         ("method", preview["method"]),
         ("widths (keys, values)", _ranges(preview["widths"])),
         *([("to begin with", "widths are chosen layer by layer")] if preview.get("allocation") else []),
         ("cache per token", f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}"),
         (f"cache at {context:,} tokens", full),
-        ("calibration", f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}"),
+        ("calibration", f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}{again}"),
         *([("refinement", f"{preview['refinement']['passes']} passes")] if preview.get("refinement") else []),
         ("memory beyond the weights", f"about {_size(preview['memory'])}"),
         ("time for the fit", f"about {preview['seconds'] / 60:.1f} min on this machine"),

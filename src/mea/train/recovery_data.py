@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mea.evaluate.perplexity import encode_text, start_token
 from mea.evaluate.perplexity import windows as cut
-from mea.texts import load_text
+from mea.texts import load_text, read_again
 from mea.train.recovery_settings import Recovery
 
 
@@ -22,7 +22,8 @@ def windows(
     Each opens with the token that the tokenizer puts before every text, if it has one.
 
     Held out is the end of every text, in proportion to the texts' lengths, so that hardly a held-out window continues
-    one that was trained on. From the rest windows are drawn without repetition, all texts alike.
+    one that was trained on. From the rest windows are drawn without repetition, all texts alike. Only in these, and as
+    many as the settings say, a part is read again.
 
     Parameters
     ----------
@@ -56,7 +57,7 @@ def windows(
     if before + wanted > len(rest):
         raise ValueError(f"{', '.join(map(str, texts))}: too short for a held-out window of each; give fewer texts")
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(settings.seed))
-    return rest[order[before : before + wanted]], kept_out
+    return read_again(rest[order[before : before + wanted]], settings.reread, settings.seed), kept_out
 
 
 def overlaps(texts: Sequence[str], tested: Sequence[str], run: int = 13) -> int:

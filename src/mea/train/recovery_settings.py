@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mea.ops.precision import named_dtype
+from mea.texts import check_share
 
 Objective = Literal["attention", "logits", "text"]
 Trained = Literal["factors", "attention", "all", "lora"]
@@ -30,6 +31,8 @@ class Recovery:
         Text that is trained on; none of it twice.
     window
         Tokens that are read in one piece.
+    reread
+        Share of the windows in which a part is read a second time, see `mea.texts.read_again`.
     batch
         Windows per step, over all processes.
     micro_batch
@@ -67,6 +70,7 @@ class Recovery:
     trained: str = "attention"
     tokens: int = 100_000
     window: int = 512
+    reread: float = 0.0
     batch: int = 4
     micro_batch: int = 4
     rate: float = 1e-3
@@ -93,6 +97,7 @@ class Recovery:
         for name in ("tokens", "batch", "micro_batch", "rank", "held_out", "evaluations", "checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        check_share(self.reread)
         if self.window < 8:
             raise ValueError(f"a window of {self.window} tokens leaves too little to predict: 8 at least")
         if self.batch % self.micro_batch:
