@@ -32,6 +32,12 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "gauge": ({"method": "gauge"}, ("distil",), SHORT),
     "svd": (SVD, ("distil",), SHORT),
     "attended": ({"method": "attended", "refine": 2, "calibration": Calibration(tokens=65536)}, ("distil",), SHORT),
+    "blended": (
+        {"method": "blended", "refine": 2, "calibration": Calibration(tokens=65536, reread=0.5)},
+        ("distil",),
+        SHORT,
+        SMALL_STEPS | {"reread": 0.5},
+    ),
     "million": ("refined", ("distil",), LONG, SMALL_STEPS),
     "attended-million": ("attended", ("distil",), LONG, LONG_WINDOWS),
     "attended-small-steps": ("attended", ("distil",), LONG, SMALL_STEPS),

@@ -9,7 +9,7 @@ from torch import Tensor
 from compression.small import tiny
 from compression.test_methods import N, statistics
 from mea.compression.attended import AttendedSum
-from mea.compression.methods import METHODS
+from mea.compression.methods import METHODS, attended, position
 from mea.compression.statistics import EVERY, Attended, LayerStatistics, project
 from mea.compression.stream import AttentionPass, LayerInputs, embed, layer_inputs, run_layer
 
@@ -79,8 +79,26 @@ def test_moments_are_sums_over_tokens_that_count_by_their_costs() -> None:
 
 def test_attended_keys_are_those_of_position_where_all_scores_count_alike() -> None:
     given = statistics()
-    ours, other = (METHODS[name].keys(given, 10).projection for name in ("attended", "position"))
-    torch.testing.assert_close(ours, other, rtol=0, atol=1e-9)
+    other = METHODS["position"].keys(given, 10).projection
+    for name in ("attended", "blended"):
+        torch.testing.assert_close(METHODS[name].keys(given, 10).projection, other, rtol=0, atol=1e-9)
+
+
+def test_blended_keys_lie_between_those_that_they_blend() -> None:
+    """With one metric they minimise a sum of both losses: each is at most what the other's minimiser has of it."""
+    given = statistics()
+    looked_at = torch.randn(N, N // 2, dtype=torch.float64)
+    none = torch.zeros(N, N, dtype=torch.float64)
+    given = replace(given, attended=Attended(looked_at @ looked_at.T, none, given.queries))
+    losses = {}
+    for name in ("attended", "blended", "position"):
+        missing = torch.eye(N, dtype=torch.float64) - METHODS[name].keys(given, 10).projection
+        for kind in (attended, position):
+            keys, metric = kind.moments(given)
+            losses[name, kind] = (torch.block_diag(*metric) @ missing @ keys @ missing.T).trace().item()
+    for own, other in (("attended", "position"), ("position", "attended")):
+        kind = {"attended": attended, "position": position}[own]
+        assert losses[own, kind] <= losses["blended", kind] * (1 + 1e-9) < losses[other, kind]
 
 
 def with_first(share: float) -> tuple[LayerStatistics, Tensor]:

@@ -20,7 +20,7 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="attended, position, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
+            help="attended, blended, position, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
         ),
     ] = "attended",
     odd: Annotated[

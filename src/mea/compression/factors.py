@@ -27,6 +27,13 @@ class Factors(NamedTuple):
         return self.decoder @ self.encoder
 
 
+class Moments(NamedTuple):
+    """What `weighted_subspace` keeps the most of: keys' second moment, and a metric per head of the errors in them."""
+
+    keys: Float[Tensor, "n n"]
+    metric: Float[Tensor, "g d d"]
+
+
 def orthonormal(encoder: Float[Tensor, "r n"], decoder: Float[Tensor, "n r"]) -> Factors:
     """The same product, with orthonormal columns in the decoder."""
     q, r = torch.linalg.qr(decoder)

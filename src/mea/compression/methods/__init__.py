@@ -15,6 +15,7 @@ from mea.compression.factors import Factors
 from mea.compression.layout import Step
 from mea.compression.methods import (
     attended,
+    blended,
     frequency,
     gauge,
     gqa_mean,
@@ -76,6 +77,7 @@ METHODS = {
         Method("frequency", frequency.keys),
         Method("position", position.keys),
         Method("attended", attended.keys, attended=True),
+        Method("blended", blended.keys, attended=True),
         Method("latent", latent.keys, form="unrotated"),
         Method("joint", joint.keys, form="joint"),
     )

@@ -4,15 +4,19 @@ As `position`, but in the moments every score counts by `mea.compression.attende
 key is at position 0 always and read by everybody, is not averaged over positions.
 """
 
-from mea.compression.factors import Factors, orthonormal, weighted_subspace
+from mea.compression.factors import Factors, Moments, orthonormal, weighted_subspace
 from mea.compression.rotation import average_over_positions
 from mea.compression.statistics import LayerStatistics
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
-    """Factors of rotated keys."""
+def moments(statistics: LayerStatistics) -> Moments:
+    """Of rotated keys and queries, averaged over positions and counted by what errors in their scores do."""
     attended, (cos, sin) = statistics.attended, (statistics.cos, statistics.sin)
     assert attended is not None  # `Method.attended` asks for it
     moment = average_over_positions(attended.keys, cos, sin) + average_over_positions(attended.first, cos[:1], sin[:1])
-    metric = average_over_positions(attended.queries, cos, sin)
-    return orthonormal(*weighted_subspace(moment, metric, width))
+    return Moments(moment, average_over_positions(attended.queries, cos, sin))
+
+
+def keys(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of rotated keys."""
+    return orthonormal(*weighted_subspace(*moments(statistics), width))

@@ -6,13 +6,19 @@ other. Moments of rotated keys taken at the short positions of the calibration w
 ruined beyond: the average is what makes the choice hold at every position.
 """
 
-from mea.compression.factors import Factors, orthonormal, weighted_subspace
+from mea.compression.factors import Factors, Moments, orthonormal, weighted_subspace
 from mea.compression.rotation import average_over_positions
 from mea.compression.statistics import LayerStatistics
 
 
+def moments(statistics: LayerStatistics) -> Moments:
+    """Of rotated keys and queries, averaged over positions."""
+    cos, sin = statistics.cos, statistics.sin
+    return Moments(
+        average_over_positions(statistics.keys, cos, sin), average_over_positions(statistics.queries, cos, sin)
+    )
+
+
 def keys(statistics: LayerStatistics, width: int) -> Factors:
     """Factors of rotated keys."""
-    moment = average_over_positions(statistics.keys, statistics.cos, statistics.sin)
-    metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
-    return orthonormal(*weighted_subspace(moment, metric, width))
+    return orthonormal(*weighted_subspace(*moments(statistics), width))
