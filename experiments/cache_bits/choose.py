@@ -57,7 +57,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load(options.model, "float32")
     tokens, start = encode_text(tokenizer, load_text(options.text), options.tokens), start_token(tokenizer)
-    windows = calibration_tokens(tokenizer, Calibration(tokens=8192))
+    windows = calibration_tokens(tokenizer, Calibration(tokens=8192, reread=0.0))
     models = {}
     for basis in BASES:
         models[basis] = copy.deepcopy(model)

@@ -36,7 +36,7 @@ def main() -> None:
 
     model, tokenizer = load(str(options.model))
     assert model.config.num_key_value_heads == 4
-    calibration = Calibration(str(options.model / "seen.txt"), options.calibration, options.window)
+    calibration = Calibration(str(options.model / "seen.txt"), options.calibration, options.window, reread=0.0)
     tokens = calibration_tokens(tokenizer, calibration)
     texts = {name: load_text(packaged or options.model / f"{name}.txt") for name, packaged in TEXTS.items()}
     tests = {name: encode_text(tokenizer, text)[: options.tokens] for name, text in texts.items()}

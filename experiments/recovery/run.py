@@ -21,19 +21,28 @@ SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkp
 SHORT, LONG = 200_000, 1_000_000
 SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
-SVD: dict[str, Any] = {"method": "svd"}
+PROSE: dict[str, Any] = {"calibration": Calibration(reread=0.0)}  # as when these rows were begun
+SVD: dict[str, Any] = {"method": "svd"} | PROSE
 # name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start.
 # Rows with `cpt` are the paper's second table, on the same tokens; those of RESULTS begin at another row's result.
 ROWS: dict[str, tuple[Any, ...]] = {
-    "joint": ({"method": "joint"}, ("near",), SHORT),
-    "position": ({"method": "position"}, ("distil",), SHORT),
-    "refined": ({"method": "position", "refine": 2, "calibration": Calibration(tokens=32768)}, ("distil",), SHORT),
-    "frequency": ({"method": "frequency"}, ("distil",), SHORT),
-    "gauge": ({"method": "gauge"}, ("distil",), SHORT),
+    "joint": ({"method": "joint"} | PROSE, ("near",), SHORT),
+    "position": ({"method": "position"} | PROSE, ("distil",), SHORT),
+    "refined": (
+        {"method": "position", "refine": 2, "calibration": Calibration(tokens=32768, reread=0.0)},
+        ("distil",),
+        SHORT,
+    ),
+    "frequency": ({"method": "frequency"} | PROSE, ("distil",), SHORT),
+    "gauge": ({"method": "gauge"} | PROSE, ("distil",), SHORT),
     "svd": (SVD, ("distil",), SHORT),
-    "attended": ({"method": "attended", "refine": 2, "calibration": Calibration(tokens=65536)}, ("distil",), SHORT),
+    "attended": (
+        {"method": "attended", "refine": 2, "calibration": Calibration(tokens=65536, reread=0.0)},
+        ("distil",),
+        SHORT,
+    ),
     "blended": (
-        {"method": "blended", "refine": 2, "calibration": Calibration(tokens=65536, reread=0.5)},
+        {"method": "blended", "refine": 2, "calibration": Calibration(tokens=65536)},
         ("distil",),
         SHORT,
         SMALL_STEPS | {"reread": 0.5},

@@ -20,9 +20,9 @@ def compress(
     method: Annotated[
         str,
         typer.Option(
-            help="attended, blended, position, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
+            help="blended, attended, position, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
         ),
-    ] = "attended",
+    ] = "blended",
     odd: Annotated[
         str, typer.Option(help="Which get an odd component head, keys or values (methods with whole heads).")
     ] = "values",
@@ -31,7 +31,7 @@ def compress(
     window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
     reread: Annotated[
         float, typer.Option(help="Share of the windows in which a part is read again, for facts far back to be found.")
-    ] = 0.0,
+    ] = 0.5,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
     measure: Annotated[

@@ -13,7 +13,7 @@ def profile(
     model: Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Record to write, a .json file; an unfinished one is gone on with.")],
     keep: Annotated[float, typer.Option(help="Fraction of its cache's bytes that each layer keeps in its turn.")] = 0.5,
-    method: Annotated[str, typer.Option(help="As in mea compress.")] = "attended",
+    method: Annotated[str, typer.Option(help="As in mea compress.")] = "blended",
     text: Annotated[
         str | None, typer.Option(help="Held-out text; by default what calibration leaves of its text.")
     ] = None,

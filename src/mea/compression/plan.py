@@ -46,7 +46,7 @@ class Calibration:
     tokens: int = 16384
     window: int = 1024
     seed: int = 0
-    reread: float = 0.0
+    reread: float = 0.5
 
     def __post_init__(self) -> None:
         check_share(self.reread)

@@ -82,7 +82,7 @@ METHODS = {
         Method("joint", joint.keys, form="joint"),
     )
 }
-DEFAULT_METHOD = "attended"
+DEFAULT_METHOD = "blended"
 
 
 def find_method(name: str, num_kv_heads: int) -> Method:
