@@ -232,3 +232,12 @@ def test_a_wrong_conversion_is_refused(
         compress_to_folder(str(saved), out, calibration=calibration, measure_tokens=0)
     assert "nothing was saved" in str(error.value)
     assert not out.exists()
+
+
+def test_by_default_half_of_the_calibration_windows_look_back(tokenizer: Any, calibration: Calibration) -> None:
+    prose = calibration_tokens(tokenizer, calibration)
+    default = Calibration(calibration.text, calibration.tokens, calibration.window)
+    changed = calibration_tokens(tokenizer, default) != prose
+    assert changed.any(1).sum() == len(prose) // 2
+    assert make_plan(tiny().config, 4, keep=0.5, calibration=default).describe()["calibration_reread"] == 0.5
+    assert "calibration_reread" not in make_plan(tiny().config, 4, keep=0.5, calibration=calibration).describe()
