@@ -17,7 +17,7 @@ from mea.train.recovery_folder import recover_to_folder
 from mea.train.recovery_settings import recovery
 
 HERE = Path(__file__).parent
-SCALE: dict[str, Any] = {"batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
+SCALE: dict[str, Any] = {"reread": 0.0, "batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
 SHORT, LONG = 200_000, 1_000_000
 SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}

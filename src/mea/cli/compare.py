@@ -30,6 +30,7 @@ def compare(
     dtype: Annotated[str, typer.Option(help="To score in: fast (bfloat16 where it is), float32, bfloat16.")] = "fast",
     calibration_tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     calibration_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
+    reread: Annotated[float, typer.Option(help="As in mea compress.")] = 0.5,
     decode_steps: Annotated[int, typer.Option(help="Decoding steps that are timed; 0: none.")] = 24,
 ) -> None:
     """Compare every way to make a model's cache smaller, by measured bytes, in one protocol."""
@@ -53,7 +54,7 @@ def compare(
     texts = tuple((name, tokens) for name in text or ("wikitext-2-test", "technical"))
     protocol = Protocol(texts, window, positions=(), prompt="", decode_steps=decode_steps, context=context, dtype=dtype)
     peers = {name: python for name, python in (("kvpress", kvpress), ("cacheshrink", cacheshrink)) if python}
-    calibration = Calibration(tokens=calibration_tokens, window=calibration_window)
+    calibration = Calibration(tokens=calibration_tokens, window=calibration_window, reread=reread)
     if recover_tokens and not recover_text:
         raise ValueError("no text to train on: give at least one (--recover-text FILE)")
     words = cost_in_words(model, contenders, protocol, calibration, recover_tokens)

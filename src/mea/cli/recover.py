@@ -20,7 +20,7 @@ def recover(
     tokens: Annotated[int | None, typer.Option(help="Tokens of each stage; 100,000 by default.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens read in one piece; 512 by default.")] = None,
     reread: Annotated[
-        float | None, typer.Option(help="Share of the windows in which a part is read again; 0 by default.")
+        float | None, typer.Option(help="Share of the windows in which a part is read again; 0.5 with distil and near.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows per step; 4 by default.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Windows at a time in one process.")] = None,

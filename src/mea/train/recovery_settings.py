@@ -123,14 +123,14 @@ class Recovery:
 
 
 # Presets: what differs from the defaults. The rate of `layers` is a usual one, not searched for; that of `distil` was
-# the best of three tried from the default compression (experiments/recovery). `near` is `distil` at a lower rate, for a
-# start near the original, such as a joint latent. `cpt` is the paper's continued pretraining (arXiv 2601.19611, section
-# on KV-cache compression); its warm-up of 1,000 batches of 68M tokens is longer than its run of 22B, so that the share
-# here is ours.
+# the best of three tried from `position` in closed form (experiments/recovery). `near` is `distil` at a lower rate, for
+# a start near the original, such as a joint latent; both read parts again, as compression does by default. `cpt` is the
+# paper's continued pretraining (arXiv 2601.19611, section on KV-cache compression); its warm-up of 1,000 batches of 68M
+# tokens is longer than its run of 22B, so that the share here is ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "layers": {"objective": "attention", "trained": "factors", "relative": False},
-    "distil": {"trained": "all"},
-    "near": {"trained": "all", "rate": 3e-4, "other_rate": 3e-4},
+    "distil": {"trained": "all", "reread": 0.5},
+    "near": {"trained": "all", "reread": 0.5, "rate": 3e-4, "other_rate": 3e-4},
     "cpt": {
         "objective": "text", "trained": "all", "rate": 1.6e-5, "other_rate": 1.6e-5, "relative": False,
         "weight_decay": 0.1,
