@@ -12,7 +12,7 @@ from torch import Tensor
 
 NAMES = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
 STRETCH = 512  # tokens: as many as are refined and recovered on in one piece
-LEAST = 8  # tokens of a stretch that is too short for a copy
+LEAST = 8  # tokens: a shorter stretch has no room for a copy
 
 
 def load_text(name_or_path: str | Path) -> str:
