@@ -48,6 +48,14 @@ def test_our_row(complete):
     assert line[-1] == "43.67 ± 0.41"  # six errors of 1 point: 1 / sqrt 6
 
 
+def test_a_models_rows_stand_together_though_their_files_do_not():
+    mixed = [score(*each) for each in (("half", "piqa"), ("whole", "piqa"), ("half", "winogrande"))]
+    (section,) = tasks.sections(mixed)
+    assert [tuple(line[:2]) for line in section.parts[1].table.lines] == [
+        ("half", "piqa"), ("half", "winogrande"), ("whole", "piqa"),
+    ]  # fmt: skip
+
+
 def test_what_others_are_compared_with_stands_first(paired):
     (section,) = tasks.sections([score("a", "piqa"), score("half", "piqa"), score("plain", "piqa"), paired])
     assert [line[0] for line in section.parts[1].table.lines] == ["half", "a", "plain"]

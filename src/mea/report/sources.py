@@ -38,11 +38,12 @@ def find_records(places: Iterable[str | Path]) -> list[Record]:
 
 
 def reference_first(records: Iterable[Record], kind: str, paired: str) -> list[Record]:
-    """Records of a kind in their order, but first those of the models that others are compared with (kind `paired`)."""
+    """Records of a kind, each model's together in the order in which models come, compared-with ones (`paired`) first."""
     records = list(records)
     references = {record["config"]["second"] for record in records if record["kind"] == paired}
     found = [record for record in records if record["kind"] == kind]
-    return sorted(found, key=lambda record: name_of(record) not in references)
+    names = list(dict.fromkeys(map(name_of, found)))
+    return sorted(found, key=lambda record: (name_of(record) not in references, names.index(name_of(record))))
 
 
 def name_of(record: Record) -> str:
