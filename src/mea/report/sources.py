@@ -38,7 +38,7 @@ def find_records(places: Iterable[str | Path]) -> list[Record]:
 
 
 def reference_first(records: Iterable[Record], kind: str, paired: str) -> list[Record]:
-    """Records of a kind, each model's together in the order in which models come, compared-with ones (`paired`) first."""
+    """Records of a kind, each model's together; first those of models that others are compared with (`paired`)."""
     records = list(records)
     references = {record["config"]["second"] for record in records if record["kind"] == paired}
     found = [record for record in records if record["kind"] == kind]
