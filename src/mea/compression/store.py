@@ -56,7 +56,7 @@ class FactorStore:
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            tensors, form = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["form"]  # noqa: SIM118
+            tensors, form = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["form"]  # noqa: SIM118 (no mapping)
         return LayerFactors(
             Factors(tensors["key_encoder"], tensors["key_decoder"]),
             Factors(tensors["value_encoder"], tensors["value_decoder"]),
