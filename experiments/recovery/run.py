@@ -21,26 +21,24 @@ SCALE: dict[str, Any] = {"reread": 0.0, "batch": 4, "held_out": 8192, "evaluatio
 SHORT, LONG = 200_000, 1_000_000
 SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
-PROSE: dict[str, Any] = {"calibration": Calibration(reread=0.0)}  # as when these rows were begun
-SVD: dict[str, Any] = {"method": "svd"} | PROSE
+
+
+def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
+    """Fitted on windows of which no part is read again, as when the rows that say so were begun."""
+    return {"method": method, "calibration": Calibration(tokens=tokens, reread=0.0), **options}
+
+
+SVD = prose("svd")
 # name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start.
 # Rows with `cpt` are the paper's second table, on the same tokens; those of RESULTS begin at another row's result.
 ROWS: dict[str, tuple[Any, ...]] = {
-    "joint": ({"method": "joint"} | PROSE, ("near",), SHORT),
-    "position": ({"method": "position"} | PROSE, ("distil",), SHORT),
-    "refined": (
-        {"method": "position", "refine": 2, "calibration": Calibration(tokens=32768, reread=0.0)},
-        ("distil",),
-        SHORT,
-    ),
-    "frequency": ({"method": "frequency"} | PROSE, ("distil",), SHORT),
-    "gauge": ({"method": "gauge"} | PROSE, ("distil",), SHORT),
+    "joint": (prose("joint"), ("near",), SHORT),
+    "position": (prose("position"), ("distil",), SHORT),
+    "refined": (prose("position", 32768, refine=2), ("distil",), SHORT),
+    "frequency": (prose("frequency"), ("distil",), SHORT),
+    "gauge": (prose("gauge"), ("distil",), SHORT),
     "svd": (SVD, ("distil",), SHORT),
-    "attended": (
-        {"method": "attended", "refine": 2, "calibration": Calibration(tokens=65536, reread=0.0)},
-        ("distil",),
-        SHORT,
-    ),
+    "attended": (prose("attended", 65536, refine=2), ("distil",), SHORT),
     "blended": (
         {"method": "blended", "refine": 2, "calibration": Calibration(tokens=65536)},
         ("distil",),

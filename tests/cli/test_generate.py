@@ -7,8 +7,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mea.cli.compare import compare
 from mea.cli.compress import compress
 from mea.cli.profile import profile
+from mea.compression import Calibration
 from mea.compression.methods import DEFAULT_METHOD, METHODS
 from mea.evaluate.generation import continue_prompt
 
@@ -83,6 +85,8 @@ def test_help_names_every_method(mea):
     assert words >= set(METHODS)
     for command in (compress, profile):
         assert inspect.signature(command).parameters["method"].default == DEFAULT_METHOD
+    for command in (compress, profile, compare):
+        assert inspect.signature(command).parameters["reread"].default == Calibration().reread
 
 
 def test_over_a_cache_in_few_bits(mea, models_):
