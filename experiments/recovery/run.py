@@ -48,6 +48,7 @@ ROWS: dict[str, tuple[Any, ...]] = {
     "million": ("refined", ("distil",), LONG, SMALL_STEPS),
     "attended-million": ("attended", ("distil",), LONG, LONG_WINDOWS),
     "attended-small-steps": ("attended", ("distil",), LONG, SMALL_STEPS),
+    "blended-million": ("blended", ("distil",), LONG, SMALL_STEPS | {"reread": 0.5}),
     "joint-million": ("joint", ("near",), LONG),
     "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
     "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
