@@ -19,16 +19,25 @@ from mea.records import Record, write_record
 
 TASKS = ("openbookqa", "winogrande", "arc_challenge", "piqa", "arc_easy", "hellaswag")
 RECORDS = Path(__file__).parent / "records"
-BATCH_TOKENS = 2048  # fixed: in bfloat16 the last digits depend on it
+BATCH_TOKENS = 2048  # fixed: the last digits depend on it
 
 
-def run(models: Mapping[str, str], data: str, work: Path, records: Path, limit: int | None, tasks: list[str]) -> None:
+def run(
+    models: Mapping[str, str],
+    data: str,
+    work: Path,
+    records: Path,
+    limit: int | None,
+    tasks: list[str],
+    in_float32: list[str],
+) -> None:
     """Evaluate and compare, task by task."""
     first, *others = models
     done: dict[str, list[Record]] = {label: [] for label in models}
     for task in tasks:
         for label, source in models.items():
-            plan = Evaluation("zero-shot", (task,), data, limit, "bfloat16", BATCH_TOKENS)
+            dtype = "float32" if label in in_float32 else "bfloat16"
+            plan = Evaluation("zero-shot", (task,), data, limit, dtype, BATCH_TOKENS)
             began = time.perf_counter()
             name = f"{label}-{task}.json"
             known(records / name, work / name)
@@ -56,12 +65,15 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/zero_shot"), help="for samples and resumption")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--limit", type=int, help="only the first rows of each task")
+    parser.add_argument(
+        "--float32", nargs="+", default=[], metavar="label", help="models to compute in float32: bfloat16 may be emulated"
+    )
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     given = parser.parse_args()
     if any("=" not in model for model in given.models):
         sys.exit("models are given as label=folder")
     models = dict(model.split("=", 1) for model in given.models)
-    run(models, given.data, given.work, given.records, given.limit, given.tasks)
+    run(models, given.data, given.work, given.records, given.limit, given.tasks, given.float32)
 
 
 if __name__ == "__main__":
