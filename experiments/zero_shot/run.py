@@ -65,9 +65,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/zero_shot"), help="for samples and resumption")
     parser.add_argument("--records", type=Path, default=RECORDS)
     parser.add_argument("--limit", type=int, help="only the first rows of each task")
-    parser.add_argument(
-        "--float32", nargs="+", default=[], metavar="label", help="models to compute in float32: bfloat16 may be emulated"
-    )
+    parser.add_argument("--float32", nargs="+", default=[], metavar="label", help="models to compute in float32")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
     given = parser.parse_args()
     if any("=" not in model for model in given.models):
