@@ -169,3 +169,23 @@ def test_a_gguf_file_becomes_an_ordinary_model(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     again = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert torch.equal(again.model.layers[0].mlp.up_proj.weight, model.model.layers[0].mlp.up_proj.weight)
+
+
+def test_a_gguf_file_is_parsed_once_while_it_lasts(tmp_path: Path) -> None:
+    """What is given out is the caller's own; a file that has changed is read again."""
+    parsed = []
+
+    class Parsed:
+        @staticmethod
+        def from_pretrained(folder: str, gguf_file: str) -> dict[str, list]:
+            parsed.append((folder, gguf_file))
+            return {"layers": [len(parsed)]}
+
+    file = tmp_path / "m.gguf"
+    file.write_bytes(b"GGUF")
+    first, second = (loading._read(Parsed, str(tmp_path), "m.gguf") for _ in range(2))
+    first["layers"].append("changed")
+    assert second == {"layers": [1]}
+    file.write_bytes(b"GGUF, another one")
+    assert loading._read(Parsed, str(tmp_path), "m.gguf") == {"layers": [2]}
+    assert parsed == [(str(tmp_path), "m.gguf")] * 2

@@ -3,6 +3,8 @@
 Weights are read from safetensors (or GGUF) only, never unpickled, and no code that comes with a model is run.
 """
 
+import copy
+import functools
 import hashlib
 import json
 import os
@@ -32,9 +34,8 @@ def load_config(source: str) -> Any:
         The source is no model, or a damaged one.
     """
     folder, gguf = locate(source)
-    options = {"gguf_file": gguf} if gguf else {}
     try:
-        return AutoConfig.from_pretrained(folder, **options)
+        return _read(AutoConfig, folder, gguf)
     except Exception as error:  # GGUF and JSON parsers raise whatever the damage leads to
         raise ValueError(f"cannot read the configuration of {source}: {_explain(error, gguf)}") from error
 
@@ -48,9 +49,8 @@ def load_tokenizer(source: str) -> Any:
         There is none that can be read.
     """
     folder, gguf = locate(source)
-    options = {"gguf_file": gguf} if gguf else {}
     try:
-        return AutoTokenizer.from_pretrained(folder, **options)
+        return _read(AutoTokenizer, folder, gguf)
     except Exception as error:
         raise ValueError(f"cannot read the tokenizer of {source}: {_explain(error, gguf)}") from error
 
@@ -76,7 +76,7 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     config, tokenizer = load_config(source), load_tokenizer(source)
     options: dict[str, Any] = {"dtype": resolve_dtype(config, dtype)}
     if gguf:
-        options |= {"gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
+        options |= {"config": config, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     else:
         options |= {"use_safetensors": True} | _memory_options(folder, offload_folder)
     try:
@@ -158,6 +158,19 @@ def locate(source: str) -> tuple[str, str | None]:
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise ValueError(f"{source} does not exist")
     return source, None
+
+
+def _read(kind: Any, folder: str, gguf: str | None) -> Any:
+    """A configuration or tokenizer; a GGUF file, which takes seconds, is parsed once while it stays as it is."""
+    if gguf is None:
+        return kind.from_pretrained(folder)
+    status = Path(folder, gguf).stat()
+    return copy.deepcopy(_parse_gguf(kind, str(Path(folder).absolute()), gguf, status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=8)
+def _parse_gguf(kind: Any, folder: str, gguf: str, _size: int, _changed: int) -> Any:
+    return kind.from_pretrained(folder, gguf_file=gguf)
 
 
 def weight_bytes(folder: str) -> int:
