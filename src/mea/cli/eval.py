@@ -1,5 +1,6 @@
 """``mea eval``."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
@@ -75,7 +76,7 @@ def long_context(
 
     plan = LongContext(tasks, numbers(lengths), limit, seed, cache_bits=cache_bits, dtype=dtype)
     with progress() as report:
-        say = lambda line: errors.print(line, highlight=False)  # noqa: E731
+        say = functools.partial(errors.print, highlight=False)
         records = run(model, plan, out, against=against, label=label, progress=report, say=say)
     for table in context_tables(records):
         Console().print(table)

@@ -99,7 +99,7 @@ class MeaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["MeaDecoderLayer"]  # noqa: RUF012, the type Hugging Face declares
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012, likewise
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_flash_attn = False
@@ -203,7 +203,7 @@ class MeaModel(MeaPreTrainedModel):
 class MeaForCausalLM(MeaPreTrainedModel, GenerationMixin):
     """The decoder with its output projection, for training and generation."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012, likewise
 
     def __init__(self, config: MeaConfig) -> None:
         super().__init__(config)

@@ -260,7 +260,8 @@ def row_of(stream: TokenStream, start: int, length: int) -> dict[str, Tensor]:
     labels[begins] = IGNORED
     for begin in begins:
         positions[begin:] = np.arange(length - begin)
-    return {name: torch.from_numpy(x) for name, x in zip(("input_ids", "labels", "position_ids"), (tokens, labels, positions), strict=True)}  # fmt: skip  # noqa: E501
+    row = {"input_ids": tokens, "labels": labels, "position_ids": positions}
+    return {name: torch.from_numpy(values) for name, values in row.items()}
 
 
 class TrainingRows(Dataset):
