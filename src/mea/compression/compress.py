@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -276,8 +275,7 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
             f"{calibration.text} has {len(ids):,} tokens, {len(rows)} calibration windows of {calibration.window}; "
             f"{wanted} are asked for: give a longer text or fewer tokens"
         )
-    generator = torch.Generator().manual_seed(calibration.seed)
-    chosen = rows[torch.randperm(len(rows), generator=generator)[:wanted].sort().values]
+    chosen = rows[calibration.order(len(rows))[:wanted].sort().values]
     return read_again(chosen, calibration.reread, calibration.seed)
 
 

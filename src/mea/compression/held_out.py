@@ -179,8 +179,7 @@ def held_out_tokens(
     ids = encode_text(tokenizer, load_text(text or calibration.text))
     if text is None:
         used, rows = calibration.tokens // calibration.window, windows(ids, calibration.window, start)
-        order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(calibration.seed))
-        ids = rows[order[used:], start is not None :].flatten()
+        ids = rows[calibration.order(len(rows))[used:], start is not None :].flatten()
     found = windows(ids, window, start)[:wanted]
     if len(found) < wanted:
         beside = "" if text else " beside those of the calibration"

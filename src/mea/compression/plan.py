@@ -4,6 +4,10 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
 from mea.compression.layout import (
     PRESETS,
     CacheShape,
@@ -55,6 +59,10 @@ class Calibration:
                 f"calibration needs at least 4 windows of at least 64 tokens, not {self.tokens} tokens in windows of "
                 f"{self.window}"
             )
+
+    def order(self, windows: int) -> Int[Tensor, " n"]:
+        """Numbers of the text's windows: factors are fitted on the first ones, the rest may be held out."""
+        return torch.randperm(windows, generator=torch.Generator().manual_seed(self.seed))
 
 
 @dataclass(frozen=True)
