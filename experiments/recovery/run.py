@@ -12,7 +12,7 @@ from typing import Any
 
 from mea.compression import Calibration
 from mea.compression.comparison import packaged_model
-from mea.compression.compress import compress_to_folder
+from mea.compression.folder import compress_to_folder
 from mea.train.recovery_folder import recover_to_folder
 from mea.train.recovery_settings import recovery
 

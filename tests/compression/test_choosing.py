@@ -1,7 +1,6 @@
 """Widths chosen by measured slopes: in the budget, within the options, and no worse than where they began."""
 
 import json
-from importlib import import_module
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import mea
 from compression.small import tiny
-from mea.compression import Allocation, choosing, compress_to_folder
+from mea.compression import Allocation, choosing, compress_to_folder, folder
 from mea.compression.choosing import _line, choose_layout
 from mea.compression.compress import calibration_tokens, run_plans
 from mea.compression.held_out import HeldOut, held_out_tokens
@@ -86,17 +85,16 @@ def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, c
     uneven().save_pretrained(saved)
     out, options = tmp_path / "out", {"calibration": calibration, "measure_tokens": 0}
     how = Allocation(tokens=256)
-    module = import_module("mea.compression.compress")  # by the name alone it is the function
-    run = module.run_plans
+    run = folder.run_plans
 
     def stopped(*_arguments, **_options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module, "run_plans", stopped)
+    monkeypatch.setattr(folder, "run_plans", stopped)
     with pytest.raises(KeyboardInterrupt):
         compress_to_folder(str(saved), out, allocate=how, **options)
     left = json.loads((tmp_path / "out.partial" / "layout.json").read_text())
-    monkeypatch.setattr(module, "run_plans", run)
+    monkeypatch.setattr(folder, "run_plans", run)
     monkeypatch.setattr(choosing, "choose_layout", None)  # not made again
     compress_to_folder(str(saved), out, allocate=how, **options)
     record = read_record(out / "compression.json")

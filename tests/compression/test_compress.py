@@ -211,7 +211,7 @@ def test_a_wrong_conversion_is_refused(
     break_it: str, tokenizer: Any, calibration: Calibration, saved: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mea.compression import convert
-    from mea.compression.compress import compress_to_folder
+    from mea.compression.folder import compress_to_folder
     from mea.models import compressed
 
     if break_it == "decoder":  # the forward is right, what is put into it is not

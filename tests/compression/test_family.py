@@ -13,9 +13,10 @@ import mea
 from mea.compression import Calibration, ConversionError
 from mea.compression.check import TOLERANCE, checked_stock_form
 from mea.compression.comparison import Protocol, compare
-from mea.compression.compress import calibration_tokens, compress_to_folder, run_plans
+from mea.compression.compress import calibration_tokens, run_plans
 from mea.compression.contenders import Contender
 from mea.compression.convert import sharing_copy
+from mea.compression.folder import compress_to_folder
 from mea.compression.plan import make_plan
 from mea.compression.statistics import AveragedValuesSum
 from mea.compression.stream import layer_inputs, run_layer

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import mea
 from compression.small import EXTRAS, tiny
 from mea.compression import Calibration
-from mea.compression.compress import calibration_tokens, compress_to_folder, run_plans
+from mea.compression.compress import calibration_tokens, run_plans
+from mea.compression.folder import compress_to_folder
 from mea.compression.plan import make_plan
 from mea.compression.refine import Refinement, refine_layers, spread_positions
 from mea.compression.stream import position_embeddings

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from compression.small import tiny
 from mea.compression import Calibration, fit
-from mea.compression.compress import compress_to_folder
+from mea.compression.folder import compress_to_folder
 
 
 def arguments(calibration: Calibration, **changes: Any) -> dict[str, Any]:
@@ -35,7 +35,7 @@ def in_a_process(code: str, *values: object) -> subprocess.CompletedProcess:
         import os, resource, signal, sys, torch
         torch.set_num_threads({torch.get_num_threads()})
         from mea.compression import Calibration
-        from mea.compression.compress import compress_to_folder
+        from mea.compression.folder import compress_to_folder
         saved, out, text = sys.argv[1:4]
         calibration = Calibration(text, tokens=256, window=64, reread=0.0)  # as the fixture
     """
