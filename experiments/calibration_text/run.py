@@ -7,7 +7,6 @@ the table in the README is written from the records; ``--table`` does that alone
 """
 
 import argparse
-import copy
 from itertools import groupby
 from pathlib import Path
 from statistics import mean, stdev
@@ -72,9 +71,8 @@ def path(run: Run) -> Path:
 
 
 def losses(model, tokenizer, tokens: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Of every tested text, in bf16."""
-    scored = copy.deepcopy(model).bfloat16()
-    return {text: token_losses(scored, ids, WINDOW, start=start_token(tokenizer)) for text, ids in tokens.items()}
+    """Of every tested text."""
+    return {text: token_losses(model, ids, WINDOW, start=start_token(tokenizer)) for text, ids in tokens.items()}
 
 
 def one(run: Run, model, tokenizer, tokens, reference) -> None:
@@ -93,7 +91,7 @@ def one(run: Run, model, tokenizer, tokens, reference) -> None:
         samples[f"loss_{text}"] = block_means(found)
         samples[f"loss_{text}_uncompressed"] = block_means(reference[text])
     config = {
-        **plan.describe(), "model": Path(packaged_model()).name, "scored_in": "bfloat16",
+        **plan.describe(), "model": Path(packaged_model()).name, "scored_in": "float32",
         "tested_tokens": TESTED, "tested_window": WINDOW,
     }  # fmt: skip
     results = {"texts": texts, "compress_seconds": result.seconds}
