@@ -98,3 +98,18 @@ def test_section_and_terminal(complete, paired):
     assert "…" not in text.replace("+0.20…+2.20", "")
     for value in ("68.00 ± 1.00", "+1.23", "+0.20…+2.20", "3,512"):
         assert value in text
+
+
+def test_numbers_are_whole_in_a_narrow_terminal():
+    """Short values under long titles too: columns were once cut at the terminal's edge."""
+    found = {"difference": 0.125, "standard_error": 0.3, "interval": [-0.75, 1.0], "items": 4}
+    few = found | {"p_value": 0.5, "only_first": 1, "only_second": 0, "items_for_a_point": 52320}
+    many = few | {"items": 10042, "p_value": 6.2e-130, "only_first": 1173, "only_second": 2655}
+    for item in (few, many):
+        results = {"tasks": {"arc_challenge": {"acc": item, "acc_norm": item}}, "average": found}
+        console = Console(file=io.StringIO(), width=80)
+        for table in tasks.task_tables([make_record("paired tasks", {"first": "a", "second": "b"}, results=results)]):
+            console.print(table)
+        wanted = f"{item['only_first']} / {item['only_second']}", f"{item['p_value']:.2g}"
+        for value in ("+12.50", "-75.00…+100.00", "52,320", "McNemar's", *wanted):
+            assert value in console.file.getvalue()

@@ -83,9 +83,9 @@ def terminal(part: Part) -> Group:
     lines = [[re.sub(r" \((\S+) to (\S+)\)", r"\n\1…\2", cell) for cell in line] for line in part.table.lines]
     for index, title in enumerate(part.table.header):
         number = index >= part.table.texts
-        longest = max((len(row) for line in lines for row in line[index].split("\n")), default=1)
-        width = longest if number else None  # titles and names are wrapped, numbers never
-        shown.add_column(Text(title), justify="right" if number else "left", min_width=width)
+        unbroken = [*title.split(), *(row for line in lines for row in line[index].split("\n"))]
+        width = max(map(len, unbroken)) if number else None  # titles and names are wrapped, numbers never
+        shown.add_column(Text(title), justify="right" if number else "left", width=width)
     for index, line in enumerate(lines):
         shown.add_row(*map(Text, line), style="bold" if index in part.table.best else "")
     return Group(Text(part.heading, "bold"), shown, Text(part.table.note, "dim"), "")
