@@ -48,6 +48,11 @@ def test_our_row(complete):
     assert line[-1] == "43.67 ± 0.41"  # six errors of 1 point: 1 / sqrt 6
 
 
+def test_tasks_in_different_dtypes_are_said_to_be(complete):
+    complete[-1]["config"]["dtype"] = "bfloat16"
+    assert tasks.table_1(complete).table.lines[4][1] == "135M, bfloat16 and float32"
+
+
 def test_a_models_rows_stand_together_though_their_files_do_not():
     mixed = [score(*each) for each in (("half", "piqa"), ("whole", "piqa"), ("half", "winogrande"))]
     (section,) = tasks.sections(mixed)

@@ -132,7 +132,7 @@ def compare(first: Sequence[Record], second: Sequence[Record]) -> Record:
         scores[0][task], scores[1][task] = (numbers(one["samples"][main]) for one in (record, other))
     labels = [records[0]["config"]["label"] for records in (first, second)]
     config = {"first": labels[0], "second": labels[1], "limit": first[0]["config"]["limit"]}
-    config["dtype"] = [records[0]["config"]["dtype"] for records in (first, second)]
+    config["dtype"] = [", ".join(sorted({one["config"]["dtype"] for one in records})) for records in (first, second)]
     average = average_difference(*scores)
     return make_record(PAIRED, config, results={"tasks": results, "average": average}, seeds={"bootstrap": 0})
 

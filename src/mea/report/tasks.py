@@ -136,7 +136,8 @@ def _by_label(records: Sequence[Record]) -> dict[str, dict[str, Record]]:
 def _scale(own: dict[str, Record]) -> str:
     config = next(iter(own.values()))["config"]
     rows = f", first {config['limit']} rows" if config["limit"] else ""
-    return f"{config['parameters'] / 1e6:,.0f}M, {config['dtype']}{rows}"
+    kinds = " and ".join(sorted({record["config"]["dtype"] for record in own.values()}))
+    return f"{config['parameters'] / 1e6:,.0f}M, {kinds}{rows}"
 
 
 def _main(record: Record) -> dict[str, float]:
