@@ -1,4 +1,4 @@
-"""Widths chosen by measured slopes: in the budget, within the options, and no worse than where they began."""
+"""Widths chosen by measured exchanges: in the budget, within the options, and no worse than where they began."""
 
 import json
 
@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 import mea
 from compression.small import tiny
 from mea.compression import Allocation, choosing, compress_to_folder, folder
-from mea.compression.choosing import _line, choose_layout
+from mea.compression.choosing import BOTH, KEYS, VALUES, Ladder, choose_layout
 from mea.compression.compress import calibration_tokens, run_plans
+from mea.compression.fit import FittedLayer
 from mea.compression.held_out import HeldOut, held_out_tokens
 from mea.compression.plan import make_plan
 from mea.evaluate.perplexity import token_losses
@@ -29,7 +30,7 @@ def chosen(model, tokenizer, calibration, **options):
     tokens = calibration_tokens(tokenizer, calibration)
     held_out = HeldOut(model, held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
     return plan, choose_layout(
-        model, tokens, held_out, plan.method, plan.shape, 0.5, plan.layout, moves=(4, 4), **options
+        model, tokens, held_out, plan.method, plan.shape, plan.layout, **({"tries": 24} | options)
     )
 
 
@@ -66,13 +67,54 @@ def test_options_hold(tokenizer, calibration, options):
         assert all(width % options.get("step", 8) == 0 for pair in layout.widths for width in pair)
 
 
-def test_a_slope_in_the_wrong_direction_moves_nothing():
-    """More width that seems to cost something is noise: the table is flat then, not upside down."""
-    assert set(_line(16, 24, 0.1, 0.05, 0.1, 8).values()) == {0.0}
+def test_every_layout_is_better_than_the_one_before(tokenizer, calibration):
+    """But for the last, whose factors are fitted anew; that one is better than the first."""
+    _, tried = chosen(uneven(), tokenizer, calibration)
+    divergences = [each.divergence for each in tried]
+    assert divergences[:-1] == sorted(set(divergences[:-1]), reverse=True)
+    assert divergences[-1] < divergences[0]
 
 
-def test_half_of_the_first_order_saving_is_real_and_energies_fall_by_a_constant_factor():
-    assert _line(16, 24, 0.1, 0.05, -0.2, 8) == pytest.approx({8: 0.2, 16: 0.0, 24: -0.1})
+def test_the_same_seed_chooses_the_same(tokenizer, calibration):
+    assert chosen(uneven(), tokenizer, calibration) == chosen(uneven(), tokenizer, calibration)
+
+
+def test_where_no_exchange_is_possible_the_start_stays(tokenizer, calibration):
+    """As many keys as values, and the same in all layers: nothing can be exchanged."""
+    plan, tried = chosen(uneven(), tokenizer, calibration, equal=True, same=True)
+    assert [each.layout for each in tried] == [plan.layout]
+
+
+def test_what_a_step_leaves_over_is_spent(tokenizer, calibration):
+    """Widths of 24 in steps of 16 begin at 16; what that leaves makes some of them 32."""
+    plan = make_plan(tiny().config, 4, keep=0.75, calibration=calibration)
+    assert plan.layout.widths == ((24, 24),) * 3
+    tokens = calibration_tokens(tokenizer, calibration)
+    held_out = HeldOut(uneven(), held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
+    tried = choose_layout(uneven(), tokens, held_out, plan.method, plan.shape, plan.layout, step=16, tries=24)
+    assert tried[0].layout.widths == ((16, 16),) * 3
+    assert sum(map(sum, tried[-1].layout.widths)) == 144
+
+
+def ladder(lost: dict[tuple[int, int], float]) -> Ladder:
+    fitted = {pair: FittedLayer(0, None, None, None, None, value) for pair, value in lost.items()}
+    return Ladder((16, 16), 8, fitted, {KEYS: 2.0, VALUES: 3.0, BOTH: 5.0})
+
+
+def test_a_promise_is_what_is_lost_times_what_that_matters():
+    one = ladder({(16, 16): 0.3, (24, 16): 0.2, (16, 24): 0.1, (24, 24): 0.05})
+    assert one.promise((16, 16), KEYS, 1) == pytest.approx(2 * (0.2 - 0.3))
+    assert one.promise((24, 24), KEYS, -1) == pytest.approx(2 * (0.3 - 0.2))
+    assert one.promise((24, 16), VALUES, 1) == pytest.approx(3 * (0.1 - 0.3))
+    assert one.promise((16, 16), BOTH, 1) == pytest.approx(5 * (0.05 - 0.3))
+
+
+def test_widths_without_factors_are_not_offered():
+    one = ladder({(16, 16): 0.3, (24, 16): 0.2, (16, 8): 0.5})
+    assert one.turned((16, 16), KEYS, 1) == (24, 16)
+    assert one.turned((24, 16), VALUES, -1) == (24, 8)  # put together of two fits
+    assert one.turned((16, 16), VALUES, 1) is None
+    assert one.turned((16, 16), BOTH, 1) is None
 
 
 def test_in_memory(tokenizer, calibration):
@@ -98,7 +140,7 @@ def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, c
     monkeypatch.setattr(choosing, "choose_layout", None)  # not made again
     compress_to_folder(str(saved), out, allocate=how, **options)
     record = read_record(out / "compression.json")
-    assert record["config"]["widths"] == min(left, key=lambda each: each[1])[0]
+    assert record["config"]["widths"] == left[-1][0]
     assert [[each["widths"], each["divergence"]] for each in record["results"]["tried"]] == left
     model = AutoModelForCausalLM.from_pretrained(out)
     assert token_losses(model, torch.arange(64), 32).isfinite().all()

@@ -1,38 +1,41 @@
-"""Choose widths layer by layer: what errors matter is measured on the compressed model, and bytes move accordingly.
+"""Choose widths layer by layer: bytes move between layers as long as that makes the compressed model better.
 
-To second order the divergence from the original is ``e^T H e / 2`` in the errors ``e`` of all attention outputs, and
-its gradient is ``H e``. What one layer would take back of its own error by being wider, ``e_w``, changes it by
-``-e_w^T H e`` to first order (`HeldOut.slopes`, one pass back for all layers): twice what it really saves. Being
-narrower adds error that the gradient knows nothing of. So each layer gets a weight, for keys and for values: what wider
-ones save, per share of the attention's energy that they lose less; and weight times lost energy is its table for
-`allocate`. Energies at narrower widths are continued from those at the wider ones, by a constant factor from step to
-step.
-
-Bytes move by a limited amount, and the next round measures anew, because errors add up over layers: what a layer's loss
-matters depends on what the others lose. The layout with the least measured divergence is taken, the uniform one if
-none was better.
+What a layer would save by being wider, all else staying, is known to first order from one pass back through the
+compressed model: to second order the divergence from the original is ``e^T H e / 2`` in the errors ``e`` of all
+attention outputs, its gradient is ``H e``, and taking back ``e_w`` of one layer's error changes it by ``-e_w^T H e``
+(`HeldOut.slopes`), twice what that really saves. But errors meet further up: widths chosen by adding up what layers
+save one by one, by such slopes or even measured, are hardly better than equal ones (docs/LOG.md). So savings only say
+what to *try*: a few widths become a step wider and as many narrower as the budget wants, drawn with a preference for
+what promises most, and what lowers the divergence that is measured on held-out text stays. The layout never becomes
+worse than the one that it began with, by that measure.
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.allocation import LossTable, allocate
+from mea.compression.convert import LayerFactors
 from mea.compression.fit import FittedLayer, Target, fit_layers
 from mea.compression.held_out import HeldOut, held_out_tokens
 from mea.compression.layout import CacheShape, Layout
 from mea.compression.methods import Method
-from mea.compression.plan import MOVES, Plan
+from mea.compression.plan import REACH, Plan
 from mea.compression.store import write_whole
 from mea.compression.stream import evaluating
 
 Progress = Callable[[str, int, int], None]
 Pair = tuple[int, int]
+Dial = tuple[tuple[int, Pair], ...]  # what turns together: layers, and whether their keys, values or both
+KEYS, VALUES, BOTH = (1, 0), (0, 1), (1, 1)  # ways of becoming wider
+MOVES = 8  # h_kv * d over so many is a step of a width
+AT_ONCE = 6  # widths that become wider in one exchange, at most
 
 
 class Tried(NamedTuple):
@@ -48,117 +51,221 @@ def choose_layout(
     held_out: HeldOut,
     method: Method,
     shape: CacheShape,
-    keep: float,
     start: Layout,
     *,
     equal: bool = False,
     same: bool = False,
     step: int = 8,
-    moves: tuple[int, ...] = MOVES,
+    tries: int = 64,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Tried]:
-    """Layouts from the start on, each in the budget and with the divergence that was measured; take the least.
+    """Layouts that cost no more than the start, each better than the one before; take the last.
+
+    The first and the last one's divergences are those of a fit at just these widths, the others' of factors that were
+    fitted for several.
 
     Parameters
     ----------
     model, tokens
-        To fit on; a few windows are enough to choose by.
+        To fit on.
     held_out
         To measure on.
-    method, shape, keep, start
-        How factors are found, the budget, and a layout of it to begin with, with widths in every layer.
-    equal, same, step
-        As `allocate`.
-    moves
-        See `MOVES`; one round each.
+    method, shape, start
+        How factors are found, and a layout to begin with, with widths in every layer.
+    equal
+        As many numbers for keys as for values within a layer.
+    same
+        The same widths in all layers.
+    step
+        Widths are multiples of it.
+    tries
+        Exchanges that are measured.
+    seed
+        Of their choice.
     progress
-        Called with a word, the layers done and the layers in all.
+        Called with a word, what is done and how much there is.
     """
-    tried: list[Tried] = []
-    layout = start
-    for number, part in enumerate(moves, start=1):
-        move = max(step, shape.width // part // step * step)
-        fitted, neighbours = _fit(model, tokens, method, layout, shape.width, move, equal, _named(progress, number))
-        total, slopes = _slopes(held_out, fitted)
-        tried.append(Tried(layout, total))
-        tables = [_table(each, slopes[i], neighbours[i][0], step, equal) for i, each in enumerate(fitted)]
-        layout = allocate(shape, tables, [1.0] * len(tables), keep, step=step, equal=equal, same=same)
-        if layout in [each.layout for each in tried]:
-            return tried
-    fitted, _ = _fit(model, tokens, method, layout, shape.width, 0, equal, _named(progress, len(moves) + 1))
-    last = held_out.states(
-        [held_out.compressed(i, next(iter(each.values())).factors) for i, each in enumerate(fitted)]
-    )[-1]
-    tried.append(Tried(layout, held_out.score(last).divergence.double().mean().item()))
-    return tried
+    report = progress or (lambda *_: None)
+    ways = [BOTH] if equal else [VALUES, KEYS]
+    budget = sum(sum(pair) for pair in start.widths if pair)
+    move = max(step, shape.width // MOVES // step * step)
+    widths = [_multiples(pair, step) for pair in start.widths if pair]
+    ladders = _ladders(model, tokens, method, widths, shape.width, move, ways, report)
+    _weigh(held_out, ladders, ways)
+
+    def factors(pairs: list[Pair]) -> list[LayerFactors | None]:
+        return [ladder.factors(pair) for ladder, pair in zip(ladders, pairs, strict=True)]
+
+    dials = [tuple((place, way) for place in range(len(ladders))) for way in ways]
+    if not same:
+        dials = [(one,) for dial in dials for one in dial]
+    best = _run(held_out, factors(widths), widths)
+    tried = [Tried(Layout(tuple(widths)), best.divergence)]
+    generator = torch.Generator().manual_seed(seed)
+    for number in range(tries):
+        wanted = _exchange(best.widths, dials, ladders, budget, generator)
+        if wanted:
+            other = _run(held_out, factors(wanted), wanted, best)
+            if other.divergence < best.divergence:
+                best = other
+                tried.append(Tried(Layout(tuple(wanted)), other.divergence))
+        report("trying exchanges", number + 1, tries)
+    if len(tried) == 1:
+        return tried
+    (chosen,) = zip(*fit_layers(model, tokens, [Target(method, tried[-1].layout)]), strict=True)
+    final = _run(held_out, [each.factors for each in chosen], best.widths)
+    return (
+        [*tried[:-1], Tried(tried[-1].layout, final.divergence)]
+        if final.divergence < tried[0].divergence
+        else tried[:1]
+    )
 
 
-Fitted = dict[Pair, FittedLayer]
+def _multiples(pair: Pair, step: int) -> Pair:
+    keys, values = (max(step, width // step * step) for width in pair)
+    return keys, values
 
 
-def _fit(
-    model: Any, tokens: Tensor, method: Method, layout: Layout, width: int, move: int, equal: bool,
-    progress: Callable[[int, int], None],
-) -> tuple[list[Fitted], list[list[Pair]]]:  # fmt: skip
-    """Every layer at its own widths and at wider ones; and which these are."""
-    ways = [(1, 1)] if equal else [(1, 0), (0, 1)]
-    ways = [(0, 0), *ways] if move else [(0, 0)]
+@dataclass
+class Ladder:
+    """A layer at the widths that it may have, each up to `REACH` moves from where it starts.
 
-    def towards(pair: Pair, way: Pair) -> Pair:
-        keys, values = (min(width, own + move * more) for own, more in zip(pair, way, strict=True))
-        return keys, values
+    Values of other widths were fitted beside keys of the first width, and stand beside other keys too: not quite what a
+    fit of both gives, which the chosen layout gets in the end.
+    """
 
-    neighbours = [[towards(pair, way) for way in ways] for pair in layout.widths if pair]
-    targets = [Target(method, Layout(tuple(pairs[i] for pairs in neighbours))) for i in range(len(ways))]
-    found = []
-    for done, layers in enumerate(fit_layers(model, tokens, targets), start=1):
-        found.append(dict(zip(neighbours[done - 1], layers, strict=True)))
-        progress(done, len(neighbours))
-    return found, neighbours
+    start: Pair
+    move: int
+    fitted: dict[Pair, FittedLayer]
+    weights: dict[Pair, float] = field(default_factory=dict)  # way -> nats per share of the attention's energy
+
+    def turned(self, pair: Pair, way: Pair, by: int) -> Pair | None:
+        """Widths some moves further along a way; None where there are no factors."""
+        keys, values = (own + by * self.move * along for own, along in zip(pair, way, strict=True))
+        parts = ((keys, values),) if way == BOTH else ((keys, self.start[1]), (self.start[0], values))
+        return (keys, values) if all(part in self.fitted for part in parts) else None
+
+    def factors(self, pair: Pair) -> LayerFactors | None:
+        if pair in self.fitted:
+            return self.fitted[pair].factors
+        values, keys = (self.fitted[part].factors for part in ((self.start[0], pair[1]), (pair[0], self.start[1])))
+        assert keys
+        assert values
+        return values._replace(keys=keys.keys)
+
+    def promise(self, pair: Pair, way: Pair, by: int) -> float:
+        """What being so much wider or narrower would add to the divergence, by the weight and by what is lost."""
+
+        def lost(by: int) -> float:
+            at = self.turned(pair, way, by)
+            assert at
+            keys, values = (own if along else first for own, along, first in zip(at, way, self.start, strict=True))
+            return self.fitted[keys, values].lost
+
+        return self.weights[way] * (lost(by) - lost(0))
 
 
-def _slopes(held_out: HeldOut, fitted: list[Fitted]) -> tuple[float, list[dict[Any, float]]]:
-    own = [next(iter(each.values())) for each in fitted]
-    layers = [held_out.compressed(each.index, each.factors) for each in own]
+def _ladders(
+    model: Any, tokens: Tensor, method: Method, start: list[Pair], width: int, move: int, ways: list[Pair],
+    report: Progress,
+) -> list[Ladder]:  # fmt: skip
+    crosses = [_cross(pair, width, move, ways) for pair in start]
+    columns = zip_longest(*crosses)
+    targets = [Target(method, Layout(column)) for column in columns]
+    ladders = []
+    for layers in fit_layers(model, tokens, targets):
+        place = len(ladders)
+        ladders.append(Ladder(start[place], move, dict(zip(crosses[place], layers, strict=False))))
+        report("fitting at several widths", place + 1, len(crosses))
+    return ladders
+
+
+def _cross(start: Pair, width: int, move: int, ways: list[Pair]) -> list[Pair]:
+    found = [start]
+    for way in ways:
+        for by in (*range(-REACH, 0), *range(1, REACH + 1)):
+            keys, values = (own + by * move * along for own, along in zip(start, way, strict=True))
+            if min(keys, values) > 0 and max(keys, values) <= width:
+                found.append((keys, values))
+    return found
+
+
+def _weigh(held_out: HeldOut, ladders: list[Ladder], ways: list[Pair]) -> None:
+    """Give each ladder what the divergence would fall by, per share of energy, if the layer lost less of it."""
+    own = [held_out.compressed(place, ladder.factors(ladder.start)) for place, ladder in enumerate(ladders)]
+    wider = [{way: ladder.turned(ladder.start, way, 1) for way in ways} for ladder in ladders]
     others: list[Mapping[Hashable, Any]] = [
-        {pair: held_out.compressed(i, other.factors) for pair, other in each.items() if other is not own[i]}
-        for i, each in enumerate(fitted)
+        {way: held_out.compressed(place, ladders[place].factors(pair)) for way, pair in each.items() if pair}
+        for place, each in enumerate(wider)
     ]
-    return held_out.slopes(layers, others)
+    _, slopes = held_out.slopes(own, others)
+    for ladder, each, slope in zip(ladders, wider, slopes, strict=True):
+        for way, pair in each.items():
+            saved = max(-slope[way], 0.0) / 2 if pair else 0.0
+            less = ladder.fitted[ladder.start].lost - ladder.fitted[pair].lost if pair else 0.0
+            ladder.weights[way] = saved / less if less > 0 else 0.0
 
 
-def _table(fitted: Fitted, slopes: dict[Any, float], here: Pair, step: int, equal: bool) -> LossTable:
-    """Changes of the divergence over the neighbouring widths; keys and values are taken to add up."""
-    lost = {pair: each.lost for pair, each in fitted.items()}
+def _exchange(
+    widths: list[Pair], dials: list[Dial], ladders: list[Ladder], budget: int, generator: torch.Generator
+) -> list[Pair] | None:
+    """Widths after an exchange that is drawn at random and within the budget; None if there is none."""
 
-    def line(place: int) -> dict[int, float]:
-        wider = next((p for p in lost if p[place] > here[place] and (equal or p[1 - place] == here[1 - place])), None)
-        if wider is None:
-            return {here[place]: 0.0}
-        return _line(here[place], wider[place], lost[here], lost[wider], slopes[wider], step)
+    def turn(pairs: list[Pair], dial: Dial, by: int) -> list[Pair] | None:
+        turned = list(pairs)
+        for place, way in dial:
+            pair = ladders[place].turned(pairs[place], way, by)
+            if pair is None:
+                return None
+            turned[place] = pair
+        return turned
 
-    keys, values = line(0), line(1)
-    shares = 2 if equal else 1  # a step of both is one move
-    table = tuple(tuple((a + b) / shares for b in values.values()) for a in keys.values())
-    return LossTable(tuple(keys), tuple(values), table)
+    def drawn(by: int) -> list[Dial]:
+        """Dials that can be turned, more or less from the one that promises most."""
+        able = [dial for dial in dials if turn(widths, dial, by)]
+        promised = torch.tensor([sum(ladders[i].promise(widths[i], way, by) for i, way in dial) for dial in able])
+        noise = torch.randn(len(able), generator=generator) * promised.abs().mean()
+        return [able[i] for i in (promised + noise).argsort().tolist()]
+
+    many = int(torch.randint(1, AT_ONCE + 1, (), generator=generator))
+    wider = drawn(1)[:many]
+    now = widths
+    for dial in wider:
+        now = turn(now, dial, 1) or now
+    for dial in drawn(-1):
+        if sum(map(sum, now)) <= budget:
+            break
+        if dial not in wider:
+            now = turn(now, dial, -1) or now
+    return now if now != widths and sum(map(sum, now)) <= budget else None
 
 
-def _line(here: int, wider: int, lost: float, lost_wider: float, slope: float, step: int) -> dict[int, float]:
-    """Changes of the divergence at narrower, present and wider widths; half of the first-order saving is real."""
-    narrower = max(step, 2 * here - wider)
-    saved = max(-slope, 0.0) / 2
-    if lost_wider <= 0 or lost <= lost_wider or narrower == here:
-        return {here: 0.0, wider: -saved}
-    growth = (lost / lost_wider) ** ((here - narrower) / (wider - here))
-    return {narrower: saved * lost * (growth - 1) / (lost - lost_wider), here: 0.0, wider: -saved}
+class _Running(NamedTuple):
+    """A compressed model and what the held-out text is in it, layer by layer."""
+
+    widths: list[Pair]
+    layers: list[Any]
+    states: list[Tensor]
+    divergence: float
 
 
-def _named(progress: Progress | None, number: int) -> Callable[[int, int], None]:
-    def report(done: int, of: int) -> None:
-        if progress:
-            progress(f"allocating, round {number}", done, of)
-
-    return report
+def _run(
+    held_out: HeldOut, factors: Sequence[LayerFactors | None], widths: list[Pair], before: _Running | None = None
+) -> _Running:
+    """Run what differs from an earlier model, and what is above it."""
+    same = [
+        before is not None and old == new for old, new in zip(before.widths if before else widths, widths, strict=True)
+    ]
+    first = same.index(False)
+    layers = [
+        before.layers[place] if before and same[place] else held_out.compressed(place, each)
+        for place, each in enumerate(factors)
+    ]
+    states = before.states[: first + 1] if before else [held_out.first]
+    for place in range(first, len(layers)):
+        states.append(held_out.through(states[-1], layers[place], place))
+    return _Running(widths, layers, states, held_out.score(states[-1]).divergence.double().mean().item())
 
 
 def allocated(
@@ -188,10 +295,11 @@ def allocated(
         text = held_out_tokens(tokenizer, plan.calibration, how.tokens, plan.calibration.window, how.text)
         with evaluating(model):
             tried = choose_layout(
-                model, tokens[: how.windows], HeldOut(model, text), plan.method, plan.shape,
-                plan.layout.keep(plan.shape), plan.layout, equal=how.equal, same=how.same, progress=progress,
-                step=how.step or plan.method.step(plan.shape.head_dim).size,
+                model, tokens[: how.windows], HeldOut(model, text), plan.method, plan.shape, plan.layout,
+                equal=how.equal or plan.method.form == "joint", same=how.same, tries=how.tries,
+                step=how.step or plan.method.step(plan.shape.head_dim).size, seed=plan.calibration.seed,
+                progress=progress,
             )  # fmt: skip
     if path and not path.is_file():
         write_whole(path, json.dumps([(each.layout.widths, each.divergence) for each in tried]).encode())
-    return replace(plan, layout=min(tried, key=lambda each: each.divergence).layout), tried
+    return replace(plan, layout=tried[-1].layout), tried

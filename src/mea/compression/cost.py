@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mea.compression.layout import CacheShape
-from mea.compression.plan import MOVES, Plan
+from mea.compression.plan import REACH, Plan
 from mea.compression.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.values import CG_STEPS, ROUNDS
 from mea.ops.precision import peak_flops
@@ -52,12 +52,12 @@ def estimate(config: Any, plan: Plan) -> Cost:
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
     work = layers * (forward + averages + solving)
-    if plan.allocation:  # per round a fit for each neighbour, on fewer windows, and a pass forth and back
-        share = min(1.0, plan.allocation.windows * t / tokens)
-        fits = len(MOVES) * (3 if plan.allocation.equal else 5) + 1
-        work += layers * (
-            fits * (averages * share + solving) + len(MOVES) * 5 * forward * plan.allocation.tokens / tokens
-        )
+    if how := plan.allocation:  # values of all widths share one pass beside the same keys; a try is a pass, on average
+        share = min(1.0, how.windows * t / tokens)
+        keys = 1 + 2 * REACH
+        fits = keys * (1 if how.equal else 2)
+        work += layers * (share * ((keys + 1) * averages + 2 * forward) + (fits + 1) * solving)
+        work += (6 + how.tries) * how.tokens * (layers * forward / tokens + 4 * hidden * config.vocab_size)
     if plan.refinement:  # per pass forth and back through attention; besides, the windows' way through both models
         part = 2 * tokens * (attention + min(t, plan.refinement.window) * h * d)
         work += layers * (3 * plan.refinement.passes * part + 4 * part + 4 * tokens * active)

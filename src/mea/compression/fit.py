@@ -72,7 +72,7 @@ def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) ->
         hidden = torch.stack([window.layer_out for window in passes])
         if not hidden.isfinite().all():
             raise ValueError(f"layer {index}: activations are not finite on the calibration text; the model overflows")
-        fitted = []
+        fitted, shared, full = [], {}, {}
         for target in targets:
             widths = target.layout.widths[index]
             if widths is None:
@@ -80,10 +80,11 @@ def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) ->
                 continue
             factors = target.known(index)
             if factors is None:
-                factors = _fit(target.method, layer, inputs[index], passes, statistics, widths)
+                factors = _fit(target.method, layer, inputs[index], passes, statistics, widths, shared)
             lost = lost_share(layer, factors, inputs[index], passes[:LOST_WINDOWS])
-            full = full_rank(target.method, statistics)
-            fitted.append(FittedLayer(index, layer, inputs[index], factors, full, lost))
+            if target.method.name not in full:
+                full[target.method.name] = full_rank(target.method, statistics)
+            fitted.append(FittedLayer(index, layer, inputs[index], factors, full[target.method.name], lost))
         yield fitted
 
 
@@ -108,7 +109,10 @@ def _fit(
     passes: list[AttentionPass],
     statistics: LayerStatistics,
     widths: tuple[int, int],
+    shared: dict[tuple[str, int], AveragedValues],
 ) -> LayerFactors:
+    """One layer's factors. What values of several widths need beside the same keys is in `shared`, the last of it."""
+
     def averaged(key_projection: Tensor, encoder: Tensor | None = None) -> AveragedValues:
         encoder = None if encoder is None else encoder.float()
         total = AveragedValuesSum(layer.self_attn, inputs, key_projection.float(), method.form, encoder)
@@ -127,7 +131,11 @@ def _fit(
     keys = method.keys(statistics, widths[0])
     if method.values is not None:
         return LayerFactors(keys, method.values(statistics, widths[1]), form=method.form)
-    rest = method.averaged(averaged(keys.projection), statistics.num_kv_heads, widths[1])
+    name = (method.name, widths[0])
+    if name not in shared:
+        shared.clear()
+        shared[name] = averaged(keys.projection)
+    rest = method.averaged(shared[name], statistics.num_kv_heads, widths[1])
     return LayerFactors(keys, *rest, method.form)
 
 

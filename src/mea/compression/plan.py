@@ -27,7 +27,7 @@ from mea.models.loading import check_supported
 from mea.texts import check_share
 
 DEFAULT_KEEP = 0.5
-MOVES = (4, 4, 8)  # rounds of an allocation: at most h_kv * d over so many numbers are moved for keys or values
+REACH = 2  # steps to either side that an allocation may take a width
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,9 @@ class Allocation:
     text, tokens
         What the choice is measured on; by default calibration text that the factors have not seen.
     windows
-        Calibration windows that factors are fitted on while choosing.
+        Calibration windows that factors are fitted on while choosing, at most: with a few, other widths come out best.
+    tries
+        Exchanges of widths that are measured.
     """
 
     equal: bool = False
@@ -88,9 +90,12 @@ class Allocation:
     step: int | None = None
     text: str | None = None
     tokens: int = 4096
-    windows: int = 4
+    windows: int = 16
+    tries: int = 64
 
     def __post_init__(self) -> None:
+        if self.tries < 1 or self.windows < 1:
+            raise ValueError(f"an allocation takes at least 1 window and 1 try, not {self.windows} and {self.tries}")
         if self.step is not None and self.step < 1:
             raise ValueError(f"widths are multiples of a positive step, not of {self.step}")
 
