@@ -30,7 +30,7 @@ def chosen(model, tokenizer, calibration, **options):
     tokens = calibration_tokens(tokenizer, calibration)
     held_out = HeldOut(model, held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
     return plan, choose_layout(
-        model, tokens, held_out, plan.method, plan.shape, plan.layout, **({"tries": 24} | options)
+        model, tokens, held_out, plan.method, plan.shape, plan.layout, **({"tries": 16} | options)
     )
 
 
@@ -91,7 +91,7 @@ def test_what_a_step_leaves_over_is_spent(tokenizer, calibration):
     assert plan.layout.widths == ((24, 24),) * 3
     tokens = calibration_tokens(tokenizer, calibration)
     held_out = HeldOut(uneven(), held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
-    tried = choose_layout(uneven(), tokens, held_out, plan.method, plan.shape, plan.layout, step=16, tries=24)
+    tried = choose_layout(uneven(), tokens, held_out, plan.method, plan.shape, plan.layout, step=16, tries=16)
     assert tried[0].layout.widths == ((16, 16),) * 3
     assert sum(map(sum, tried[-1].layout.widths)) == 144
 

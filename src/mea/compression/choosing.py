@@ -115,11 +115,8 @@ def choose_layout(
         return tried
     (chosen,) = zip(*fit_layers(model, tokens, [Target(method, tried[-1].layout)]), strict=True)
     final = _run(held_out, [each.factors for each in chosen], best.widths)
-    return (
-        [*tried[:-1], Tried(tried[-1].layout, final.divergence)]
-        if final.divergence < tried[0].divergence
-        else tried[:1]
-    )
+    better = final.divergence < tried[0].divergence
+    return [*tried[:-1], Tried(tried[-1].layout, final.divergence)] if better else tried[:1]
 
 
 def _multiples(pair: Pair, step: int) -> Pair:
@@ -171,8 +168,7 @@ def _ladders(
     report: Progress,
 ) -> list[Ladder]:  # fmt: skip
     crosses = [_cross(pair, width, move, ways) for pair in start]
-    columns = zip_longest(*crosses)
-    targets = [Target(method, Layout(column)) for column in columns]
+    targets = [Target(method, Layout(column)) for column in zip_longest(*crosses)]
     ladders = []
     for layers in fit_layers(model, tokens, targets):
         place = len(ladders)

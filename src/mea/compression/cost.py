@@ -57,6 +57,7 @@ def estimate(config: Any, plan: Plan) -> Cost:
         keys = 1 + 2 * REACH
         fits = keys * (1 if how.equal else 2)
         work += layers * (share * ((keys + 1) * averages + 2 * forward) + (fits + 1) * solving)
+        memory += 4 * layers * fits * attention
         work += (6 + how.tries) * how.tokens * (layers * forward / tokens + 4 * hidden * config.vocab_size)
     if plan.refinement:  # per pass forth and back through attention; besides, the windows' way through both models
         part = 2 * tokens * (attention + min(t, plan.refinement.window) * h * d)
