@@ -124,6 +124,10 @@ def _multiples(pair: Pair, step: int) -> Pair:
     return keys, values
 
 
+def _moved(pair: Pair, way: Pair, by: int) -> Pair:
+    return pair[0] + by * way[0], pair[1] + by * way[1]
+
+
 @dataclass
 class Ladder:
     """A layer at the widths that it may have, each up to `REACH` moves from where it starts.
@@ -139,7 +143,7 @@ class Ladder:
 
     def turned(self, pair: Pair, way: Pair, by: int) -> Pair | None:
         """Widths some moves further along a way; None where there are no factors."""
-        keys, values = (own + by * self.move * along for own, along in zip(pair, way, strict=True))
+        keys, values = _moved(pair, way, by * self.move)
         parts = ((keys, values),) if way == BOTH else ((keys, self.start[1]), (self.start[0], values))
         return (keys, values) if all(part in self.fitted for part in parts) else None
 
@@ -181,9 +185,9 @@ def _cross(start: Pair, width: int, move: int, ways: list[Pair]) -> list[Pair]:
     found = [start]
     for way in ways:
         for by in (*range(-REACH, 0), *range(1, REACH + 1)):
-            keys, values = (own + by * move * along for own, along in zip(start, way, strict=True))
-            if min(keys, values) > 0 and max(keys, values) <= width:
-                found.append((keys, values))
+            pair = _moved(start, way, by * move)
+            if min(pair) > 0 and max(pair) <= width:
+                found.append(pair)
     return found
 
 
@@ -250,17 +254,13 @@ def _run(
     held_out: HeldOut, factors: Sequence[LayerFactors | None], widths: list[Pair], before: _Running | None = None
 ) -> _Running:
     """Run what differs from an earlier model, and what is above it."""
-    same = [
-        before is not None and old == new for old, new in zip(before.widths if before else widths, widths, strict=True)
-    ]
-    first = same.index(False)
+    earlier = before.widths if before else [None] * len(widths)
+    same = [old == new for old, new in zip(earlier, widths, strict=True)]
     layers = [
         before.layers[place] if before and same[place] else held_out.compressed(place, each)
         for place, each in enumerate(factors)
     ]
-    states = before.states[: first + 1] if before else [held_out.first]
-    for place in range(first, len(layers)):
-        states.append(held_out.through(states[-1], layers[place], place))
+    states = held_out.states(layers, before.states[: same.index(False) + 1] if before else ())
     return _Running(widths, layers, states, held_out.score(states[-1]).divergence.double().mean().item())
 
 

@@ -73,11 +73,13 @@ class HeldOut:
             hidden = self.through(hidden, self.layers[place], place)
         return hidden
 
-    def states(self, layers: Sequence[Any]) -> list[Float[Tensor, "n t D"]]:
-        """What each layer sees, and last what the last one gives."""
-        found = [self.first]
-        for place, layer in enumerate(layers):
-            found.append(self.through(found[-1], layer, place))
+    def states(
+        self, layers: Sequence[Any], known: Sequence[Float[Tensor, "n t D"]] = ()
+    ) -> list[Float[Tensor, "n t D"]]:
+        """What each layer sees, and last what the last one gives; what the first ones see may be `known`."""
+        found = list(known) or [self.first]
+        for place in range(len(found) - 1, len(layers)):
+            found.append(self.through(found[-1], layers[place], place))
         return found
 
     @torch.no_grad()
