@@ -14,13 +14,28 @@ from mea.compression import Calibration
 from mea.compression.comparison import packaged_model
 from mea.compression.folder import compress_to_folder
 from mea.train.recovery_folder import recover_to_folder
-from mea.train.recovery_settings import recovery
+from mea.train.recovery_settings import Recovery, recovery
 
 HERE = Path(__file__).parent
-SCALE: dict[str, Any] = {"reread": 0.0, "batch": 4, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
-SHORT, LONG = 200_000, 1_000_000
-SMALL_STEPS = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
+SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 102_400, 25_600
+SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
+
+
+def stage(preset: str, tokens: int, **changes: Any) -> Recovery:
+    """A stage on the scale of these experiments; parts of windows are read again only where a row says so."""
+    scale: dict[str, Any] = {"reread": 0.0, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
+    return recovery(preset, tokens=tokens, **scale | changes)
+
+
+def like_default(tokens: int) -> Recovery:
+    """The distillation by which starts are compared."""
+    return stage("distil", tokens, reread=0.5, **SMALL_STEPS)
+
+
+def cpt(tokens: int, rate: float, **changes: Any) -> Recovery:
+    """Continued pretraining in steps like those, at one rate relative to each tensor."""
+    return stage("cpt", tokens, relative=True, batch=1, micro_batch=1, rate=rate, other_rate=rate, **changes)
 
 
 def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
@@ -28,38 +43,44 @@ def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
     return {"method": method, "calibration": Calibration(tokens=tokens, reread=0.0), **options}
 
 
-LIKE_DEFAULT = SMALL_STEPS | {"reread": 0.5}
 SVD = {"method": "svd"}
-# name -> how it is compressed, stages, tokens of each, other settings; a row whose first part is a name has its start.
-# Rows with `cpt` are the paper's second table, on the same tokens; those of RESULTS begin at another row's result.
-ROWS: dict[str, tuple[Any, ...]] = {
-    "joint": (prose("joint"), ("near",), SHORT),
-    "position": (prose("position"), ("distil",), SHORT),
-    "refined": (prose("position", 32768, refine=2), ("distil",), SHORT),
-    "frequency": ({"method": "frequency"}, ("distil",), SHORT, LIKE_DEFAULT),
-    "gauge": ({"method": "gauge"}, ("distil",), SHORT, LIKE_DEFAULT),
-    "svd": (SVD, ("distil",), SHORT, LIKE_DEFAULT),
-    "attended": (prose("attended", 65536, refine=2), ("distil",), SHORT),
-    "blended": (
-        {"method": "blended", "refine": 2, "calibration": Calibration(tokens=65536)},
-        ("distil",),
-        SHORT,
-        LIKE_DEFAULT,
-    ),
-    "million": ("refined", ("distil",), LONG, SMALL_STEPS),
-    "attended-million": ("attended", ("distil",), LONG, LONG_WINDOWS),
-    "attended-small-steps": ("attended", ("distil",), LONG, SMALL_STEPS),
-    "blended-million": ("blended", ("distil",), LONG, LIKE_DEFAULT),
-    "joint-million": ("joint", ("near",), LONG),
-    "whole-cpt": ({"keep": 1.0}, ("cpt",), SHORT),
-    "half-cpt": (SVD | {"layout": "half"}, ("cpt",), SHORT),
-    "deep-cpt": (SVD | {"layout": "deep"}, ("cpt",), SHORT),
-    "full-cpt": ("svd", ("cpt",), SHORT),
-    "full-recover-cpt": ("svd", ("cpt",), SHORT),
-    "attended-cpt": ("attended", ("cpt",), SHORT),
-    "attended-recover-cpt": ("attended", ("cpt",), SHORT),
+# name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
+ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
+    "joint": (prose("joint"), stage("near", SHORT)),
+    "position": (prose("position"), stage("distil", SHORT)),
+    "refined": (prose("position", 32768, refine=2), stage("distil", SHORT)),
+    "frequency": ({"method": "frequency"}, like_default(SHORT)),
+    "gauge": ({"method": "gauge"}, like_default(SHORT)),
+    "svd": (SVD, like_default(SHORT)),
+    "attended": (prose("attended", 65536, refine=2), stage("distil", SHORT)),
+    "blended": ({"method": "blended", "refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
+    "million": ("refined", stage("distil", LONG, **SMALL_STEPS)),
+    "attended-million": ("attended", stage("distil", LONG, **LONG_WINDOWS)),
+    "attended-small-steps": ("attended", stage("distil", LONG, **SMALL_STEPS)),
+    "blended-million": ("blended", like_default(LONG)),
+    "joint-million": ("joint", stage("near", LONG)),
+    "whole": ({"keep": 1.0}, like_default(SHORT)),
+    "default": ({}, like_default(SHORT)),
 }
-RESULTS = ("full-recover-cpt", "attended-recover-cpt")
+# The paper's second table: start -> how it is compressed, and the rate of its continued pretraining. All read the same
+# tokens; rows with recovery spend half of them on distillation.
+TABLE_STARTS: dict[str, tuple[dict[str, Any] | str, float]] = {
+    "whole": ("whole", 5e-4),
+    "svd-half": (SVD | {"layout": "half"}, 5e-4),
+    "svd-deep": (SVD | {"layout": "deep"}, 5e-4),
+    "svd-full": ("svd", 5e-4),
+    "default-half": ({"layout": "half"}, 5e-4),
+    "default-deep": ({"layout": "deep"}, 5e-4),
+    "default-full": ("default", 5e-4),
+}
+for start, (how, rate) in TABLE_STARTS.items():
+    ROWS[f"{start}-cpt"] = (how, cpt(TABLE, rate))
+    if start.endswith("full"):
+        ROWS[f"{start}-recover-cpt"] = (how, like_default(TABLE // 2), cpt(TABLE // 2, rate))
+# What chose the rates, by held-out text.
+for start in ("whole", "svd-full", "default-full"):
+    for rate in (1e-4, 5e-4):
+        ROWS[f"{start}-at-{rate:g}"] = (TABLE_STARTS[start][0], cpt(TRIED, rate, evaluations=1))
 
 
 def main() -> None:
@@ -73,18 +94,15 @@ def main() -> None:
         record = HERE / "records" / f"{name}.json"
         if record.is_file():
             continue
-        how, stages, tokens, *changes = ROWS[name]
-        scale = SCALE | (changes[0] if changes else {})
+        how, *stages = ROWS[name]
         begun = how if isinstance(how, str) else name
-        start, out = options.work / (begun if name in RESULTS else f"{begun}-start"), options.work / name
+        start, out = options.work / f"{begun}-start", options.work / name
         if not start.is_dir():
-            if name in RESULTS:
-                parser.error(f"{name} begins with what {begun} ends with: make that first")
             compress_to_folder(source, start, dtype="float32", measure_tokens=0, **ROWS[begun][0])
         if not out.is_dir():
-            settings = [recovery(stage, tokens=tokens, **scale) for stage in stages]
+            count = 0 if "-at-" in name else 20480
             made = recover_to_folder(
-                str(start), out, settings, options.text, original=source, measure_tokens=20480, progress=tell
+                str(start), out, stages, options.text, original=source, measure_tokens=count, progress=tell
             )
             print(name, made["results"])
         record.parent.mkdir(exist_ok=True)
