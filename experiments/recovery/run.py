@@ -80,7 +80,7 @@ for start, (how, rate) in TABLE_STARTS.items():
 # What chose the rates, by held-out text.
 for start in ("whole", "svd-full", "default-full"):
     for rate in (1e-4, 5e-4):
-        ROWS[f"{start}-at-{rate:g}"] = (TABLE_STARTS[start][0], cpt(TRIED, rate, evaluations=1))
+        ROWS[f"{start}-at-{rate:g}"] = (TABLE_STARTS[start][0], cpt(TRIED, rate, evaluations=1, checkpoints=1))
 
 
 def main() -> None:
