@@ -17,7 +17,7 @@ from mea.train.recovery_folder import recover_to_folder
 from mea.train.recovery_settings import Recovery, recovery
 
 HERE = Path(__file__).parent
-SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 102_400, 25_600
+SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600
 SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
 

@@ -8,11 +8,12 @@ from transformers import AutoModelForCausalLM
 
 import mea
 from compression.small import tiny
-from mea.compression import Allocation, choosing, compress_to_folder, folder
-from mea.compression.choosing import BOTH, KEYS, VALUES, Ladder, choose_layout
+from mea.compression import Allocation, choosing, compress_to_folder, fit, folder
+from mea.compression.choosing import choose_layout
 from mea.compression.compress import calibration_tokens, run_plans
 from mea.compression.fit import FittedLayer
 from mea.compression.held_out import HeldOut, held_out_tokens
+from mea.compression.ladder import BOTH, KEYS, VALUES, Ladder
 from mea.compression.plan import make_plan
 from mea.evaluate.perplexity import token_losses
 from mea.records import read_record
@@ -135,7 +136,7 @@ def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, c
     monkeypatch.setattr(folder, "run_plans", stopped)
     with pytest.raises(KeyboardInterrupt):
         compress_to_folder(str(saved), out, allocate=how, **options)
-    left = json.loads((tmp_path / "out.partial" / "layout.json").read_text())
+    left = json.loads((tmp_path / "out.partial" / "choice" / "layout.json").read_text())
     monkeypatch.setattr(folder, "run_plans", run)
     monkeypatch.setattr(choosing, "choose_layout", None)  # not made again
     compress_to_folder(str(saved), out, allocate=how, **options)
@@ -144,6 +145,33 @@ def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, c
     assert [[each["widths"], each["divergence"]] for each in record["results"]["tried"]] == left
     model = AutoModelForCausalLM.from_pretrained(out)
     assert token_losses(model, torch.arange(64), 32).isfinite().all()
+
+
+@pytest.mark.parametrize("stop", [("fitting at several widths", 2), ("trying exchanges", 1), ("trying exchanges", 9)])
+def test_a_choice_goes_on_where_it_was_stopped(tokenizer, calibration, tmp_path, monkeypatch, stop):
+    def stopping(what, done, _of):
+        if (what, done) == stop:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        chosen(uneven(), tokenizer, calibration, folder=tmp_path, progress=stopping)
+    kept = list(tmp_path.rglob("widths-*/0*.safetensors"))
+    path = tmp_path / "measured.json"
+    before = len(json.loads(path.read_text())) if path.is_file() else 0
+    assert kept
+    fits, runs = counted(monkeypatch, fit, "_fit"), counted(monkeypatch, choosing, "_run")
+    went_on = chosen(uneven(), tokenizer, calibration, folder=tmp_path)
+    rest, again = len(fits), len(runs)
+    assert went_on == chosen(uneven(), tokenizer, calibration)
+    assert len(fits) - rest == rest + len(kept)
+    assert len(runs) - again - again in (before, before - 1)  # the best so far has to be run once more to go on from it
+
+
+def counted(monkeypatch, module, name):
+    """The calls of a function from here on."""
+    calls, function = [], getattr(module, name)
+    monkeypatch.setattr(module, name, lambda *given: calls.append(given) or function(*given))
+    return calls
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,8 @@ worse than the one that it began with, by that measure.
 """
 
 import json
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import zip_longest
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,18 +21,16 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.convert import LayerFactors
-from mea.compression.fit import FittedLayer, Target, fit_layers
+from mea.compression.fit import Target, fit_layers
 from mea.compression.held_out import HeldOut, held_out_tokens
+from mea.compression.ladder import BOTH, KEYS, VALUES, Ladder, Pair, Progress, fit_ladders, weigh
 from mea.compression.layout import CacheShape, Layout
 from mea.compression.methods import Method
-from mea.compression.plan import REACH, Plan
+from mea.compression.plan import Plan
 from mea.compression.store import write_whole
 from mea.compression.stream import evaluating
 
-Progress = Callable[[str, int, int], None]
-Pair = tuple[int, int]
 Dial = tuple[tuple[int, Pair], ...]  # what turns together: layers, and whether their keys, values or both
-KEYS, VALUES, BOTH = (1, 0), (0, 1), (1, 1)  # ways of becoming wider
 MOVES = 8  # h_kv * d over so many is a step of a width
 AT_ONCE = 6  # widths that become wider in one exchange, at most
 
@@ -59,6 +56,7 @@ def choose_layout(
     tries: int = 64,
     seed: int = 0,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> list[Tried]:
     """Layouts that cost no more than the start, each better than the one before; take the last.
 
@@ -85,14 +83,16 @@ def choose_layout(
         Of their choice.
     progress
         Called with a word, what is done and how much there is.
+    folder
+        Where fits and measurements are kept, from which the same choice goes on if it is interrupted.
     """
     report = progress or (lambda *_: None)
     ways = [BOTH] if equal else [VALUES, KEYS]
     budget = sum(sum(pair) for pair in start.widths if pair)
     move = max(step, shape.width // MOVES // step * step)
     widths = [_multiples(pair, step) for pair in start.widths if pair]
-    ladders = _ladders(model, tokens, method, widths, shape.width, move, ways, report)
-    _weigh(held_out, ladders, ways)
+    ladders = fit_ladders(model, tokens, method, widths, shape.width, move, ways, report, folder)
+    weigh(held_out, ladders, ways)
 
     def factors(pairs: list[Pair]) -> list[LayerFactors | None]:
         return [ladder.factors(pair) for ladder, pair in zip(ladders, pairs, strict=True)]
@@ -103,10 +103,21 @@ def choose_layout(
     best = _run(held_out, factors(widths), widths)
     tried = [Tried(Layout(tuple(widths)), best.divergence)]
     generator = torch.Generator().manual_seed(seed)
+    path = folder / "measured.json" if folder else None
+    measured: list[float] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else []
+    count = 0
     for number in range(tries):
         wanted = _exchange(best.widths, dials, ladders, budget, generator)
         if wanted:
-            other = _run(held_out, factors(wanted), wanted, best)
+            count += 1
+            if count <= len(measured):
+                other = _Running(wanted, [], [], measured[count - 1])
+            else:
+                best = best if best.states else _run(held_out, factors(best.widths), best.widths)
+                other = _run(held_out, factors(wanted), wanted, best)
+                measured.append(other.divergence)
+                if path:
+                    write_whole(path, json.dumps(measured).encode())
             if other.divergence < best.divergence:
                 best = other
                 tried.append(Tried(Layout(tuple(wanted)), other.divergence))
@@ -122,89 +133,6 @@ def choose_layout(
 def _multiples(pair: Pair, step: int) -> Pair:
     keys, values = (max(step, width // step * step) for width in pair)
     return keys, values
-
-
-def _moved(pair: Pair, way: Pair, by: int) -> Pair:
-    return pair[0] + by * way[0], pair[1] + by * way[1]
-
-
-@dataclass
-class Ladder:
-    """A layer at the widths that it may have, each up to `REACH` moves from where it starts.
-
-    Values of other widths were fitted beside keys of the first width, and stand beside other keys too: not quite what a
-    fit of both gives, which the chosen layout gets in the end.
-    """
-
-    start: Pair
-    move: int
-    fitted: dict[Pair, FittedLayer]
-    weights: dict[Pair, float] = field(default_factory=dict)  # way -> nats per share of the attention's energy
-
-    def turned(self, pair: Pair, way: Pair, by: int) -> Pair | None:
-        """Widths some moves further along a way; None where there are no factors."""
-        keys, values = _moved(pair, way, by * self.move)
-        parts = ((keys, values),) if way == BOTH else ((keys, self.start[1]), (self.start[0], values))
-        return (keys, values) if all(part in self.fitted for part in parts) else None
-
-    def factors(self, pair: Pair) -> LayerFactors | None:
-        if pair in self.fitted:
-            return self.fitted[pair].factors
-        values, keys = (self.fitted[part].factors for part in ((self.start[0], pair[1]), (pair[0], self.start[1])))
-        assert keys
-        assert values
-        return values._replace(keys=keys.keys)
-
-    def promise(self, pair: Pair, way: Pair, by: int) -> float:
-        """What being so much wider or narrower would add to the divergence, by the weight and by what is lost."""
-
-        def lost(by: int) -> float:
-            at = self.turned(pair, way, by)
-            assert at
-            keys, values = (own if along else first for own, along, first in zip(at, way, self.start, strict=True))
-            return self.fitted[keys, values].lost
-
-        return self.weights[way] * (lost(by) - lost(0))
-
-
-def _ladders(
-    model: Any, tokens: Tensor, method: Method, start: list[Pair], width: int, move: int, ways: list[Pair],
-    report: Progress,
-) -> list[Ladder]:  # fmt: skip
-    crosses = [_cross(pair, width, move, ways) for pair in start]
-    targets = [Target(method, Layout(column)) for column in zip_longest(*crosses)]
-    ladders = []
-    for layers in fit_layers(model, tokens, targets):
-        place = len(ladders)
-        ladders.append(Ladder(start[place], move, dict(zip(crosses[place], layers, strict=False))))
-        report("fitting at several widths", place + 1, len(crosses))
-    return ladders
-
-
-def _cross(start: Pair, width: int, move: int, ways: list[Pair]) -> list[Pair]:
-    found = [start]
-    for way in ways:
-        for by in (*range(-REACH, 0), *range(1, REACH + 1)):
-            pair = _moved(start, way, by * move)
-            if min(pair) > 0 and max(pair) <= width:
-                found.append(pair)
-    return found
-
-
-def _weigh(held_out: HeldOut, ladders: list[Ladder], ways: list[Pair]) -> None:
-    """Give each ladder what the divergence would fall by, per share of energy, if the layer lost less of it."""
-    own = [held_out.compressed(place, ladder.factors(ladder.start)) for place, ladder in enumerate(ladders)]
-    wider = [{way: ladder.turned(ladder.start, way, 1) for way in ways} for ladder in ladders]
-    others: list[Mapping[Hashable, Any]] = [
-        {way: held_out.compressed(place, ladders[place].factors(pair)) for way, pair in each.items() if pair}
-        for place, each in enumerate(wider)
-    ]
-    _, slopes = held_out.slopes(own, others)
-    for ladder, each, slope in zip(ladders, wider, slopes, strict=True):
-        for way, pair in each.items():
-            saved = max(-slope[way], 0.0) / 2 if pair else 0.0
-            less = ladder.fitted[ladder.start].lost - ladder.fitted[pair].lost if pair else 0.0
-            ladder.weights[way] = saved / less if less > 0 else 0.0
 
 
 def _exchange(
@@ -242,7 +170,7 @@ def _exchange(
 
 
 class _Running(NamedTuple):
-    """A compressed model and what the held-out text is in it, layer by layer."""
+    """A compressed model and what the held-out text is in it, layer by layer; both empty where only measured before."""
 
     widths: list[Pair]
     layers: list[Any]
@@ -270,11 +198,11 @@ def allocated(
     tokens: Int[Tensor, "n t"],
     plan: Plan,
     progress: Progress | None = None,
-    path: Path | None = None,
+    folder: Path | None = None,
 ) -> tuple[Plan, list[Tried]]:
     """The plan with the widths that were chosen, and all that was tried; a plan without an allocation as it is.
 
-    With a `path`, the choice is kept there and taken from there.
+    With a `folder`, the choice and all on the way to it is kept there and taken from there.
 
     Raises
     ------
@@ -284,6 +212,7 @@ def allocated(
     how = plan.allocation
     if how is None:
         return plan, []
+    path = folder / "layout.json" if folder else None
     if path and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         tried = [Tried(Layout(tuple((keys, values) for keys, values in widths)), value) for widths, value in kept]
@@ -294,7 +223,7 @@ def allocated(
                 model, tokens[: how.windows], HeldOut(model, text), plan.method, plan.shape, plan.layout,
                 equal=how.equal or plan.method.form == "joint", same=how.same, tries=how.tries,
                 step=how.step or plan.method.step(plan.shape.head_dim).size, seed=plan.calibration.seed,
-                progress=progress,
+                progress=progress, folder=folder,
             )  # fmt: skip
     if path and not path.is_file():
         write_whole(path, json.dumps([(each.layout.widths, each.divergence) for each in tried]).encode())

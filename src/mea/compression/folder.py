@@ -74,7 +74,7 @@ def compress_to_folder(
     before = cache_size(model, min(CACHE_TOKENS, config.max_position_embeddings)).bytes_per_token
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
-    plan, tried = allocated(model, tokenizer, tokens, plan, progress, work / "layout.json")
+    plan, tried = allocated(model, tokenizer, tokens, plan, progress, work / "choice")
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
     record = _measure(source, model, tokenizer, result, before, measure_tokens, progress)
     if tried:
