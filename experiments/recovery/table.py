@@ -1,0 +1,56 @@
+"""Write the rows of the paper's second table into the README, from the records of `run.py` and of the tasks."""
+
+from pathlib import Path
+
+from run import ROWS, TABLE_STARTS
+
+from mea.records import Record, read_record
+
+HERE = Path(__file__).parent
+RECORDS, TASKS, README = HERE / "records", HERE / "tasks", HERE / "README.md"
+START, END = "<!-- table: written by table.py from the records -->", "<!-- end of table -->"
+BASELINE = "whole-cpt"
+
+
+def read(path: Path) -> Record | None:
+    return read_record(path) if path.is_file() else None
+
+
+def line(name: str, what: str, of: str = "") -> list[str]:
+    """A row: ``of`` is empty for a state after training, and ``_start`` for the one before it."""
+    record = read(RECORDS / f"{name}.json")
+    if record is None:
+        return []
+    results = record["results"]
+    held_out = results[f"held_out{of}"]["ce"]
+    cells = [what, f"{results[f'perplexity{of}']:,.4g}", f"{held_out:.3f}"]
+    paired = None if of else read(TASKS / f"paired-{name}-{BASELINE}.json")
+    if name == BASELINE and not of:
+        return [*cells, "–", "0"]
+    if paired is None:
+        return [*cells, "–", "–"]
+    average = paired["results"]["average"]
+    low, high = (100 * bound for bound in average["interval"])
+    return [*cells, f"{100 * average['first']:.1f}", f"{100 * average['difference']:+.1f} ({low:+.1f} to {high:+.1f})"]
+
+
+def rows() -> list[list[str]]:
+    """The table, a list of cells a row."""
+    found = [line(BASELINE, "uncompressed", "_start")]
+    for start in TABLE_STARTS:
+        for name in (f"{start}-cpt", f"{start}-recover-cpt"):
+            if name in ROWS:
+                found.append(line(name, f"`{name}`"))
+    return [each for each in found if each]
+
+
+def main() -> None:
+    head = ["row", "perplexity, WikiText-2 test", "held-out loss, nats", "tasks, %", "points from `whole-cpt`"]
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows()]
+    before, rest = README.read_text(encoding="utf-8").split(START)
+    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+    README.write_text(f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
