@@ -70,7 +70,13 @@ def test_compress_allocates(mea, models_, tmp_path):
     assert sum(map(sum, config["latent_widths"])) <= 32
 
 
-@pytest.mark.parametrize(("options", "message"), [(("--equal",), "give --allocate too")])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--equal",), "give --allocate too"),
+        (("--groups", 3), "cannot be divided into 3 equal groups"),
+    ],
+)
 def test_mistakes_are_one_line(mea, models_, tmp_path, options, message):
     result = mea("compress", models_["a"], tmp_path / "out", *options)
     assert result.exit_code == 2

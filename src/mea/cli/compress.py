@@ -26,6 +26,9 @@ def compress(
     odd: Annotated[
         str, typer.Option(help="Which get an odd component head, keys or values (methods with whole heads).")
     ] = "values",
+    groups: Annotated[
+        int, typer.Option(help="Groups of neighbouring heads with latents of their own, for tensor parallelism.")
+    ] = 1,
     text: Annotated[str, typer.Option(help="Calibration text: a packaged name or a .txt file.")] = "calibration",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
@@ -55,7 +58,7 @@ def compress(
     from mea.report.terminal import compression_table, plan_table
 
     calibration = Calibration(text, tokens, window, seed, reread)
-    options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd}
+    options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd, "groups": groups}
     options["refine"] = refine
     options["allocate"] = allocation(allocate, equal=equal, same=same, step=step)
     Console(stderr=not dry_run).print(plan_table(preview(model, dtype=dtype, calibration=calibration, **options)))

@@ -42,11 +42,13 @@ def balance_latents(model: Any, tokens: Int[Tensor, "n t"], *, scale: bool = Tru
     Raises
     ------
     ValueError
-        No layer of the model caches latents, or keys and values share them.
+        No layer of the model caches latents, or keys and values share them, or groups of heads have their own.
     """
     layers = [layer.self_attn for layer in model.model.layers if hasattr(layer.self_attn, "head_mixing")]
     if not layers:
         raise ValueError("no layer of this model caches latents: there is nothing to balance")
+    if any(attention.head_mixing.groups > 1 for attention in layers):
+        raise ValueError("latents of groups of heads cannot be balanced: compress without groups")
     if any(attention.head_mixing.form == "joint" for attention in layers):
         raise ValueError("joint latents cannot be balanced: their halves are not keys and values; use another method")
     moments = _moments(model, layers, tokens) if scale else {}

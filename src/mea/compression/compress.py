@@ -57,6 +57,7 @@ def compress(
     layout: str | Path | None = None,
     method: str = DEFAULT_METHOD,
     odd: str = "values",
+    groups: int = 1,
     calibration: Calibration | None = None,
     allocate: Allocation | bool = False,
     refine: Refinement | int = 0,
@@ -71,7 +72,7 @@ def compress(
         change are shared with the result. Of this package's decoder, whose mixing is folded first, all are copied.
     tokenizer
         Its tokenizer, for the calibration text.
-    keep, budget, layout, method, odd, refine
+    keep, budget, layout, method, odd, groups, refine
         See `mea.compression.plan.make_plan`.
     calibration
         Text, its length and the windows' seed.
@@ -93,7 +94,7 @@ def compress(
     """
     plan = make_plan(
         model.config, model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method, odd=odd,
-        calibration=calibration, allocate=allocate, refine=refine,
+        groups=groups, calibration=calibration, allocate=allocate, refine=refine,
     )  # fmt: skip
     tokens = calibration_tokens(tokenizer, plan.calibration)
     model = checked_stock_form(model, tokens)
@@ -147,7 +148,9 @@ def run_plans(
     results = []
     for plan, found, shares, error in zip(plans, factors, lost, errors, strict=True):
         start = time.perf_counter()
-        made = assemble(model, found, latent_config(model.config, plan.layout, plan.describe(), plan.method.form))
+        form, groups = plan.method.form, plan.method.groups
+        config = latent_config(model.config, plan.layout, plan.describe(), form, groups)
+        made = assemble(model, found, config)
         refined = None
         if plan.refinement:
             kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}

@@ -17,13 +17,14 @@ class LayerFactors(NamedTuple):
     """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
 
     `form` is that of the latents (`mea.models.compressed.FORMS`). Encoders of joint latents add up to the one latent
-    that both decoders read.
+    that both decoders read. With `groups`, encoders and decoders have as many blocks and are zero elsewhere.
     """
 
     keys: Factors
     values: Factors
     output: Float[Tensor, "D h*d"] | None = None
     form: str = "rotated"
+    groups: int = 1
 
 
 @torch.no_grad()
@@ -33,19 +34,25 @@ def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> No
     Its weights must be there (`mea.compression.stream.weights_of`); `rotary` is the model's rotary embedding.
     """
     value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
-    (key_encoder, key_decoder), (value_encoder, value_decoder), output, form = factors
+    (key_encoder, key_decoder), (value_encoder, value_decoder), output, form, groups = factors
     half = 2 if form == "joint" else 1
-    to_latent_attention(attention, len(key_encoder) // half, len(value_encoder) // half, form, rotary)
+    to_latent_attention(attention, len(key_encoder) // half, len(value_encoder) // half, form, rotary, groups)
     mixing = attention.head_mixing
-    mixing.key_encoder.copy_(key_encoder)
-    mixing.key_decoder.copy_(key_decoder.view_as(mixing.key_decoder))
-    mixing.value_decoder.copy_(value_decoder.view_as(mixing.value_decoder))
+    mixing.key_encoder.copy_(_blocks(key_encoder, groups))
+    mixing.key_decoder.copy_(_blocks(key_decoder, groups).view_as(mixing.key_decoder))
+    mixing.value_decoder.copy_(_blocks(value_decoder, groups).view_as(mixing.value_decoder))
     attention.v_proj.weight.copy_(value_encoder @ value_weight.double())
     if value_bias is not None:
         attention.v_proj.bias.copy_(value_encoder @ value_bias.double())
     if output is not None:
         attention.o_proj = _with_weight(attention.o_proj, output)
     _use_own_forward(attention)
+
+
+def _blocks(matrix: Float[Tensor, "_ m"], groups: int) -> Float[Tensor, "_ _"]:
+    """The blocks on the diagonal, one below the other."""
+    parts = [rows.chunk(groups, dim=1)[place] for place, rows in enumerate(matrix.chunk(groups))]
+    return torch.cat(parts)
 
 
 @torch.no_grad()
@@ -96,12 +103,14 @@ def latent_copy(layer: Any, factors: LayerFactors, rotary: Any) -> Any:
     return compressed
 
 
-def latent_config(config: Any, layout: Layout, compression: dict[str, Any], form: str = "rotated") -> Any:
+def latent_config(
+    config: Any, layout: Layout, compression: dict[str, Any], form: str = "rotated", groups: int = 1
+) -> Any:
     """The configuration of the compressed model: the original's, with the latents and how they came about."""
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     kept.pop("quantization_config", None)
     widths = [None if pair is None else list(pair) for pair in layout.widths]
-    kept |= {"latent_widths": widths, "latent_form": form, "compression": compression}
+    kept |= {"latent_widths": widths, "latent_form": form, "latent_groups": groups, "compression": compression}
     compressed = COMPRESSED_CONFIGS[config.model_type](**kept)
     compressed._attn_implementation = config._attn_implementation
     compressed._experts_implementation = config._experts_implementation

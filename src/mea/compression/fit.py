@@ -11,6 +11,7 @@ from torch import Tensor
 from mea.compression.attended import AttendedSum
 from mea.compression.convert import LayerFactors, latent_copy
 from mea.compression.factors import Factors
+from mea.compression.groups import by_group
 from mea.compression.layout import Layout
 from mea.compression.methods import Method, joint
 from mea.compression.statistics import AveragedValues, AveragedValuesSum, LayerStatistics, StatisticsSum
@@ -115,7 +116,9 @@ def _fit(
 
     def averaged(key_projection: Tensor, encoder: Tensor | None = None) -> AveragedValues:
         encoder = None if encoder is None else encoder.float()
-        total = AveragedValuesSum(layer.self_attn, inputs, key_projection.float(), method.form, encoder)
+        total = AveragedValuesSum(
+            layer.self_attn, inputs, key_projection.float(), method.form, encoder, groups=method.groups
+        )
         for window in passes:
             total.add(window.attention_in, window.heads_out, window.weight)
         return total.result()
@@ -130,13 +133,13 @@ def _fit(
         return LayerFactors(keys, *rest, method.form)
     keys = method.keys(statistics, widths[0])
     if method.values is not None:
-        return LayerFactors(keys, method.values(statistics, widths[1]), form=method.form)
+        return LayerFactors(keys, method.values(statistics, widths[1]), form=method.form, groups=method.groups)
     name = (method.name, widths[0])
     if name not in shared:
         shared.clear()
         shared[name] = averaged(keys.projection)
     rest = method.averaged(shared[name], statistics.num_kv_heads, widths[1])
-    return LayerFactors(keys, *rest, method.form)
+    return LayerFactors(keys, *rest, method.form, method.groups)
 
 
 @torch.no_grad()
@@ -161,5 +164,5 @@ def full_rank(method: Method, statistics: LayerStatistics) -> LayerFactors:
     n = statistics.num_kv_heads * statistics.head_dim
     if method.form == "joint":
         return LayerFactors(*joint.split(joint.keys(statistics, 2 * n)), form=method.form)
-    values = method.values(statistics, n) if method.values else covariance_values(statistics, n)
-    return LayerFactors(method.keys(statistics, n), values, form=method.form)
+    values = method.values or by_group(covariance_values, method.groups)
+    return LayerFactors(method.keys(statistics, n), values(statistics, n), form=method.form, groups=method.groups)

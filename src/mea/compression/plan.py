@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mea.compression.groups import in_groups
 from mea.compression.layout import (
     PRESETS,
     CacheShape,
@@ -151,6 +152,7 @@ class Plan:
             "calibration_tokens": calibration.tokens,
             "calibration_window": calibration.window,
             "seed": calibration.seed,
+            **({"groups": self.method.groups} if self.method.groups > 1 else {}),
             **({"calibration_reread": calibration.reread} if calibration.reread else {}),
             **({} if self.allocation is None else {"allocation": asdict(self.allocation)}),
             **({} if self.refinement is None else {"refinement": asdict(self.refinement)}),
@@ -166,6 +168,7 @@ def make_plan(
     layout: str | Path | None = None,
     method: str = DEFAULT_METHOD,
     odd: str = "values",
+    groups: int = 1,
     calibration: Calibration | None = None,
     allocate: Allocation | bool = False,
     refine: Refinement | int = 0,
@@ -188,6 +191,8 @@ def make_plan(
         A name in `mea.compression.methods.METHODS`.
     odd
         ``"keys"`` or ``"values"``: which of them get an odd component head, for methods with whole heads.
+    groups
+        Of neighbouring heads, each with latents of its own: as many as ranks that share an attention layer.
     allocate
         The layout is only where to begin, and widths will be chosen layer by layer: how.
     refine
@@ -196,7 +201,8 @@ def make_plan(
     Raises
     ------
     ValueError
-        The model is not supported, no layout meets the budget, or `refine` is negative.
+        The model is not supported, no layout meets the budget, the heads do not make such groups, or `refine` is
+        negative.
     """
     cached, config = cached_share(config), stock_config(config)
     check_supported(config)
@@ -205,7 +211,7 @@ def make_plan(
     if odd not in ("keys", "values"):
         raise ValueError(f"odd heads go to 'keys' or 'values', not {odd!r}")
     shape = CacheShape.of(config, itemsize)
-    chosen = find_method(method, shape.num_kv_heads)
+    chosen = in_groups(find_method(method, shape.num_kv_heads), groups, shape.num_kv_heads)
     step = chosen.step(shape.head_dim, odd)
     fraction = (DEFAULT_KEEP if keep is None else keep) * cached
     if budget is not None:

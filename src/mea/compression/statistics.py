@@ -190,6 +190,8 @@ class AveragedValuesSum:
         Of joint latents: from the keys and values of all heads, stacked.
     most
         A block takes as many query heads as keep its ``m * n`` at or below this.
+    groups
+        No block has query heads of two groups.
     """
 
     def __init__(
@@ -200,13 +202,14 @@ class AveragedValuesSum:
         form: str = "rotated",
         encoder: Float[Tensor, "r _"] | None = None,
         most: int = BLOCK_NUMBERS,
+        groups: int = 1,
     ):
         self.attention, self.inputs, self.key_projection = attention, inputs, key_projection
         self.form, self.encoder = form, encoder
         weight = attention.o_proj.weight
         n, d = key_projection.shape[1], attention.head_dim
         width, h = weight.shape[0], weight.shape[1] // d
-        m = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * n <= most))
+        m = max(m for m in range(1, h + 1) if h // groups % m == 0 and (m == 1 or m * n <= most))
         self.output_weight = weight.view(width, h // m, m, d).permute(1, 2, 0, 3)
         self.gram = weight.new_zeros(h // m, m * n, m * n)
         self.target = weight.new_zeros(h // m, m * n, width)

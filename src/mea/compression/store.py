@@ -56,12 +56,13 @@ class FactorStore:
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            tensors, form = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["form"]  # noqa: SIM118 (no mapping)
+            tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
         return LayerFactors(
             Factors(tensors["key_encoder"], tensors["key_decoder"]),
             Factors(tensors["value_encoder"], tensors["value_decoder"]),
             tensors.get("output"),
-            form,
+            told["form"],
+            int(told["groups"]),
         )
 
     def put(self, index: int, factors: LayerFactors) -> None:
@@ -78,7 +79,7 @@ class FactorStore:
         if factors.output is not None:
             tensors["output"] = factors.output
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_whole(path, save(tensors, {"form": factors.form}))
+        write_whole(path, save(tensors, {"form": factors.form, "groups": str(factors.groups)}))
 
     def get_refined(self, index: int) -> dict[str, Tensor] | None:
         """The refined weights of a layer, if an earlier run came that far."""

@@ -70,34 +70,36 @@ class HeadMixing(nn.Module):
         tensors below are their sum.
     form
         One of `FORMS`.
+    groups
+        ``c``: so many groups of neighbouring heads have latents of their own, each an equal share of the widths.
 
     Attributes
     ----------
-    key_encoder : [r_k, g * d]
-        From the keys of all heads to the key latent.
-    key_decoder : [g, d, r_k]
-        From the key latent to each head's keys.
-    value_decoder : [g, d, r_v]
-        From the value latent to each head's values. Its encoder is the layer's ``v_proj``.
+    key_encoder : [r_k, g * d / c]
+        From the keys of a group's heads to its part of the key latent, one group's rows after the other's.
+    key_decoder : [g, d, r_k / c]
+        From its group's part of the key latent to each head's keys.
+    value_decoder : [g, d, r_v / c]
+        From its group's part of the value latent to each head's values. Its encoder is the layer's ``v_proj``.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, key_width: int, value_width: int, form: str):
+    def __init__(self, num_kv_heads: int, head_dim: int, key_width: int, value_width: int, form: str, groups: int = 1):
         super().__init__()
-        self.form = form
+        self.form, self.groups = form, groups
         if form == "joint":
             key_width = value_width = key_width + value_width
-        self.key_encoder = nn.Parameter(torch.empty(key_width, num_kv_heads * head_dim))
-        self.key_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, key_width))
-        self.value_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, value_width))
+        self.key_encoder = nn.Parameter(torch.empty(key_width, num_kv_heads * head_dim // groups))
+        self.key_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, key_width // groups))
+        self.value_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, value_width // groups))
         self.reset_parameters()
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as a truncation: the first ``r`` channels are cached, the others read as zero."""
-        width = self.key_encoder.shape[1]
+        """Start as a truncation: a group's first channels are cached, the others read as zero."""
+        rows, width = self.key_encoder.shape
         for decoder in (self.key_decoder, self.value_decoder):
-            decoder.copy_(torch.eye(width, decoder.shape[-1]).view_as(decoder))
-        self.key_encoder.copy_(torch.eye(self.key_encoder.shape[0], width))
+            decoder.copy_(torch.eye(width, decoder.shape[-1]).repeat(self.groups, 1).view_as(decoder))
+        self.key_encoder.copy_(torch.eye(rows // self.groups, width).repeat(self.groups, 1))
 
 
 class NormedProjection(nn.Module):
@@ -132,8 +134,8 @@ def add_head_norm(model: Any, eps: float) -> None:
 _Mixin: Any = object
 
 
-class _OneHead:
-    """What the stock eager attention reads of a module, for a cache with a single kv head."""
+class _HeadForHead:
+    """What the stock eager attention reads of a module whose queries have as many heads as its cache."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -197,10 +199,12 @@ class LatentAttention(_Mixin):
                 values = materialise(values, mixing.value_decoder)
                 output, weights = attend(self, queries, keys, values, attention_mask, **options)
         elif absorbed:
-            # All heads read the same latents: as rows of one head's query matrix they share every read of the cache.
-            packed = absorb(queries, mixing.key_decoder).reshape(queries.shape[0], 1, h * q, -1)
+            # The heads of a group read the same latents: as rows of one head's queries they share every read of them.
+            c = mixing.groups
+            packed = absorb(queries, mixing.key_decoder).reshape(queries.shape[0], c, h // c * q, -1)
             if attention_mask is not None:
-                attention_mask = attention_mask.expand(-1, h, -1, -1).reshape(attention_mask.shape[0], 1, h * q, -1)
+                shape = (attention_mask.shape[0], 1, h // c * q, -1)
+                attention_mask = attention_mask.expand(-1, h // c, -1, -1).reshape(shape)
             output, weights = self._read_absorbed(packed, keys, values, attention_mask, options)
             weights = None if weights is None else weights.view(weights.shape[0], h, q, -1)
             output = unmix(output.reshape(output.shape[0], h, q, -1), mixing.value_decoder).transpose(1, 2)
@@ -212,10 +216,12 @@ class LatentAttention(_Mixin):
     def _read_absorbed(
         self, packed: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend with all queries as rows ``[b, 1, h * q, r_k]``; the output has as many."""
+        """Attend with the queries of a group as rows ``[b, c, h / c * q, r_k / c]``; the output has as many."""
         if self.config._attn_implementation == "eager":
             modelling = sys.modules[type(self).__mro__[2].__module__]
-            return modelling.eager_attention_forward(_OneHead(self), packed, keys, values, attention_mask, **options)
+            attend = modelling.eager_attention_forward
+            output, weights = attend(_HeadForHead(self), packed, keys, values, attention_mask, **options)
+            return output.transpose(1, 2), weights
         if attention_mask is None and not options["dropout"]:
             return read(packed, keys, values, self.scaling), None
         output = nn.functional.scaled_dot_product_attention(
@@ -224,7 +230,7 @@ class LatentAttention(_Mixin):
         return output, None
 
     def _project(self, x: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Latents of the new tokens, ``[b, 1, q, r_k]`` and ``[b, 1, q, r_v]``, and queries ``[b, h, q, d]``."""
+        """Latents of the new tokens, ``[b, c, q, r_k / c]`` and the same of values, and queries ``[b, h, q, d]``."""
         modelling = sys.modules[type(self).__mro__[2].__module__]
         shape = (*x.shape[:-1], -1, self.head_dim)
         queries, keys = self.q_proj(x).view(shape), self.k_proj(x).view(shape)
@@ -232,14 +238,15 @@ class LatentAttention(_Mixin):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
         keys = keys.transpose(1, 2)
         queries, rotated = modelling.apply_rotary_pos_emb(queries.transpose(1, 2), keys, *position_embeddings)
-        mixing, values = self.head_mixing, self.v_proj(x)[:, None]
+        mixing = self.head_mixing
+        values = self.v_proj(x).unflatten(-1, (mixing.groups, -1)).transpose(1, 2)
         latents = encode(rotated if mixing.form == "rotated" else keys, mixing.key_encoder)
         if mixing.form == "joint":
             latents, values = (latents + values).chunk(2, dim=-1)
         return latents, values, queries
 
     def _rebuilt_keys(self, latents: Tensor, mask: Any, past_key_values: Any, position_ids: Tensor | None) -> Tensor:
-        """Rotated keys ``[b, g, t, d]`` from all unrotated latents, ``[b, 1, t, r]``."""
+        """Rotated keys ``[b, g, t, d]`` from all unrotated latents, ``[b, c, t, r / c]``."""
         if position_ids is None:
             raise ValueError("keys that are rotated when they are read need the new tokens' position_ids")
         hidden, past = None, 0
@@ -260,8 +267,8 @@ class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
     ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
-    ``config.latent_form`` is one of `FORMS`. With ``config.head_norm_eps`` every layer has a head norm
-    (`NormedProjection`).
+    ``config.latent_form`` is one of `FORMS`, ``config.latent_groups`` the number of groups of heads that have latents
+    of their own. With ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
     """
 
     _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
@@ -276,8 +283,8 @@ class LatentCausalLM(_Mixin):
             )
         for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
             if widths is not None:
-                form, rotary = config.latent_form, self.model.rotary_emb
-                to_latent_attention(layer.self_attn, *widths, form=form, rotary=rotary)
+                how = {"form": config.latent_form, "groups": config.latent_groups}
+                to_latent_attention(layer.self_attn, *widths, **how, rotary=self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()
@@ -309,7 +316,12 @@ class LatentCausalLM(_Mixin):
 
 
 def to_latent_attention(
-    attention: Any, key_width: int, value_width: int, form: str = "rotated", rotary: nn.Module | None = None
+    attention: Any,
+    key_width: int,
+    value_width: int,
+    form: str = "rotated",
+    rotary: nn.Module | None = None,
+    groups: int = 1,
 ) -> None:
     """Turn a stock attention module into one that caches latents, in place; the new weights are not fitted.
 
@@ -321,7 +333,7 @@ def to_latent_attention(
     TypeError
         The module is not of a supported architecture.
     ValueError
-        There is no such form, or the widths do not suit it.
+        There is no such form, or the widths do not suit it, or the groups do not divide heads and widths.
     """
     stock = type(attention)
     latent_class = LATENT_ATTENTION.get(stock)
@@ -334,9 +346,14 @@ def to_latent_attention(
         )
     weight = attention.k_proj.weight
     heads = weight.shape[0] // attention.head_dim
+    if any(number % groups for number in (heads, key_width, value_width)) or (groups > 1 and form == "joint"):
+        raise ValueError(
+            f"{groups} groups divide neither {heads} kv heads nor widths of [{key_width}, {value_width}] evenly, or "
+            f"latents are joint ones, which have none"
+        )
     with torch.device(weight.device):
-        mixing = HeadMixing(heads, attention.head_dim, key_width, value_width, form)
-        has_bias, encoded = attention.v_proj.bias is not None, mixing.value_decoder.shape[-1]
+        mixing = HeadMixing(heads, attention.head_dim, key_width, value_width, form, groups)
+        has_bias, encoded = attention.v_proj.bias is not None, groups * mixing.value_decoder.shape[-1]
         v_proj = nn.Linear(attention.v_proj.in_features, encoded, bias=has_bias)
     if form != "rotated":
         if rotary is None:
@@ -385,11 +402,13 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
         "__annotations__": {
             "latent_widths": "list | None",
             "latent_form": "str",
+            "latent_groups": "int",
             "compression": "dict | None",
             "head_norm_eps": "float | None",
         },
         "latent_widths": None,
         "latent_form": "rotated",
+        "latent_groups": 1,
         "head_norm_eps": None,
         "compression": None,
         "model_type": MODEL_TYPE_PREFIX + model_type,

@@ -14,8 +14,11 @@ The paper's virtual heads (arXiv 2601.19611, section on KV-cache compression) ar
 Latents of keys *before* rotation keep more per byte, but keys have to be rebuilt and rotated at every read
 (`key_positions`); only values can then be read absorbed (`attend_rebuilt`).
 
-Tensors here are head-major, as caches and attention backends want them: ``b`` batch, ``h`` query heads, ``g`` kv heads,
-``q`` query tokens, ``t`` cached tokens, ``d`` head dimension, ``r`` latent width.
+Heads may come in ``c`` groups of neighbours, each with latents of its own, as many as tensor parallelism has ranks.
+What is said above then holds within a group, and each attends as one kv head.
+
+Tensors here are head-major, as caches and attention backends want them: ``b`` batch, ``c`` groups, ``h`` query heads,
+``g`` kv heads, ``q`` query tokens, ``t`` cached tokens, ``d`` head dimension, ``r`` latent width of a group.
 """
 
 import torch
@@ -44,17 +47,24 @@ def unmix(outputs: Float[Tensor, "b h q r"], decoder: Float[Tensor, "g d r"]) ->
     return torch.matmul(grouped, decoder.transpose(1, 2)).reshape(b, h, q, d)
 
 
-def materialise(latents: Float[Tensor, "b 1 t r"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b g t d"]:
+def materialise(latents: Float[Tensor, "b c t r"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b g t d"]:
     """Rebuild the keys or values of all kv heads from their latents."""
-    b, _, t, r = latents.shape
+    b, c, t, r = latents.shape
     g, d, _ = decoder.shape
+    if c > 1:
+        rebuilt = torch.matmul(latents, decoder.reshape(c, g // c * d, r).transpose(1, 2))
+        return rebuilt.view(b, c, t, g // c, d).transpose(2, 3).reshape(b, g, t, d)
     rebuilt = torch.matmul(latents[:, 0], decoder.reshape(g * d, r).T)
     return rebuilt.view(b, t, g, d).transpose(1, 2)
 
 
-def encode(heads: Float[Tensor, "b g t d"], encoder: Float[Tensor, "r g*d"]) -> Float[Tensor, "b 1 t r"]:
-    """The latents of all heads' vectors: what is cached, token-major."""
+def encode(heads: Float[Tensor, "b g t d"], encoder: Float[Tensor, "rows n"]) -> Float[Tensor, "b c t r"]:
+    """The latents of all heads' vectors: what is cached, token-major. ``n = g / c * d``, ``rows = c * r``."""
     b, g, t, d = heads.shape
+    c = g * d // encoder.shape[1]
+    if c > 1:
+        grouped = heads.reshape(b, c, g // c, t, d).transpose(2, 3).reshape(b, c, t, -1)
+        return torch.matmul(grouped, encoder.view(c, -1, encoder.shape[1]).transpose(1, 2))
     return torch.matmul(heads.transpose(1, 2).reshape(b, t, g * d), encoder.T)[:, None]
 
 
@@ -96,7 +106,7 @@ def key_positions(
 def attend_rebuilt(
     queries: Float[Tensor, "b h q d"],
     keys: Float[Tensor, "b g t d"],
-    values: Float[Tensor, "b 1 t r"],
+    values: Float[Tensor, "b c t r"],
     mask: Tensor | None,
     scale: float,
     dropout: float = 0.0,
@@ -114,13 +124,17 @@ def attend_rebuilt(
         scores = scores + mask
     weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
     weights = torch.nn.functional.dropout(weights, dropout)
-    return torch.matmul(weights.view(b, 1, h * q, t), values).view(b, h, q, -1), weights
+    c = values.shape[1]
+    return torch.matmul(weights.view(b, c, h // c * q, t), values).view(b, h, q, -1), weights
 
 
 def read(
-    queries: Float[Tensor, "b 1 n r"], keys: Float[Tensor, "b 1 t r"], values: Float[Tensor, "b 1 t v"], scale: float
-) -> Float[Tensor, "b 1 n v"]:
-    """Attention of all queries to all tokens, by the fastest kernel there is for these latents."""
+    queries: Float[Tensor, "b c n r"], keys: Float[Tensor, "b c t r"], values: Float[Tensor, "b c t v"], scale: float
+) -> Float[Tensor, "b c n v"]:
+    """Attention of all queries to all tokens of their group, by the fastest kernel there is for these latents."""
+    if keys.shape[1] > 1:
+        own, latents, averaged = (each.flatten(0, 1)[:, None] for each in (queries, keys, values))
+        return read(own, latents, averaged, scale).view(*queries.shape[:3], -1)
     if cpu is not None and cpu.usable(queries, keys, values):
         return cpu.attend(queries, keys, values, scale)
     parts = parts_to_read(keys, values.shape[-1])

@@ -51,6 +51,8 @@ class Method:
         `values` and `averaged` do not count (`mea.compression.methods.joint`).
     attended
         `keys` reads `LayerStatistics.attended`.
+    groups
+        Of heads, each with latents of its own (`mea.compression.groups.in_groups`).
     """
 
     name: str
@@ -60,10 +62,13 @@ class Method:
     averaged: FitAveraged = fit_values
     form: str = "rotated"
     attended: bool = False
+    groups: int = 1
 
     def step(self, head_dim: int, odd: str = "values") -> Step:
-        """The steps in which a layer's widths grow."""
-        return Step(head_dim, paired=False, odd=odd) if self.whole_heads else Step(WIDTH_STEP)
+        """The steps in which a layer's widths grow, every group's alike."""
+        if self.whole_heads:
+            return Step(head_dim * self.groups, paired=False, odd=odd)
+        return Step(WIDTH_STEP * self.groups)
 
 
 METHODS = {
