@@ -22,8 +22,8 @@ def line(name: str, what: str, of: str = "") -> list[str]:
     if record is None:
         return []
     results = record["results"]
-    held_out = results[f"held_out{of}"]["ce"]
-    cells = [what, f"{results[f'perplexity{of}']:,.4g}", f"{held_out:.3f}"]
+    found, base = results[f"perplexity{of}"], read_record(RECORDS / f"{BASELINE}.json")["results"]["perplexity"]
+    cells = [what, f"{found:,.4g}", f"{found / base:.3g}", f"{results[f'held_out{of}']['ce']:.3f}"]
     paired = None if of else read(TASKS / f"paired-{name}-{BASELINE}.json")
     if name == BASELINE and not of:
         return [*cells, "–", "0"]
@@ -45,7 +45,14 @@ def rows() -> list[list[str]]:
 
 
 def main() -> None:
-    head = ["row", "perplexity, WikiText-2 test", "held-out loss, nats", "tasks, %", "points from `whole-cpt`"]
+    head = [
+        "row",
+        "perplexity, WikiText-2 test",
+        "relative to `whole-cpt`",
+        "held-out loss, nats",
+        "tasks, %",
+        "points from `whole-cpt`",
+    ]
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows()]
     before, rest = README.read_text(encoding="utf-8").split(START)
     table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
