@@ -26,7 +26,8 @@ def line(name: str, what: str, of: str = "") -> list[str]:
     cells = [what, f"{found:,.4g}", f"{found / base:.3g}", f"{results[f'held_out{of}']['ce']:.3f}"]
     paired = None if of else read(TASKS / f"paired-{name}-{BASELINE}.json")
     if name == BASELINE and not of:
-        return [*cells, "–", "0"]
+        average = next((read_record(path)["results"]["average"] for path in TASKS.glob("paired-*.json")), None)
+        return [*cells, f"{100 * average['second']:.1f}" if average else "–", "0"]
     if paired is None:
         return [*cells, "–", "–"]
     average = paired["results"]["average"]
