@@ -5,10 +5,11 @@ from pathlib import Path
 from run import ROWS, TABLE_STARTS
 
 from mea.records import Record, read_record
+from mea.report import write_markdown
+from mea.report.parts import Part, Section, Table
 
 HERE = Path(__file__).parent
 RECORDS, TASKS, README = HERE / "records", HERE / "tasks", HERE / "README.md"
-START, END = "<!-- table: written by table.py from the records -->", "<!-- end of table -->"
 BASELINE = "whole-cpt"
 
 
@@ -41,7 +42,7 @@ def rows() -> list[list[str]]:
     for start in TABLE_STARTS:
         for name in (f"{start}-cpt", f"{start}-recover-cpt"):
             if name in ROWS:
-                found.append(line(name, f"`{name}`"))
+                found.append(line(name, name))
     return [each for each in found if each]
 
 
@@ -49,15 +50,12 @@ def main() -> None:
     head = [
         "row",
         "perplexity, WikiText-2 test",
-        "relative to `whole-cpt`",
+        "relative to whole-cpt",
         "held-out loss, nats",
         "tasks, %",
-        "points from `whole-cpt`",
+        "points from whole-cpt",
     ]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows()]
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    table = "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-    README.write_text(f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_markdown([Section("Rows", [Part(table=Table(head, rows()))])], README)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_absorbed_is_materialised_with_padding(tokenizer, calibration, implement
     torch.testing.assert_close(*outputs, rtol=0, atol=2e-5 * outputs[0].abs().max().item())
 
 
-def part(attention, config, place: int, dtype=torch.float64):
+def part(attention, config, place: int):
     """What one rank holds of a compressed attention, as a module of its own: rows of what comes in, columns of W_O."""
     mixing, half = attention.head_mixing, copy.deepcopy(config)
     half.num_attention_heads //= GROUPS
@@ -74,7 +74,7 @@ def part(attention, config, place: int, dtype=torch.float64):
         for name, tensor in attention.state_dict().items()
     }
     own.load_state_dict(cut)
-    return own.to(dtype)
+    return own.double()
 
 
 @torch.no_grad()

@@ -105,13 +105,13 @@ def choose_layout(
     generator = torch.Generator().manual_seed(seed)
     path = folder / "measured.json" if folder else None
     measured: list[float] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else []
-    count = 0
+    known = iter(measured.copy())
     for number in range(tries):
         wanted = _exchange(best.widths, dials, ladders, budget, generator)
         if wanted:
-            count += 1
-            if count <= len(measured):
-                other = _Running(wanted, [], [], measured[count - 1])
+            divergence = next(known, None)
+            if divergence is not None:
+                other = _Running(wanted, [], [], divergence)
             else:
                 best = best if best.states else _run(held_out, factors(best.widths), best.widths)
                 other = _run(held_out, factors(wanted), wanted, best)

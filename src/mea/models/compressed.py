@@ -272,7 +272,7 @@ class LatentCausalLM(_Mixin):
     """
 
     _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
-    _tp_plan: dict[str, str] = {}  # noqa: RUF012 (the mixing spans all heads: a split by heads would be wrong)
+    _tp_plan: dict[str, str] = {}  # noqa: RUF012 (mixing spans all heads, or those of a group: a split by heads would be wrong)
 
     def __init__(self, config: Any):
         super().__init__(config)
