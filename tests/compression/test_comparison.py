@@ -167,3 +167,13 @@ def test_what_a_comparison_costs_is_said_before_any_weight_is_read(saved, calibr
     assert few.startswith("1 way to")
     assert many.startswith("3 ways to")
     assert 1 < minutes[0] < minutes[1]
+
+
+def test_what_no_calibration_text_made_is_not_measured_again_for_another(saved, calibration, tmp_path):
+    contenders = contenders_of(["position"], [0.5], bits=[8])
+    for seed in (0, 1):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("r/*.json")}
+        seeded = dataclasses.replace(calibration, seed=seed)
+        compare(str(saved), tmp_path / "r", contenders, protocol=CONTINUED, calibration=seeded)
+    kept = [path.stem for path, written in before.items() if path.stat().st_mtime_ns == written]
+    assert kept == ["8-bits"]  # the uncompressed model is measured anew because ratios are to it

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from mea.compression.check import checked_stock_form
 from mea.compression.choosing import allocated
-from mea.compression.compress import calibration_tokens, run_plans
+from mea.compression.compress import Compressed, calibration_tokens, run_plans
 from mea.compression.contenders import Contender
 from mea.compression.cost import estimate, reading_seconds
 from mea.compression.layout import CacheShape
@@ -73,7 +73,6 @@ def compare(
         are to be recovered, or nothing that it could train.
     """
     protocol, calibration = protocol or Protocol(), calibration or Calibration()
-    settings = {"protocol": asdict(protocol), "calibration": asdict(calibration), "model": Path(source).name}
     labels = [ORIGINAL, *(contender.label for contender in contenders)]
     paths = {label: folder / (_slug(label) + ".json") for label in labels}
     if len(set(paths.values())) < len(labels):
@@ -81,8 +80,12 @@ def compare(
     for each in contenders:
         if each.recovered and (training is None or each.plan is None):
             raise ValueError(f"{each.label}: {'no training is given' if each.plan else 'it has no factors to train'}")
-    trained = {each.label: {"recovery": training.description} for each in contenders if training and each.recovered}
-    done = {label: _reusable(path, settings | trained.get(label, {})) for label, path in paths.items()}
+    settings = {ORIGINAL: {"protocol": asdict(protocol), "model": Path(source).name}}
+    for each in contenders:
+        settings[each.label] = settings[ORIGINAL] | ({"calibration": asdict(calibration)} if each.calibrated else {})
+        if training and each.recovered:
+            settings[each.label]["recovery"] = training.description
+    done = {label: _reusable(path, settings[label]) for label, path in paths.items()}
     missing = [contender for contender in contenders if not done[contender.label]]
     if any(contender.peer for contender in contenders) and not protocol.context:
         raise ValueError("peers are scored on continuations: give the protocol a context")
@@ -96,7 +99,7 @@ def _measure(
     source: str,
     contenders: list[Contender],
     paths: dict[str, Path],
-    settings: dict[str, Any],
+    settings: dict[str, dict[str, Any]],
     protocol: Protocol,
     calibration: Calibration,
     peers: Mapping[str, str],
@@ -113,22 +116,28 @@ def _measure(
             record["config"]["series"] = series[label]
         write_record(paths[label], record)
 
-    keep(ORIGINAL, measuring.record(ORIGINAL, None, settings))
+    def measure(contender: Contender, result: Compressed | None = None) -> None:
+        label = contender.label
+        keep(label, measuring.record(label, result, settings[label], contender.stored))
+
+    keep(ORIGINAL, measuring.record(ORIGINAL, None, settings[ORIGINAL]))
     for contender in contenders:
         if contender.plan is None and not contender.peer:
             absent = contender.stored.absent(model.config) if contender.stored else ""
             if absent:
-                config = dict(settings, label=contender.label, method=contender.backend, keep=contender.keep)
+                config = dict(
+                    settings[contender.label], label=contender.label, method=contender.backend, keep=contender.keep
+                )
                 keep(contender.label, make_record("comparison", config, results={"not_run": absent}))
                 continue
-            keep(contender.label, measuring.record(contender.label, None, settings, contender.stored))
+            measure(contender)
     tokens = calibration_tokens(tokenizer, calibration)
     for peer in dict.fromkeys(contender.peer for contender in contenders if contender.peer):
         runs = [
             {"label": each.label, "name": each.method.split()[1], "ratio": 1 - each.keep}
             for each in contenders if each.peer == peer
         ]  # fmt: skip
-        found = measuring.peers(peer, peers.get(peer), runs, settings, tokens)
+        found = measuring.peers(peer, peers.get(peer), runs, settings[runs[0]["label"]], tokens)
         for run, record in zip(runs, found, strict=True):
             keep(run["label"], record)
     plans = _plans(model.config, contenders, calibration)
@@ -141,14 +150,12 @@ def _measure(
         for key, result in zip(some, run_plans(stock, tokens, chosen, progress=progress), strict=True):
             same = [each for each in contenders if each.plan == key]
             for contender in (each for each in same if not each.recovered):
-                keep(contender.label, measuring.record(contender.label, result, settings, contender.stored))
+                measure(contender, result)
             after = [each for each in same if each.recovered]
             if after and training:
-                trained = training.run(result.model, model, _slug(after[0].label))
-                told = settings | {"recovery": training.description}
+                trained = replace(result, model=training.run(result.model, model, _slug(after[0].label)))
                 for contender in after:
-                    record = measuring.record(contender.label, replace(result, model=trained), told, contender.stored)
-                    keep(contender.label, record)
+                    measure(contender, trained)
 
 
 def cost_in_words(

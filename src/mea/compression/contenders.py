@@ -53,6 +53,11 @@ class Contender:
         return self.method.split()[0] if " " in self.method else ""
 
     @property
+    def calibrated(self) -> bool:
+        """Whether its result depends on the calibration text."""
+        return self.plan is not None or self.peer == "cacheshrink"
+
+    @property
     def stored(self) -> Stored | None:
         """How the cache is stored."""
         return None if self.bits is None else Stored(self.bits, self.backend)
