@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from mea.records import make_record, write_record
+from mea.train import sweeps
 from mea.train.sweeps import on_ray, read_jobs, run_command, sweep
 from tiny_corpus import SEPARATOR, some_documents
 
@@ -143,6 +144,14 @@ def test_a_command_adds_to_its_log(tmp_path):
     log.write_text("before\n")
     assert run_command([sys.executable, "-c", "print('out'); raise SystemExit(3)"], str(log)) == 3
     assert log.read_text() == "before\nout\n"
+
+
+def test_runs_at_a_time_share_the_threads(monkeypatch, jobs, tmp_path):
+    monkeypatch.setattr(sweeps.torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(sweeps, "WORKER", "import os; raise SystemExit('threads ' + os.environ['OMP_NUM_THREADS'])")
+    notes = []
+    sweep(jobs[:1], tmp_path / "records", tmp_path / "work", workers=2, attempts=1, note=notes.append)
+    assert "threads 3" in notes[0]
 
 
 def test_ray_is_asked_for_by_name_if_it_is_missing(monkeypatch):

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,8 +16,11 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from mea.records import read_record
 from mea.train.branching import SETTINGS
@@ -118,7 +122,7 @@ def sweep(
     work_folder
         Tokenised data and the folders of unfinished runs; a run's is removed when its record is there.
     workers
-        Processes at a time, on this machine.
+        Processes at a time, on this machine; its threads are shared out among them.
     attempts
         Of a run that crashes; each goes on from the last checkpoint.
     minutes
@@ -137,6 +141,8 @@ def sweep(
     if todo:
         for tables in _distinct_data(todo):  # once, before processes would do it side by side
             prepare(settings_from(tables).data, work_folder / "data", progress)
+    if launch is None:  # with all threads each, two runs on two cores took four times as long
+        launch = partial(run_command, threads=max(1, torch.get_num_threads() // workers))
     start, failed, done = time.monotonic(), [], 0
     stopping = threading.Event()
 
@@ -203,10 +209,11 @@ def _distinct_data(jobs: list[Job]) -> Iterator[dict[str, Any]]:
             yield job.tables
 
 
-def run_command(command: list[str], log: str) -> int:
-    """Run a command with its output added to a file; return its exit code."""
+def run_command(command: list[str], log: str, threads: int | None = None) -> int:
+    """Run a command with its output added to a file, and so many threads if given; return its exit code."""
+    environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with open(log, "a", encoding="utf-8") as file:
-        return subprocess.run(command, stdout=file, stderr=file).returncode
+        return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
 
 
 def on_ray(gpus: float) -> Launch:
@@ -227,7 +234,7 @@ def on_ray(gpus: float) -> Launch:
 
 
 def _attempt(
-    job: Job, results: Path, work_folder: Path, attempts: int, launch: Launch | None, stopping: threading.Event
+    job: Job, results: Path, work_folder: Path, attempts: int, launch: Launch, stopping: threading.Event
 ) -> str | None:
     """Run a job until its record is there; the last line of what it said if it never was."""
     record, folder = results / f"{job.name}.json", work_folder / "runs" / job.name
@@ -240,7 +247,7 @@ def _attempt(
         if stopping.is_set():
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        code = (launch or run_command)([sys.executable, "-c", WORKER, *arguments], str(log))
+        code = launch([sys.executable, "-c", WORKER, *arguments], str(log))
         if code == 0 and record.is_file():
             if job.keep is not None:
                 _keep(folder, _checkpoint(job, job.keep), work_folder / KEPT / job.name)
