@@ -21,10 +21,11 @@ from mea.compression.plan import Calibration, make_plan
 from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
 from mea.models.loading import load
 from mea.records import make_record, read_record, write_record
+from mea.report import write_markdown
+from mea.report.parts import Part, Section, Table
 from mea.texts import load_text
 
 RECORDS, README = Path(__file__).parent / "records", Path(__file__).parent / "README.md"
-START, END = "<!-- table: written by run.py from the records -->", "<!-- end of table -->"
 TESTED, WINDOW = {"wikitext-2-test": 20480, "technical": 4096}, 1024  # as in experiments/smollm2
 SIZE = 16384
 
@@ -103,7 +104,7 @@ def one(run: Run, model, tokenizer, tokens, reference) -> None:
 def write_table() -> None:
     """Put the runs that are there into the README, and their spread over draws."""
     head = ["calibration text", "tokens", "seed", *TESTED, "compressed in"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
+    lines = []
     there = sorted(run for run in RUNS.values() if path(run).is_file())
     for (text, size), group in groupby(there, lambda run: run[:2]):
         found = [(run, read_record(path(run))["results"]) for run in group]
@@ -113,11 +114,9 @@ def write_table() -> None:
             lines.append([text, f"{size:,}", str(run.seed), *ratios, f"{results['compress_seconds']:.0f} s"])
         if len(found) > 2:
             ratios = [[results["texts"][tested]["ratio"] for _, results in found] for tested in TESTED]
-            spread = [f"**{mean(values):.3f}**, spread {stdev(values):.3f}" for values in ratios]
+            spread = [f"{mean(values):.3f}, spread {stdev(values):.3f}" for values in ratios]
             lines.append([text, f"{size:,}", "all", *spread, ""])
-    before, rest = README.read_text(encoding="utf-8").split(START)
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
-    README.write_text(f"{before}{START}\n\n{table}\n\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    write_markdown([Section("Runs", [Part(table=Table(head, lines))])], README)
 
 
 if __name__ == "__main__":
