@@ -145,6 +145,10 @@ def test_calibration_that_cannot_be(refused: Any, tmp_path: Path) -> None:
     assert "did you mean calibration" in refused(calibration=Calibration("calibraton", tokens=256, window=64))
 
 
+def test_measuring_on_more_text_than_there_is(refused: Any) -> None:
+    assert "not the 90,000,000 asked for" in refused(measure_tokens=90_000_000)
+
+
 def test_a_missing_calibration_file_is_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"nothing\.txt"):
         compress_to_folder(

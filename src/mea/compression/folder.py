@@ -4,8 +4,6 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mea.compression.card import model_card
 from mea.compression.check import checked_stock_form
 from mea.compression.choosing import allocated
@@ -15,7 +13,8 @@ from mea.compression.plan import make_plan
 from mea.compression.refine import Refined
 from mea.compression.store import FactorStore, check_output, complete_folder, fingerprint
 from mea.evaluate.cache import cache_size
-from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
+from mea.evaluate.measure import text_losses
+from mea.evaluate.perplexity import encode_text, perplexity, ratio
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
 from mea.records import make_record, write_record
@@ -65,7 +64,10 @@ def compress_to_folder(
     given = load_config(source)
     config = stock_config(given)
     plan = make_plan(given, resolve_dtype(given, dtype).itemsize, **options)
-    tokens = calibration_tokens(load_tokenizer(source), plan.calibration)
+    tokenizer = load_tokenizer(source)
+    tokens = calibration_tokens(tokenizer, plan.calibration)
+    if measure_tokens:
+        encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens)  # refuses more than there are before the work
     work = out.with_name(out.name + ".partial")
     weights = f"{resolve_dtype(given, dtype)} {weights_mark(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
@@ -137,16 +139,10 @@ def _measure(
     }
     if measure_tokens:
         window = min(plan.calibration.window, model.config.max_position_embeddings)
-        tokens = encode_text(tokenizer, load_text(MEASURED_TEXT))[:measure_tokens]
-
-        def losses(name: str, measured: Any) -> Tensor:
-            def report(done: int, of: int) -> None:
-                if progress:
-                    progress(f"measuring {name}", done, of)
-
-            return token_losses(measured, tokens, window, start=start_token(tokenizer), progress=report)
-
-        original, compressed = losses("the original", model), losses("the result", result.model)
+        original, compressed = (
+            text_losses(measured, tokenizer, MEASURED_TEXT, measure_tokens, window, what=what, progress=progress)
+            for measured, what in ((model, "measuring the original"), (result.model, "measuring the result"))
+        )
         results["perplexity_before"] = perplexity(original).value
         results["perplexity"] = perplexity(compressed).value
         results["perplexity_ratio"] = ratio(compressed, original).value

@@ -2,7 +2,7 @@
 
 import copy
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -17,6 +17,7 @@ from mea.evaluate.cache import MakeCache, cache_size, decode_seconds, speed_rati
 from mea.evaluate.continuation import Continuation
 from mea.evaluate.fastest import in_fastest_form
 from mea.evaluate.generation import continue_prompt
+from mea.evaluate.measure import Progress, text_losses
 from mea.evaluate.peers import PeerResult, run_peer
 from mea.evaluate.perplexity import (
     Estimate,
@@ -26,7 +27,6 @@ from mea.evaluate.perplexity import (
     perplexity,
     ratio,
     start_token,
-    token_losses,
     windows,
 )
 from mea.evaluate.through_cache import ThroughCache
@@ -37,7 +37,6 @@ from mea.ops.precision import named_dtype
 from mea.records import Record, make_record
 from mea.texts import load_text
 
-Progress = Callable[[str, int, int], None]
 ORIGINAL = "uncompressed"
 SHORT = 256  # tokens of the cache that is measured, where no continuation says how many there are
 
@@ -235,13 +234,9 @@ class Measuring:
         return self.plain
 
     def _losses(self, label: str, model: Any, text: str, count: int, window: int, read: Any = None) -> Tensor:
-        tokens = encode_text(self.tokenizer, load_text(text), count)
-
-        def report(done: int, of: int) -> None:
-            if self.progress:
-                self.progress(f"{label}: {text}", done, of)
-
-        losses = token_losses(model, tokens, window, start=start_token(self.tokenizer), read=read, progress=report)
+        losses = text_losses(
+            model, self.tokenizer, text, count, window, what=f"{label}: {text}", read=read, progress=self.progress
+        )
         self.reference.setdefault(f"{text} {window} {losses.shape[1]}", losses)
         return losses
 

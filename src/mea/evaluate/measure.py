@@ -1,15 +1,42 @@
 """Measure models by name and write down what came out, as records."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
+from jaxtyping import Float
+from torch import Tensor
+
+from mea.evaluate.perplexity import Read, block_means, encode_text, perplexity, ratio, start_token, token_losses
 from mea.evaluate.through_cache import reading_in
 from mea.models.loading import load
 from mea.records import Record, make_record
 from mea.texts import load_text
 
 Progress = Callable[[str, int, int], None]  # what is being done, windows done, windows in all
+
+
+def text_losses(
+    model: Any,
+    tokenizer: Any,
+    text: str,
+    tokens: int,
+    window: int,
+    *,
+    what: str,
+    read: Read | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "windows scored"]:
+    """Losses of the first tokens of a text by its name; `progress` is told `what` is being done.
+
+    Raises
+    ------
+    ValueError, OSError
+        As `mea.texts.load_text`, `encode_text` and `token_losses`.
+    """
+    ids = encode_text(tokenizer, load_text(text), tokens)
+    report = None if progress is None else partial(progress, what)
+    return token_losses(model, ids, window, start=start_token(tokenizer), read=read, progress=report)
 
 
 def perplexity_record(
@@ -67,11 +94,7 @@ def perplexity_record(
             raise ValueError(
                 f"{source} and {name} read the text as different tokens, so that their perplexities cannot be compared"
             )
-
-        def report(done: int, total: int, name: str = name) -> None:
-            if progress:
-                progress(f"perplexity of {name}", done, total)
-
+        report = None if progress is None else partial(progress, f"perplexity of {name}")
         read = reading if place == 0 else None  # both may be the same model
         measured.append(token_losses(model, ids, window, start=start, read=read, progress=report))
         del model

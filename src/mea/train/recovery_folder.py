@@ -12,7 +12,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
-from mea.evaluate.perplexity import encode_text, perplexity, ratio, start_token, token_losses
+from mea.evaluate.measure import text_losses
+from mea.evaluate.perplexity import encode_text, perplexity, ratio
 from mea.models.loading import load, load_config, load_tokenizer, weights_mark
 from mea.ops.precision import peak_flops
 from mea.records import Record, make_record, write_record
@@ -75,6 +76,8 @@ def recover_to_folder(
     config, other = load_config(source), load_config(original) if original else None
     drawn, before = [], 0
     tokenizer = load_tokenizer(source)
+    if measure_tokens:
+        encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens)  # refuses more than there are before the work
     for settings in stages:
         check_pair(config, other, settings)
         drawn.append(windows(tokenizer, texts, settings, skip=before))
@@ -138,15 +141,11 @@ def _measured(
 ) -> dict[str, float]:
     if not count:
         return {}
-    tokens = encode_text(tokenizer, load_text(MEASURED_TEXT))[:count]
     window = min(MEASURED_WINDOW, model.config.max_position_embeddings)
 
     def losses(measured: Any, what: str) -> torch.Tensor:
-        def report(done: int, of: int) -> None:
-            if progress:
-                progress(f"measuring {what}", done, of)
-
-        return token_losses(measured, tokens, window, start=start_token(tokenizer), progress=report)
+        what = f"measuring {what}"
+        return text_losses(measured, tokenizer, MEASURED_TEXT, count, window, what=what, progress=progress)
 
     own, start = losses(model, "the result"), losses(load(source, "float32")[0], "the start")
     found = {"perplexity": perplexity(own).value, "perplexity_start": perplexity(start).value}
