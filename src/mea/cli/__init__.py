@@ -1,7 +1,8 @@
 """The command line: one file per subcommand, no logic.
 
-A subcommand is a function with typer's annotations, registered below. What it needs of torch and transformers it
-imports when it runs, so that ``mea --help`` need not wait for them.
+A subcommand is a function with typer's annotations, registered below. What it needs it imports when it runs, so that no
+other waits for it. The package itself, which registers models with transformers, is the wait of a few seconds before
+``mea --help``.
 """
 
 import typer
