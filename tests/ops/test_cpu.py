@@ -7,7 +7,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from mea.ops import cpu
-from mea.ops.latent import read
+from mea.ops.latent import materialise, read, rebuilt_scores, rotate
 
 # b, g, queries per head, tokens, key width, value width
 SIZES = [
@@ -82,6 +82,38 @@ def test_it_is_what_reads_a_bf16_cache_without_gradients():
         assert not cpu.usable(*(x.float() for x in (queries, keys, values)))
         assert not cpu.usable(queries, keys.mT.contiguous().mT, values)
     assert not cpu.usable(queries, keys, values)
+
+
+# b, g, queries per head, tokens, width
+@needs_kernel
+@pytest.mark.parametrize(
+    "sizes", [(1, 3, 3, 1000, 64), (2, 2, 5, 77, 40), (3, 1, 9, 16, 128), (2, 4, 1, 1, 18)], ids=str
+)
+@pytest.mark.parametrize("own", [False, True], ids=["angles shared", "angles of each sequence"])
+def test_scores_of_keys_that_are_turned_on_the_way(sizes, own):
+    b, g, n, t, d = sizes
+    queries, room, _ = inputs(b, g, n, t, d, 1)
+    keys = torch.zeros(b, t, g, d + 3).bfloat16()[..., :d].transpose(1, 2).copy_(room)  # token by token, with room
+    angles = torch.rand(b if own else 1, t, d // 2).double().mul(9).repeat(1, 1, 2)
+    cos, sin = angles.cos().bfloat16(), angles.sin().bfloat16()
+    with torch.no_grad():
+        found = cpu.turned_scores(queries, keys, cos, sin)
+    exact = queries.double() @ rotate(keys.double(), cos.double(), sin.double()).mT
+    first, second = keys.double().abs().chunk(2, -1)
+    c, s = (x.double().abs()[:, None, :, : d // 2] for x in (cos, sin))
+    terms = queries.double().abs() @ torch.cat([first * c + second * s, second * c + first * s], -1).mT
+    assert ((found - exact).abs() <= (d + 3) * 2**-24 * terms).all()  # sums of d rounded terms of two products each
+
+
+@needs_kernel
+def test_it_is_what_reads_rebuilt_keys_in_bf16_without_gradients():
+    queries, latents, _ = inputs(2, 1, 6, 50, 12, 1)
+    decoder, turn = torch.randn(2, 12, 12).bfloat16(), torch.rand(2, 1, 50, 12).bfloat16()
+    queries = queries.view(2, 6, 1, 12)
+    with torch.no_grad():
+        expected = cpu.turned_scores(queries.view(2, 2, 3, 12), materialise(latents, decoder), *turn)
+        assert torch.equal(rebuilt_scores(queries, (latents,), decoder, *turn), expected.view(2, 6, 1, 50))
+    assert rebuilt_scores(queries, (latents,), decoder, *turn).dtype == torch.bfloat16
 
 
 def test_without_a_compiler_pytorch_reads_the_cache_and_the_log_says_so(fresh, tmp_path, caplog):

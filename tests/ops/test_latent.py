@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from mea.ops import latent
 from mea.ops.latent import (
     absorb,
     absorbed_is_cheaper,
@@ -13,6 +14,7 @@ from mea.ops.latent import (
     materialise,
     parts_to_read,
     read_in_parts,
+    rebuilt_scores,
     unmix,
 )
 
@@ -52,10 +54,10 @@ def test_absorbed_and_materialised_are_the_definition(sizes, agree):
     queries, keys, values, key_decoder, value_decoder = inputs(sizes)
     expected = by_definition(queries, keys, values, key_decoder, value_decoder)
     packed = absorb(queries, key_decoder).reshape(b, 1, h * q, rk)
-    latent = scaled_dot_product_attention(packed, keys, values, scale=d**-0.5).view(b, h, q, rv)
+    outputs = scaled_dot_product_attention(packed, keys, values, scale=d**-0.5).view(b, h, q, rv)
     rebuilt = [materialise(keys, key_decoder), materialise(values, value_decoder)]
     terms = rk + d + t + rv
-    agree(unmix(latent, value_decoder), expected, terms, "absorbed")
+    agree(unmix(outputs, value_decoder), expected, terms, "absorbed")
     agree(scaled_dot_product_attention(queries, *rebuilt, enable_gqa=True), expected, terms, "materialised")
 
 
@@ -127,18 +129,27 @@ def test_the_cheaper_reading_is_the_one_with_fewer_multiplications(q, r, h):
 
 
 @pytest.mark.parametrize("mask", [None, "boolean", "added"])
-def test_rebuilt_keys_over_latent_values_are_the_definition(sizes, mask):
+@pytest.mark.parametrize("cut", [None, 1])
+@pytest.mark.parametrize("block", [3, 2048])
+def test_rebuilt_keys_over_latent_values_are_the_definition(sizes, mask, cut, block, monkeypatch):
+    """Latents whole or in two parts, keys at once or in blocks, of which the last is smaller."""
+    monkeypatch.setattr(latent, "REBUILT", block)
     queries, keys, values, key_decoder, value_decoder = inputs(sizes)
-    b, h, q, _ = queries.shape
-    t, group = keys.shape[2], h // len(key_decoder)
+    (b, h, q, d), t = queries.shape, keys.shape[2]
+    angles = 7 * torch.rand(1, t, d // 2).double().repeat(1, 1, 2)
     rebuilt, expanded = materialise(keys, key_decoder), materialise(values, value_decoder)
+    turned = torch.view_as_complex(torch.stack(rebuilt.chunk(2, -1), -1)) * torch.exp(1j * angles[..., : d // 2])
     seen = torch.rand(b, 1, q, t) < 0.7
     seen[..., -1] = True
     given = {None: None, "boolean": seen, "added": torch.zeros(seen.shape).double().masked_fill(~seen, -torch.inf)}[
         mask
     ]
-    output, weights = attend_rebuilt(queries, rebuilt, values, given, 0.3)
-    every = (x.repeat_interleave(group, 1) for x in (rebuilt, expanded))
+    parts = [x.tensor_split([cut] if cut else [], -1) for x in (keys, values)]
+    scores = rebuilt_scores(queries, parts[0], key_decoder, angles.cos(), angles.sin())
+    output, weights = attend_rebuilt(scores, parts[1], given, 0.3)
+    every = (
+        x.repeat_interleave(h // len(key_decoder), 1) for x in (torch.cat([turned.real, turned.imag], -1), expanded)
+    )
     expected = scaled_dot_product_attention(queries, *every, attn_mask=given, scale=0.3)
     # The weights are rounded to 32 bits.
     torch.testing.assert_close(unmix(output, value_decoder), expected, rtol=0, atol=1e-6 * expected.abs().max().item())

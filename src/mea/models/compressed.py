@@ -37,6 +37,8 @@ from mea.ops.latent import (
     key_positions,
     materialise,
     read,
+    rebuilt_scores,
+    rotate,
     unmix,
 )
 
@@ -187,16 +189,15 @@ class LatentAttention(_Mixin):
         )
         absorbed = absorbed and is_dense and (q == 1 or attention_mask is not None)
         if mixing.form != "rotated":
-            if mixing.form == "joint":
-                keys = values = torch.cat([keys, values], dim=-1)
-            keys = self._rebuilt_keys(keys, attention_mask, past_key_values, kwargs.get("position_ids"))
+            latents, averaged = ((keys, values),) * 2 if mixing.form == "joint" else ((keys,), (values,))
+            turn = self._key_turns(keys, attention_mask, past_key_values, kwargs.get("position_ids"))
             if absorbed:
-                output, weights = attend_rebuilt(
-                    queries, keys, values, attention_mask, self.scaling, options["dropout"]
-                )
+                scores = rebuilt_scores(queries, latents, mixing.key_decoder, *turn)
+                output, weights = attend_rebuilt(scores, averaged, attention_mask, self.scaling, options["dropout"])
                 output = unmix(output, mixing.value_decoder).transpose(1, 2)
             else:
-                values = materialise(values, mixing.value_decoder)
+                keys = rotate(materialise(torch.cat(latents, -1), mixing.key_decoder), *turn)
+                values = materialise(torch.cat(averaged, -1), mixing.value_decoder)
                 output, weights = attend(self, queries, keys, values, attention_mask, **options)
         elif absorbed:
             # The heads of a group read the same latents: as rows of one head's queries they share every read of them.
@@ -245,8 +246,10 @@ class LatentAttention(_Mixin):
             latents, values = (latents + values).chunk(2, dim=-1)
         return latents, values, queries
 
-    def _rebuilt_keys(self, latents: Tensor, mask: Any, past_key_values: Any, position_ids: Tensor | None) -> Tensor:
-        """Rotated keys ``[b, g, t, d]`` from all unrotated latents, ``[b, c, t, r / c]``."""
+    def _key_turns(
+        self, latents: Tensor, mask: Any, past_key_values: Any, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[_, t, d]`` of the angles of all keys in the cache."""
         if position_ids is None:
             raise ValueError("keys that are rotated when they are read need the new tokens' position_ids")
         hidden, past = None, 0
@@ -256,11 +259,15 @@ class LatentAttention(_Mixin):
                 first = mask if mask.dim() == 2 else mask[:, 0, 0]
                 hidden = first < 0 if first.is_floating_point() else first == 0
         positions = key_positions(position_ids, hidden, past, latents.shape[2])
-        by_type = isinstance(self.rotary.rope_type, dict)
-        cos, sin = self.rotary(latents, positions, *([self.layer_type] if by_type else []))
-        keys = materialise(latents, self.head_mixing.key_decoder)
-        modelling = sys.modules[type(self).__mro__[2].__module__]
-        return modelling.apply_rotary_pos_emb(keys[:, :0], keys, cos, sin)[1]
+        kind = [self.layer_type] if isinstance(self.rotary.rope_type, dict) else []
+        if past_key_values is None or latents.device.type != "cpu" or torch.compiler.is_compiling():
+            return self.rotary(latents, positions, *kind)
+        # The same in all layers, whose cache it is: on a processor they take as long as a third of the attention.
+        known = vars(past_key_values).setdefault("key_turns", {})
+        found = known.get((*kind, latents.dtype))
+        if found is None or not torch.equal(found[0], positions):
+            found = known[*kind, latents.dtype] = positions, self.rotary(latents, positions, *kind)
+        return found[1]
 
 
 class LatentCausalLM(_Mixin):
@@ -379,13 +386,13 @@ def modelling_source() -> str:
         return own
     lines = own.splitlines()
     head, rest = lines[: ours[0].lineno - 1], lines[ours[-1].end_lineno or ours[-1].lineno :]
-    mathematics = Path(latent.__file__).read_text(encoding="utf-8").splitlines()
-    start = next(i for i, line in enumerate(mathematics) if line.startswith("def "))
+    mathematics = Path(latent.__file__).read_text(encoding="utf-8")
+    start = max(n.end_lineno or 0 for n in ast.parse(mathematics).body if isinstance(n, ast.Import | ast.ImportFrom))
     shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
     shim += ["Bool = Int = Float", ""]
     shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
-    return "\n".join([*head, *shim, *mathematics[start:], *rest, ""])
+    return "\n".join([*head, *shim, *mathematics.splitlines()[start:], *rest, ""])
 
 
 LATENT_ATTENTION: dict[type, type] = {}

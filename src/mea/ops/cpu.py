@@ -22,15 +22,15 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("latent_cpu.c")
 FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-fopenmp", "-shared", "-fPIC")
+ABSENT = "the kernel needs a processor with AVX-512 bf16 and a C compiler: see mea.ops.cpu.usable"
 FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16")  # by torch's names
 
 
-def usable(queries: Tensor, keys: Tensor, values: Tensor) -> bool:
-    """Whether `attend` takes these tensors, here: bf16 on this processor, channels side by side, no gradient."""
+def usable(queries: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels take these tensors, here: bf16 on this processor, channels side by side, no gradient."""
     return (
-        queries.dtype == keys.dtype == values.dtype == torch.bfloat16
-        and queries.device.type == keys.device.type == values.device.type == "cpu"
-        and keys.stride(-1) == values.stride(-1) == 1
+        all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (queries, *others))
+        and all(x.stride(-1) == 1 for x in others)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and library() is not None
@@ -49,7 +49,7 @@ def attend(
     """
     kernel = library()
     if kernel is None:
-        raise RuntimeError("the kernel needs a processor with AVX-512 bf16 and a C compiler: see mea.ops.cpu.usable")
+        raise RuntimeError(ABSENT)
     (b, g, n, r), t, v = queries.shape, keys.shape[2], values.shape[3]
     queries, output = queries.contiguous(), queries.new_empty(b, g, n, v)
     sizes, threads = (ctypes.c_long * 6)(b, g, n, t, r, v), torch.get_num_threads()
@@ -58,6 +58,36 @@ def attend(
     if kernel.mea_attend_latents(*addresses, sizes, *strides, scale, threads):
         raise RuntimeError(f"not enough memory to attend to {t:,} tokens with {b * g * n:,} queries")
     return output
+
+
+def turned_scores(
+    queries: Float[Tensor, "b g n d"],
+    keys: Float[Tensor, "b g t d"],
+    cos: Float[Tensor, "_ t d"],
+    sin: Float[Tensor, "_ t d"],
+) -> Float[Tensor, "b g n t"]:
+    """Products of queries with keys that are rotated by the angles of their tokens on the way, in fp32.
+
+    Channels ``c`` and ``c + d / 2`` are a pair, whose angle's cosine and sine are those at ``c``.
+
+    Raises
+    ------
+    RuntimeError
+        The kernel cannot be had here (see `usable`).
+    """
+    kernel = library()
+    if kernel is None:
+        raise RuntimeError(ABSENT)
+    (b, g, n, d), t = queries.shape, keys.shape[2]
+    queries, scores = queries.contiguous(), queries.new_empty(b, g, n, t, dtype=torch.float32)
+    cos, sin = cos.expand(b, -1, -1), sin.expand(b, -1, -1)
+    if cos.stride() != sin.stride():
+        cos, sin = cos.contiguous(), sin.contiguous()
+    sizes, threads = (ctypes.c_long * 5)(b, g, n, t, d), torch.get_num_threads()
+    strides = [(ctypes.c_long * 3)(*x.stride()) for x in (keys[..., 0], cos)]
+    addresses = [x.data_ptr() for x in (queries, keys, cos, sin, scores)]
+    kernel.mea_turned_scores(*addresses, sizes, *strides, threads)
+    return scores
 
 
 @functools.cache
@@ -73,6 +103,8 @@ def library() -> ctypes.CDLL | None:
         return None
     addresses = [ctypes.c_void_p] * 4
     kernel.mea_attend_latents.argtypes = [*addresses, *[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int]
+    kernel.mea_turned_scores.argtypes = [*addresses, *[ctypes.c_void_p] * 4, ctypes.c_int]
+    kernel.mea_turned_scores.restype = None
     return kernel
 
 

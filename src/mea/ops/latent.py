@@ -27,6 +27,8 @@ from torch import Tensor
 
 from mea.ops import cpu
 
+REBUILT = 2048  # tokens whose keys are rebuilt at a time on a processor, and stay in a core's own cache
+
 
 def absorb(queries: Float[Tensor, "b h q d"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b h q r"]:
     """Multiply each query by the transposed key decoder of its group: scores against latents equal scores against keys.
@@ -103,29 +105,64 @@ def key_positions(
     return positions + skipped * (position_ids[:, :1] != past)
 
 
-def attend_rebuilt(
+def rotate(
+    keys: Float[Tensor, "b g t d"], cos: Float[Tensor, "_ t d"], sin: Float[Tensor, "_ t d"]
+) -> Float[Tensor, "b g t d"]:
+    """Turn each pair of channels ``d / 2`` apart by its angle, as all supported architectures do (arXiv 2104.09864)."""
+    first, second = keys.chunk(2, -1)
+    c, s = (x[:, None, :, : first.shape[-1]] for x in (cos, sin))
+    return torch.cat([torch.addcmul(first * c, second, s, value=-1), torch.addcmul(second * c, first, s)], -1)
+
+
+def rebuilt_scores(
     queries: Float[Tensor, "b h q d"],
-    keys: Float[Tensor, "b g t d"],
-    values: Float[Tensor, "b c t r"],
+    latents: tuple[Float[Tensor, "b c t _"], ...],
+    decoder: Float[Tensor, "g d r"],
+    cos: Float[Tensor, "_ t d"],
+    sin: Float[Tensor, "_ t d"],
+) -> Float[Tensor, "b h q t"]:
+    """Products of queries with keys that are rebuilt from all `latents` side by side and then rotated.
+
+    On a processor in blocks of `REBUILT` tokens.
+    """
+    (b, h, q, d), g, t = queries.shape, len(decoder), latents[0].shape[2]
+    grouped = queries.reshape(b, g, h // g * q, d)
+    whole = queries.device.type != "cpu" or torch.compiler.is_compiling()
+    size, scores = t if whole else REBUILT, []
+    for start in range(0, t, size):
+        some = [part[:, :, start : start + size] for part in latents]
+        keys = materialise(some[0] if len(some) == 1 else torch.cat(some, -1), decoder)
+        turn = cos[:, start : start + size], sin[:, start : start + size]
+        if cpu is not None and cpu.usable(grouped, keys, *turn):
+            scores.append(cpu.turned_scores(grouped, keys, *turn))
+        else:
+            scores.append(torch.matmul(grouped, rotate(keys, *turn).transpose(2, 3)))
+    return torch.cat(scores, -1).view(b, h, q, t)
+
+
+def attend_rebuilt(
+    scores: Float[Tensor, "b h q t"],
+    values: tuple[Float[Tensor, "b c t _"], ...],
     mask: Tensor | None,
     scale: float,
     dropout: float = 0.0,
 ) -> tuple[Float[Tensor, "b h q r"], Float[Tensor, "b h q t"]]:
-    """Attention with rebuilt keys over latent values, for few queries: outputs before `unmix`, and the weights.
+    """Attention over latent values from `rebuilt_scores`, for few queries: outputs before `unmix`, and the weights.
 
-    `mask` is boolean, true where a query may look, or what is added to the scores.
+    Latents come in parts that stand for all of them side by side. `mask` is boolean, true where a query may look, or
+    what is added to the scores.
     """
-    b, h, q, d = queries.shape
-    g, t = keys.shape[1:3]
-    scores = torch.matmul(queries.reshape(b, g, h // g * q, d), keys.transpose(2, 3)).view(b, h, q, t) * scale
+    scores = scores * scale
+    b, h, q, t = scores.shape
     if mask is not None and mask.dtype == torch.bool:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     elif mask is not None:
         scores = scores + mask
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(queries.dtype)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(values[0].dtype)
     weights = torch.nn.functional.dropout(weights, dropout)
-    c = values.shape[1]
-    return torch.matmul(weights.view(b, c, h // c * q, t), values).view(b, h, q, -1), weights
+    c = values[0].shape[1]
+    rows = weights.view(b, c, h // c * q, t)
+    return torch.cat([torch.matmul(rows, part) for part in values], -1).view(b, h, q, -1), weights
 
 
 def read(

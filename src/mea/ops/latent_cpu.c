@@ -234,3 +234,52 @@ int mea_attend_latents(const bf16 *queries, const bf16 *keys, const bf16 *values
     free(partial), free(padded), free(scratch);
     return 0;
 }
+
+static inline __m512 load_floats(const bf16 *from, __mmask16 mask) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, from)), 16));
+}
+
+/* Products of queries with keys that are rotated on the way: channels c and c + d / 2 are a pair, turned by the angle whose
+ * cosine and sine are given; all in fp32. queries [b, g, n, d] and scores [b, g, n, t] are contiguous; keys are given by
+ * their strides of sequence, head and token, cosines and sines (of which the first d / 2 of a token are read) by those of
+ * sequence and token. */
+void mea_turned_scores(const bf16 *queries, const bf16 *keys, const bf16 *cosines, const bf16 *sines, float *scores,
+                       const long *sizes, const long *key_strides, const long *turn_strides, int threads) {
+    const long b = sizes[0], g = sizes[1], n = sizes[2], t = sizes[3], d = sizes[4], half = d / 2;
+    const long rows = (t + 15) / 16; /* 16 tokens make a vector of scores */
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long task = 0; task < b * g * rows; task++) {
+        const long head = task / rows, start = task % rows * 16, count = t - start < 16 ? t - start : 16;
+        const bf16 *key = keys + head / g * key_strides[0] + head % g * key_strides[1] + start * key_strides[2];
+        const long turn = head / g * turn_strides[0] + start * turn_strides[1];
+        for (long i = 0; i < n; i += 4) {
+            const long some = n - i < 4 ? n - i : 4;
+            const bf16 *query = queries + (head * n + i) * d;
+            __m512 sum[4][16];
+            for (int a = 0; a < 4; a++)
+                for (int u = 0; u < 16; u++) sum[a][u] = _mm512_setzero_ps();
+            for (long c = 0; c < half; c += 16) {
+                const __mmask16 mask = half - c >= 16 ? 0xffff : (__mmask16)((1u << (half - c)) - 1);
+                __m512 q1[4], q2[4];
+                for (int a = 0; a < 4; a++) {
+                    const bf16 *from = query + (a < some ? a : 0) * d + c;
+                    q1[a] = load_floats(from, mask), q2[a] = load_floats(from + half, mask);
+                }
+                for (long u = 0; u < count; u++) {
+                    const bf16 *from = key + u * key_strides[2] + c;
+                    const __m512 k1 = load_floats(from, mask), k2 = load_floats(from + half, mask);
+                    const __m512 cosine = load_floats(cosines + turn + u * turn_strides[1] + c, mask);
+                    const __m512 sine = load_floats(sines + turn + u * turn_strides[1] + c, mask);
+                    const __m512 r1 = _mm512_fnmadd_ps(k2, sine, _mm512_mul_ps(k1, cosine));
+                    const __m512 r2 = _mm512_fmadd_ps(k1, sine, _mm512_mul_ps(k2, cosine));
+#pragma GCC unroll 4
+                    for (int a = 0; a < 4; a++)
+                        sum[a][u] = _mm512_fmadd_ps(q2[a], r2, _mm512_fmadd_ps(q1[a], r1, sum[a][u]));
+                }
+            }
+            for (long a = 0; a < some; a++)
+                _mm512_mask_storeu_ps(scores + (head * n + i + a) * t + start, (__mmask16)((1u << count) - 1),
+                                      sums(sum[a]));
+        }
+    }
+}
