@@ -97,6 +97,14 @@ def test_figures_without_their_numbers_are_left_out(one):
     assert "continued" not in text
 
 
+def test_a_cache_in_few_bits_has_no_line_of_layers_of_its_own(one):
+    stored = one("svd", 2.0)
+    stored["config"] |= {"label": "in bits", "bits": 4}
+    drawn = loss_by_layer(rows([one("none", 1.0), one("svd", 2.0), stored]))
+    assert "svd" in drawn
+    assert "in bits" not in drawn
+
+
 def test_single_compressed_model_without_the_original(one):
     assert "svd" in render([one("svd", 2.0)])
 

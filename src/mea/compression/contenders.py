@@ -104,22 +104,22 @@ def contenders_of(
         Every method at every size also after training.
     """
     first = methods[0]
-    found = [Contender(f"{method} {keep:g}", method, keep, series=method) for method in methods for keep in keeps]
+    found = [Contender(f"{method} {keep:.3g}", method, keep, series=method) for method in methods for keep in keeps]
     if recovered:
         found += [
             replace(x, label=f"{x.label}, recovered", series=f"{x.series}, recovered", recovered=True) for x in found
         ]
     found += [
-        Contender(f"{first} allocated {keep:g}", first, keep, allocate=True, series=f"{first}, allocated")
+        Contender(f"{first} allocated {keep:.3g}", first, keep, allocate=True, series=f"{first}, allocated")
         for keep in allocated
     ]
     found += [Contender(f"{count} bits", "none", 1.0, bits=count, series="few bits") for count in bits]
     found += [
-        Contender(f"{first} {keep:g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
+        Contender(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
         for count in bits
         if count > 2
         for keep in keeps
     ]
     found += [Contender(f"transformers {each} 4 bits", "none", 1.0, bits=4, backend=each) for each in backends]
     others = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
-    return found + [Contender(f"{other} {keep:g}", other, keep, series=other) for other in others for keep in keeps]
+    return found + [Contender(f"{other} {keep:.3g}", other, keep, series=other) for other in others for keep in keeps]
