@@ -67,7 +67,7 @@ DEMO = (
     Contender(f"{DEFAULT_METHOD} (default)", DEFAULT_METHOD),
     Contender("attended", "attended"),
     Contender("position", "position"),
-    Contender("joint latent, slow to read", "joint"),
+    Contender("joint latent, slower to read", "joint"),
     Contender("paper's svd, 1 key and 2 value heads", "svd"),
     Contender("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
 )
