@@ -4,6 +4,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from jaxtyping import Int
+from torch import Tensor
+
 from mea.compression.card import model_card
 from mea.compression.check import checked_stock_form
 from mea.compression.choosing import allocated
@@ -66,8 +69,8 @@ def compress_to_folder(
     plan = make_plan(given, resolve_dtype(given, dtype).itemsize, **options)
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, plan.calibration)
-    if measure_tokens:
-        encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens)  # refuses more than there are before the work
+    # Before the work, because more tokens than there are are refused.
+    measured = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
     work = out.with_name(out.name + ".partial")
     weights = f"{resolve_dtype(given, dtype)} {weights_mark(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
@@ -78,7 +81,7 @@ def compress_to_folder(
     _check_space(out.parent, model)
     plan, tried = allocated(model, tokenizer, tokens, plan, progress, work / "choice")
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
-    record = _measure(source, model, tokenizer, result, before, measure_tokens, progress)
+    record = _measure(source, model, tokenizer, result, before, measured, progress)
     if tried:
         record["results"]["tried"] = [{"divergence": x.divergence, "widths": list(x.layout.widths)} for x in tried]
     with complete_folder(out, work) as folder:
@@ -124,7 +127,7 @@ def _measure(
     tokenizer: Any,
     result: Compressed,
     before: float,
-    measure_tokens: int,
+    measured: Int[Tensor, " n"] | None,
     progress: Progress | None,
 ) -> dict[str, Any]:
     plan = result.plan
@@ -137,11 +140,11 @@ def _measure(
         "self_check": result.errors,
         "seconds": result.seconds,
     }
-    if measure_tokens:
+    if measured is not None:
         window = min(plan.calibration.window, model.config.max_position_embeddings)
         original, compressed = (
-            text_losses(measured, tokenizer, MEASURED_TEXT, measure_tokens, window, what=what, progress=progress)
-            for measured, what in ((model, "measuring the original"), (result.model, "measuring the result"))
+            text_losses(each, tokenizer, measured, window, what=what, progress=progress)
+            for each, what in ((model, "measuring the original"), (result.model, "measuring the result"))
         )
         results["perplexity_before"] = perplexity(original).value
         results["perplexity"] = perplexity(compressed).value
@@ -152,7 +155,7 @@ def _measure(
         "widths": plan.layout.widths,
         "dtype": str(model.dtype).removeprefix("torch."),
         "measured_text": MEASURED_TEXT,
-        "measured_tokens": measure_tokens,
+        "measured_tokens": 0 if measured is None else len(measured),
         **plan.describe(),
     }
     return make_record("compression", config, results=results, seeds={"calibration": plan.calibration.seed})

@@ -234,8 +234,9 @@ class Measuring:
         return self.plain
 
     def _losses(self, label: str, model: Any, text: str, count: int, window: int, read: Any = None) -> Tensor:
+        tokens = encode_text(self.tokenizer, load_text(text), count)
         losses = text_losses(
-            model, self.tokenizer, text, count, window, what=f"{label}: {text}", read=read, progress=self.progress
+            model, self.tokenizer, tokens, window, what=f"{label}: {text}", read=read, progress=self.progress
         )
         self.reference.setdefault(f"{text} {window} {losses.shape[1]}", losses)
         return losses

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mea.evaluate.perplexity import Read, block_means, encode_text, perplexity, ratio, start_token, token_losses
@@ -19,24 +19,16 @@ Progress = Callable[[str, int, int], None]  # what is being done, windows done, 
 def text_losses(
     model: Any,
     tokenizer: Any,
-    text: str,
-    tokens: int,
+    tokens: Int[Tensor, " n"],
     window: int,
     *,
     what: str,
     read: Read | None = None,
     progress: Progress | None = None,
 ) -> Float[Tensor, "windows scored"]:
-    """Losses of the first tokens of a text by its name; `progress` is told `what` is being done.
-
-    Raises
-    ------
-    ValueError, OSError
-        As `mea.texts.load_text`, `encode_text` and `token_losses`.
-    """
-    ids = encode_text(tokenizer, load_text(text), tokens)
+    """`token_losses` of a text as `tokenizer` opens it; `progress` is told `what` is being done."""
     report = None if progress is None else partial(progress, what)
-    return token_losses(model, ids, window, start=start_token(tokenizer), read=read, progress=report)
+    return token_losses(model, tokens, window, start=start_token(tokenizer), read=read, progress=report)
 
 
 def perplexity_record(

@@ -264,10 +264,10 @@ class LatentAttention(_Mixin):
             return self.rotary(latents, positions, *kind)
         # The same in all layers, whose cache it is: on a processor they take as long as a third of the attention.
         known = vars(past_key_values).setdefault("key_turns", {})
-        found = known.get((*kind, latents.dtype))
-        if found is None or not torch.equal(found[0], positions):
-            found = known[*kind, latents.dtype] = positions, self.rotary(latents, positions, *kind)
-        return found[1]
+        key = (*kind, latents.dtype)
+        if key not in known or not torch.equal(known[key][0], positions):
+            known[key] = positions, self.rotary(latents, positions, *kind)
+        return known[key][1]
 
 
 class LatentCausalLM(_Mixin):

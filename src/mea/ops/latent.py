@@ -108,7 +108,10 @@ def key_positions(
 def rotate(
     keys: Float[Tensor, "b g t d"], cos: Float[Tensor, "_ t d"], sin: Float[Tensor, "_ t d"]
 ) -> Float[Tensor, "b g t d"]:
-    """Turn each pair of channels ``d / 2`` apart by its angle, as all supported architectures do (arXiv 2104.09864)."""
+    """Turn each pair of channels ``d / 2`` apart by its angle, as all supported architectures do (arXiv 2104.09864).
+
+    `mea.ops.rope.rotate` for heads before tokens, in the precision of the keys; this file is shipped without that one.
+    """
     first, second = keys.chunk(2, -1)
     c, s = (x[:, None, :, : first.shape[-1]] for x in (cos, sin))
     return torch.cat([torch.addcmul(first * c, second, s, value=-1), torch.addcmul(second * c, first, s)], -1)

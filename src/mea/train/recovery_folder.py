@@ -10,6 +10,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
+from jaxtyping import Int
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mea.evaluate.measure import text_losses
@@ -76,8 +78,8 @@ def recover_to_folder(
     config, other = load_config(source), load_config(original) if original else None
     drawn, before = [], 0
     tokenizer = load_tokenizer(source)
-    if measure_tokens:
-        encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens)  # refuses more than there are before the work
+    # Before the work, because more tokens than there are are refused.
+    scored = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
     for settings in stages:
         check_pair(config, other, settings)
         drawn.append(windows(tokenizer, texts, settings, skip=before))
@@ -101,7 +103,7 @@ def recover_to_folder(
             raise ValueError("sharded recovery does one stage at a time: run the next one on the folder of this one")
     record: Record = {}
     if first:
-        measured = _measured(source, original, current, tokenizer, measure_tokens, progress)
+        measured = _measured(source, original, current, tokenizer, scored, progress)
         record = _record(source, original, config, stages, texts, results, shared, measured, measure_tokens)
         _write(source, out, work, current.to(student.config.dtype or torch.float32), tokenizer, record)
     if dist.is_initialized():
@@ -137,15 +139,19 @@ def _same_run(work: Path, settings: dict[str, Any]) -> None:
 
 
 def _measured(
-    source: str, original: str | None, model: Any, tokenizer: Any, count: int, progress: Progress | None
+    source: str,
+    original: str | None,
+    model: Any,
+    tokenizer: Any,
+    tokens: Int[Tensor, " n"] | None,
+    progress: Progress | None,
 ) -> dict[str, float]:
-    if not count:
+    if tokens is None:
         return {}
     window = min(MEASURED_WINDOW, model.config.max_position_embeddings)
 
-    def losses(measured: Any, what: str) -> torch.Tensor:
-        what = f"measuring {what}"
-        return text_losses(measured, tokenizer, MEASURED_TEXT, count, window, what=what, progress=progress)
+    def losses(measured: Any, what: str) -> Tensor:
+        return text_losses(measured, tokenizer, tokens, window, what=f"measuring {what}", progress=progress)
 
     own, start = losses(model, "the result"), losses(load(source, "float32")[0], "the start")
     found = {"perplexity": perplexity(own).value, "perplexity_start": perplexity(start).value}
