@@ -8,7 +8,6 @@ import pytest
 from mea.records import read_record, read_records
 from mea.train import same_recovery
 from mea.train.recovery import recover
-from mea.train.recovery_settings import recovery
 
 
 def test_compare_writes_records_and_three_reports(mea, models_, text, tmp_path):
@@ -34,14 +33,14 @@ def test_compare_measures_before_and_after_the_same_training(mea, models_, text,
     monkeypatch.setattr(same_recovery, "recover", recorded)
     options = ("--method", "position", "--method", "joint", "--keep", 0.5, "--bits", 8, "--decode-steps", 0)
     options += ("--text", text, "--tokens", 256, "--window", 64, "--context", 40)
-    options += ("--calibration-tokens", 256, "--calibration-window", 64, "--recover-tokens", 2 * 4 * 64)
+    options += ("--calibration-tokens", 256, "--calibration-window", 64, "--recover-tokens", 2 * 64)
     Path(text).write_text(5 * Path(text).read_text())
     refused = mea("compare", models_["a"], tmp_path, *options)
     assert "--recover-text FILE" in refused.stderr
     result = mea("compare", models_["a"], tmp_path, *options, "--recover-text", text)
     assert result.exit_code == 0, result.output
     records = {record["config"]["label"]: record for record in read_records(tmp_path / "records")}
-    assert rates == {"rotated": recovery("distil").rate, "joint": recovery("near").rate}
+    assert rates == {"rotated": 5e-4, "joint": 1.5e-4}
     for method in ("position", "joint"):
         before, after = records[f"{method} 0.5"], records[f"{method} 0.5, recovered"]
         assert after["config"]["recovery"]["steps"] == 2

@@ -43,8 +43,7 @@ def compare(
     from mea.report import terminal_table, write_report
     from mea.report.sections import make_sections
     from mea.report.writing import as_csv, write_markdown, write_text
-    from mea.train.recovery_settings import recovery
-    from mea.train.same_recovery import SameRecovery
+    from mea.train.same_recovery import SameRecovery, one_by_one
 
     contenders = contenders_of(
         method or [DEFAULT_METHOD, "joint"], keep or [0.25, 0.33, 0.5, 0.67, 0.8], bits=bits or [8, 4, 2],
@@ -63,7 +62,7 @@ def compare(
         training = None
         if recover_tokens:
             width, held_out = min(512, window), min(8192, max(window, recover_tokens // 8))
-            settings = recovery(tokens=recover_tokens, window=width, held_out=held_out)
+            settings = one_by_one(tokens=recover_tokens, window=width, held_out=held_out)
             same = SameRecovery(model, recover_text or [], settings, out / "recovery", report)
             training = Training(same, same.description)
         records = run(

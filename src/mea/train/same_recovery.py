@@ -9,24 +9,33 @@ from typing import Any
 from mea.models.loading import load_tokenizer
 from mea.train.recovery import describe, recover
 from mea.train.recovery_data import windows
-from mea.train.recovery_settings import PRESETS, Recovery
+from mea.train.recovery_settings import Recovery, recovery
 from mea.train.recovery_trainer import Progress
 
-NEAR = {name: PRESETS["near"][name] for name in ("rate", "other_rate")}
+SLOWER = 0.5  # rates relative to the presets', whose steps read four windows: few tokens are spent best one by one
+
+
+def one_by_one(preset: str = "distil", **changes: Any) -> Recovery:
+    """A preset in steps of one window, at rates that suit these."""
+    rates = {name: SLOWER * getattr(recovery(preset), name) for name in ("rate", "other_rate")}
+    return recovery(preset, batch=1, micro_batch=1, **rates | changes)
+
+
+NEAR = {name: getattr(one_by_one("near"), name) for name in ("rate", "other_rate")}
 
 
 class SameRecovery:
     """Trains copies of models, each on the same windows in the same order.
 
     Joint latents begin nearer to the original than other forms, and at the usual rates move away from it: they train at
-    those of the stage ``near``.
+    those of the stage ``near``, one window a step.
 
     Parameters
     ----------
     source
         The uncompressed model, for its tokenizer.
     texts, settings
-        As in `mea.train.recovery_folder.recover_to_folder`.
+        As in `mea.train.recovery_folder.recover_to_folder`; `one_by_one` makes settings.
     folder
         For checkpoints, by the models' names: an interrupted training goes on.
 
