@@ -6,6 +6,7 @@ import torch
 from mea.evaluate.through_cache import ThroughCache, reading_in
 from mea.models.compressed import FORMS
 from mea.models.quantised import BITS, CacheFormat, QuantisedCache, QuantisedLayer, pack, unpack
+from mea.ops import cpu
 from tiny_models import EVEN, compress, stock
 
 ALONG = ("channel", "token")
@@ -68,6 +69,17 @@ def test_bytes_are_codes_scales_and_exact_tokens(bits):
     quantised = 96  # of 100 tokens: 4 first ones, then 6 full blocks
     scales = 2 * 2 * (quantised // 16 * 24 + quantised * 40 // 8)
     assert sum(x.nbytes for x in layer.stored()) == quantised * 64 * bits // 8 + scales + 4 * 64 * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", BITS)
+def test_the_kernel_reads_what_pytorch_reads(bits, monkeypatch):
+    states = [x.bfloat16() for x in given((96, 24), heads=2)]  # where there is no kernel, one thing twice
+    form = CacheFormat(bits, block=16)
+    found = filled(form, states)[1]
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    for x, y in zip(found, filled(form, states)[1], strict=True):
+        torch.testing.assert_close(x, y, rtol=2**-7, atol=0)  # the neighbour in bf16: fp32 is rounded once less
 
 
 def test_constant_groups_and_zeros_are_exact():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from mea.models.quantised import pack
 from mea.ops import cpu
 from mea.ops.latent import materialise, read, rebuilt_scores, rotate
 
@@ -114,6 +115,28 @@ def test_it_is_what_reads_rebuilt_keys_in_bf16_without_gradients():
         expected = cpu.turned_scores(queries.view(2, 2, 3, 12), materialise(latents, decoder), *turn)
         assert torch.equal(rebuilt_scores(queries, (latents,), decoder, *turn), expected.view(2, 6, 1, 50))
     assert rebuilt_scores(queries, (latents,), decoder, *turn).dtype == torch.bfloat16
+
+
+# b, g, blocks, tokens of a block, width, channels of a token that share a scale
+@needs_kernel
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize(
+    "sizes", [(2, 3, 4, 8, 96, None), (1, 1, 3, 64, 37, None), (2, 2, 3, 8, 64, 32), (1, 1, 70, 16, 48, 16)], ids=str
+)
+def test_few_bits_are_decoded_to_the_nearest_number(sizes, bits):
+    b, g, n, block, width, group = sizes
+    scales = (b, g, n, 1, width) if group is None else (b, g, n, block, width // group)
+    codes = torch.randint(2**bits, (b, g, n, block, width)).to(torch.uint8)
+    step, low = torch.rand(scales).half(), torch.randn(scales).half()
+    room = torch.zeros(b, n * block + 5, g, width + 3).bfloat16()
+    out = room[:, 2:-3, :, :width].transpose(1, 2)
+    cpu.decode(pack(codes, bits), step, low, out, bits, group)
+    step, low = (x.double().repeat_interleave(group or 1, -1) for x in (step, low))
+    exact, largest = ((codes * step + x).reshape(out.shape) for x in (low, low.abs()))
+    # Half of the last of bf16's eight digits; one rounding of the sum in fp32, by as much as its terms are large.
+    assert ((out - exact).abs() <= 2**-8 * exact.abs() + 2**-23 * largest).all()
+    assert not room[:, :2].any()
+    assert not room[..., width:].any()
 
 
 def test_without_a_compiler_pytorch_reads_the_cache_and_the_log_says_so(fresh, tmp_path, caplog):

@@ -20,6 +20,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mea.ops import cpu
+
 BITS = (2, 4, 8)
 ALONG = ("channel", "token")
 
@@ -86,9 +88,7 @@ class Store:
 
     def append(self, new: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
         """Add tokens; returns all that are stored, the new ones as they were given."""
-        form = self.form
-        before = [part for part in (self.first, self._decoded(new.dtype), self.recent) if part is not None]
-        everything = torch.cat([*before, new], dim=2) if before else new
+        form, everything = self.form, self._with(new)
         recent = new if self.recent is None else torch.cat([self.recent, new], dim=2)
         if form.first and (self.first is None or self.first.shape[2] < form.first):
             there = 0 if self.first is None else self.first.shape[2]
@@ -127,17 +127,40 @@ class Store:
             old = getattr(self, name)
             setattr(self, name, tensor if old is None else torch.cat([old, tensor], dim=2))
 
-    def _decoded(self, dtype: torch.dtype) -> Tensor | None:
-        if self.codes is None or self.step is None or self.low is None:
-            return None
+    def _with(self, new: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
+        """All that is stored, and the new tokens."""
+        first, recent = (new[:, :, :0] if part is None else part for part in (self.first, self.recent))
+        if self.codes is None:
+            return torch.cat([first, recent, new], dim=2) if first.shape[2] + recent.shape[2] else new
+        start, count = first.shape[2], self.codes.shape[2] * self.codes.shape[3]
+        # Filled part by part: putting the parts together would copy them once more.
+        everything = new.new_empty(*new.shape[:2], start + count + recent.shape[2] + new.shape[2], new.shape[3])
+        self._decode(everything[:, :, start : start + count])
+        everything[:, :, :start] = first
+        everything[:, :, start + count :] = torch.cat([recent, new], dim=2)
+        return everything
+
+    def _decode(self, out: Float[Tensor, "b h t w"]) -> None:
+        """Write the complete blocks to `out`."""
+        assert self.codes is not None and self.step is not None and self.low is not None  # noqa: PT018
+        group = None if self.along == "channel" else self._group
+        if cpu.usable(out, out) and (group is None or group % 16 == 0):
+            codes, step, low = (x.contiguous() for x in (self.codes, self.step, self.low))
+            cpu.decode(codes, step, low, out, self.form.bits, group)
+            return
         codes = self._grouped(unpack(self.codes, self.form.bits, self.width).float())
         # In 32 bits: the product of a code and a step has more digits than 16 bits hold.
-        return (codes * self.step.float() + self.low.float()).reshape(*codes.shape[:2], -1, self.width).to(dtype)
+        out.copy_((codes * self.step.float() + self.low.float()).reshape(out.shape))
+
+    @property
+    def _group(self) -> int:
+        """Channels of a token that share a scale."""
+        return _largest_divisor(self.width, self.form.group)
 
     def _grouped(self, blocks: Tensor) -> Tensor:
         """``[b, h, n, block or 1, 1 or block, w / group, group]``: dimensions 4 and 6 share a scale."""
-        group = 1 if self.along == "channel" else _largest_divisor(self.width, self.form.group)
-        return blocks.unflatten(-1, (-1, group)).unsqueeze(3 if self.along == "channel" else 4)
+        channel = self.along == "channel"
+        return blocks.unflatten(-1, (-1, 1 if channel else self._group)).unsqueeze(3 if channel else 4)
 
 
 class QuantisedLayer(DynamicLayer):

@@ -1,4 +1,4 @@
-"""Our own kernel for processors: attention of a few queries over a long bf16 cache (``latent_cpu.c``).
+"""Our own kernels for processors: a few queries over a long cache, in bf16 or few bits (``latent_cpu.c``).
 
 PyTorch's kernel converts a bf16 cache and multiplies at a fraction of what the processor can do, and gives one kv head
 to one core. The kernel is compiled when it is first wanted, once per version of its source and processor, into the
@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float16, UInt8
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("latent_cpu.c")
@@ -90,6 +90,36 @@ def turned_scores(
     return scores
 
 
+def decode(
+    codes: UInt8[Tensor, "b g n block bytes"],
+    step: Float16[Tensor, "..."],
+    low: Float16[Tensor, "..."],
+    out: Float[Tensor, "b g t width"],
+    bits: int,
+    group: int | None,
+) -> None:
+    """Fill ``out`` (``t = n * block``) with ``low + code * step``, multiplied and added in fp32.
+
+    Parameters
+    ----------
+    codes
+        Contiguous; the first of a byte is in its lowest bits.
+    step, low
+        Contiguous, a number for each channel of a block; or for each `group` channels of a token, a multiple of 16.
+
+    Raises
+    ------
+    RuntimeError
+        The kernel cannot be had here (see `usable`).
+    """
+    kernel = library()
+    if kernel is None:
+        raise RuntimeError(ABSENT)
+    sizes = (ctypes.c_long * 7)(*codes.shape[:4], out.shape[3], bits, group or 0)
+    addresses = [x.data_ptr() for x in (codes, step, low, out)]
+    kernel.mea_decode(*addresses, sizes, (ctypes.c_long * 3)(*out.stride()[:3]), torch.get_num_threads())
+
+
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had, with a message in the log if only a compiler is missing."""
@@ -104,7 +134,8 @@ def library() -> ctypes.CDLL | None:
     addresses = [ctypes.c_void_p] * 4
     kernel.mea_attend_latents.argtypes = [*addresses, *[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int]
     kernel.mea_turned_scores.argtypes = [*addresses, *[ctypes.c_void_p] * 4, ctypes.c_int]
-    kernel.mea_turned_scores.restype = None
+    kernel.mea_decode.argtypes = [*addresses, *[ctypes.c_void_p] * 2, ctypes.c_int]
+    kernel.mea_turned_scores.restype = kernel.mea_decode.restype = None
     return kernel
 
 

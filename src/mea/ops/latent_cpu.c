@@ -283,3 +283,51 @@ void mea_turned_scores(const bf16 *queries, const bf16 *keys, const bf16 *cosine
         }
     }
 }
+
+/* 16 codes of so many bits, the first in the lowest bits of the first byte, as fp32; `rest` of them are there. */
+static inline __m512 codes16(const uint8_t *from, long bits, long rest) {
+    const long bytes = rest >= 16 ? 2 * bits : (rest * bits + 7) / 8;
+    __m128i x = _mm_maskz_loadu_epi8((__mmask16)((1u << bytes) - 1), from);
+    if (bits == 4) { /* a byte to two: its low half, then its high half */
+        x = _mm_cvtepu8_epi16(x);
+        x = _mm_and_si128(_mm_or_si128(x, _mm_slli_epi16(x, 4)), _mm_set1_epi8(15));
+    } else if (bits == 2) {
+        x = _mm_cvtepu8_epi32(x);
+        x = _mm_or_si128(x, _mm_slli_epi32(x, 12));
+        x = _mm_and_si128(_mm_or_si128(x, _mm_slli_epi32(x, 6)), _mm_set1_epi8(3));
+    }
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
+}
+
+/* low + code * step of blocks of tokens, to bf16. codes [b, g, n, block, bytes] are contiguous. `step` and `low`, in half
+ * precision, hold a number for each channel of a block, or, if `group` is not 0, for each `group` channels (a multiple of
+ * 16) of a token. Strides of out are those of sequence, head and token. */
+void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low, bf16 *out, const long *sizes,
+                const long *strides, int threads) {
+    const long b = sizes[0], g = sizes[1], n = sizes[2], block = sizes[3], width = sizes[4], bits = sizes[5];
+    const long group = sizes[6], bytes = (width * bits + 7) / 8;
+#pragma omp parallel for schedule(static) num_threads(threads)
+    for (long task = 0; task < b * g * n; task++) {
+        const long head = task / n;
+        const uint8_t *from = codes + task * block * bytes;
+        bf16 *to = out + head / g * strides[0] + head % g * strides[1] + task % n * block * strides[2];
+        for (long c = 0; c < width; c += 16) {
+            const long rest = width - c;
+            const __mmask16 mask = rest >= 16 ? 0xffff : (__mmask16)((1u << rest) - 1);
+            __m512 s = _mm512_setzero_ps(), l = s;
+            if (!group) {
+                s = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, step + task * width + c));
+                l = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, low + task * width + c));
+            }
+            for (long t = 0; t < block; t++) {
+                if (group) {
+                    const long place = (task * block + t) * (width / group) + c / group;
+                    s = _mm512_cvtph_ps(_mm256_set1_epi16((short)step[place]));
+                    l = _mm512_cvtph_ps(_mm256_set1_epi16((short)low[place]));
+                }
+                const __m512 x = _mm512_fmadd_ps(codes16(from + t * bytes + c * bits / 8, bits, rest), s, l);
+                _mm256_mask_storeu_epi16(to + t * strides[2] + c, mask, (__m256i)_mm512_cvtneps_pbh(x));
+            }
+        }
+    }
+}
