@@ -148,9 +148,9 @@ class Store:
             codes, step, low = (x.contiguous() for x in (self.codes, self.step, self.low))
             cpu.decode(codes, step, low, out, self.form.bits, group)
             return
-        codes = self._grouped(unpack(self.codes, self.form.bits, self.width).float())
         # In 32 bits: the product of a code and a step has more digits than 16 bits hold.
-        out.copy_((codes * self.step.float() + self.low.float()).reshape(out.shape))
+        codes = self._grouped(unpack(self.codes, self.form.bits, self.width).float())
+        out.copy_(codes.mul_(self.step.float()).add_(self.low.float()).view(out.shape))
 
     @property
     def _group(self) -> int:
