@@ -54,7 +54,8 @@ def model_part(args: argparse.Namespace) -> dict[str, Any]:
     else:
         compressed = decode_model.truncated(model, config["keep"])
     models = {"uncompressed": in_fastest_form(model), "compressed": compressed}
-    config = {**config, "source": source, "compressed": args.compressed, "widths": compressed.config.latent_widths}
+    names = {"source": Path(source).name, "compressed": args.compressed and Path(args.compressed).name}
+    config = {**config, **names, "widths": compressed.config.latent_widths}
     return {"config": config, **decode_model.measure(models, config, args.seed)}
 
 
@@ -111,7 +112,8 @@ def main() -> None:
             console.print(f"Measuring {name}; leave the machine alone meanwhile")
             before = limits()
             record = record_of(f"decode_{name}", part(args), before, args)
-            write_record(args.out / f"decode_{name}_{args.dtype}.json", record)
+            of = f"_{Path(args.compressed).name}" if args.compressed and name == "model" else ""
+            write_record(args.out / f"decode_{name}_{args.dtype}{of}.json", record)
             records.append(record)
     show(records, console)
 
