@@ -113,7 +113,7 @@ def cells(row: Row, texts: Sequence[str], brief: bool = False, continuations: Se
     size = row.results.get("cache", {}).get("bytes_per_token")
     line.append(ABSENT if size is None else f"{size:,.0f}")
     decode = row.results.get("decode", {})
-    line.append(ABSENT if decode.get("seconds") is None else f"{1e3 * decode['seconds']:.1f}")
+    line.append(_milliseconds(row, decode, brief))
     line.append(_time_ratio(row, decode, brief))
     seconds = row.results.get("compress_seconds")
     return [*line, ABSENT if seconds is None or not row.compressed else f"{seconds:.0f} s"]
@@ -169,7 +169,8 @@ def footnote(found: Sequence[Row]) -> str:
     if "context" in decode:
         how = ", ".join(filter(None, [decode.get("dtype"), f"batch {decode['batch']}" if "batch" in decode else ""]))
         how = f" ({how})" if how else ""
-        notes.append(f"Decoding after {decode['context']:,} tokens{how}: medians; a range is that of the quartiles")
+        what = "medians, beside the uncompressed model's in the same run; a range is that of the quartiles"
+        notes.append(f"Decoding after {decode['context']:,} tokens{how}: {what}")
     return f"{notes[0]}. " + " ".join(f"{note}." for note in notes[1:])
 
 
@@ -199,6 +200,16 @@ def _with_decode(row: Row, found: Sequence[Row]) -> Row:
 def _ratio(value: float | int | None, error: float | int | None, brief: bool) -> str:
     text = with_error(value, error)
     return text.replace(" ", "") if brief else text
+
+
+def _milliseconds(row: Row, decode: dict[str, Any], brief: bool) -> str:
+    """Of a token, and of the uncompressed model's in the same run: a machine is not equally fast in all runs."""
+    if decode.get("seconds") is None:
+        return ABSENT
+    samples = row.record["samples"].get("decode_seconds")
+    beside = samples.get("uncompressed") if isinstance(samples, dict) else None
+    text = f"{1e3 * decode['seconds']:.1f}"
+    return f"{text} (beside {1e3 * median(beside):.1f})" if beside and row.compressed and not brief else text
 
 
 def _time_ratio(row: Row, decode: dict[str, Any], brief: bool) -> str:
