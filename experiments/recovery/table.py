@@ -25,7 +25,7 @@ def line(name: str, what: str, of: str = "") -> list[str]:
     results = record["results"]
     found, base = results[f"perplexity{of}"], read_record(RECORDS / f"{BASELINE}.json")["results"]["perplexity"]
     cells = [what, f"{found:,.4g}", f"{found / base:.3g}", f"{results[f'held_out{of}']['ce']:.3f}"]
-    paired = None if of else read(TASKS / f"paired-{name}-{BASELINE}.json")
+    paired = read(TASKS / f"paired-{what}-{BASELINE}.json")
     if name == BASELINE and not of:
         average = next((read_record(path)["results"]["average"] for path in TASKS.glob("paired-*.json")), None)
         return [*cells, f"{100 * average['second']:.1f}" if average else "–", "0"]
