@@ -102,9 +102,10 @@ def ratio_by_position(found: Sequence[Row]) -> tuple[str, str] | None:
 
 
 def loss_by_layer(found: Sequence[Row]) -> str | None:
-    """What each layer loses, for the methods whose records say it; a cache in fewer bits has no line of its own."""
+    """What each layer loses, for methods whose records say it; few bits and training afterwards have no line of their own."""
     compressed = [row for row in found if row.compressed]
-    lines = [row for row in compressed if row.results.get("layers") and not row.record["config"].get("bits")]
+    own = [row for row in compressed if not {"bits", "recovery"} & row.record["config"].keys()]
+    lines = [row for row in own if row.results.get("layers")]
     if not lines:
         return None
     with style("layers"):
