@@ -102,7 +102,7 @@ def ratio_by_position(found: Sequence[Row]) -> tuple[str, str] | None:
 
 
 def loss_by_layer(found: Sequence[Row]) -> str | None:
-    """What each layer loses, for methods whose records say it; few bits and training afterwards have no line of their own."""
+    """What each layer loses, by the fit; few bits and training afterwards have no line of their own."""
     compressed = [row for row in found if row.compressed]
     own = [row for row in compressed if not {"bits", "recovery"} & row.record["config"].keys()]
     lines = [row for row in own if row.results.get("layers")]
