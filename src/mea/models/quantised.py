@@ -88,8 +88,9 @@ class Store:
 
     def append(self, new: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
         """Add tokens; returns all that are stored, the new ones as they were given."""
-        form, everything = self.form, self._with(new)
+        form = self.form
         recent = new if self.recent is None else torch.cat([self.recent, new], dim=2)
+        everything = self._before(recent)
         if form.first and (self.first is None or self.first.shape[2] < form.first):
             there = 0 if self.first is None else self.first.shape[2]
             taken, recent = recent[:, :, : form.first - there], recent[:, :, form.first - there :]
@@ -127,30 +128,28 @@ class Store:
             old = getattr(self, name)
             setattr(self, name, tensor if old is None else torch.cat([old, tensor], dim=2))
 
-    def _with(self, new: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
-        """All that is stored, and the new tokens."""
-        first, recent = (new[:, :, :0] if part is None else part for part in (self.first, self.recent))
-        if self.codes is None:
-            return torch.cat([first, recent, new], dim=2) if first.shape[2] + recent.shape[2] else new
-        start, count = first.shape[2], self.codes.shape[2] * self.codes.shape[3]
+    def _before(self, recent: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
+        """The first tokens, the complete blocks, and these."""
+        if self.codes is None or self.step is None or self.low is None:
+            return recent if self.first is None else torch.cat([self.first, recent], dim=2)
+        start = 0 if self.first is None else self.first.shape[2]
+        stop = start + self.codes.shape[2] * self.codes.shape[3]
         # Filled part by part: putting the parts together would copy them once more.
-        everything = new.new_empty(*new.shape[:2], start + count + recent.shape[2] + new.shape[2], new.shape[3])
-        self._decode(everything[:, :, start : start + count])
-        everything[:, :, :start] = first
-        everything[:, :, start + count :] = torch.cat([recent, new], dim=2)
+        everything = recent.new_empty(*recent.shape[:2], stop + recent.shape[2], recent.shape[3])
+        if self.first is not None:
+            everything[:, :, :start] = self.first
+        self._decode(self.codes, self.step, self.low, everything[:, :, start:stop])
+        everything[:, :, stop:] = recent
         return everything
 
-    def _decode(self, out: Float[Tensor, "b h t w"]) -> None:
-        """Write the complete blocks to `out`."""
-        assert self.codes is not None and self.step is not None and self.low is not None  # noqa: PT018
+    def _decode(self, codes: Tensor, step: Tensor, low: Tensor, out: Float[Tensor, "b h t w"]) -> None:
         group = None if self.along == "channel" else self._group
         if cpu.usable(out, out) and (group is None or group % 16 == 0):
-            codes, step, low = (x.contiguous() for x in (self.codes, self.step, self.low))
-            cpu.decode(codes, step, low, out, self.form.bits, group)
+            cpu.decode(codes.contiguous(), step.contiguous(), low.contiguous(), out, self.form.bits, group)
             return
         # In 32 bits: the product of a code and a step has more digits than 16 bits hold.
-        codes = self._grouped(unpack(self.codes, self.form.bits, self.width).float())
-        out.copy_(codes.mul_(self.step.float()).add_(self.low.float()).view(out.shape))
+        numbers = self._grouped(unpack(codes, self.form.bits, self.width).float())
+        out.copy_(numbers.mul_(step.float()).add_(low.float()).view(out.shape))
 
     @property
     def _group(self) -> int:

@@ -22,7 +22,6 @@ from torch import Tensor
 
 SOURCE = Path(__file__).with_name("latent_cpu.c")
 FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-fopenmp", "-shared", "-fPIC")
-ABSENT = "the kernel needs a processor with AVX-512 bf16 and a C compiler: see mea.ops.cpu.usable"
 FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16")  # by torch's names
 
 
@@ -47,9 +46,7 @@ def attend(
     RuntimeError
         The kernel cannot be had here (see `usable`), or memory is short.
     """
-    kernel = library()
-    if kernel is None:
-        raise RuntimeError(ABSENT)
+    kernel = _present()
     (b, g, n, r), t, v = queries.shape, keys.shape[2], values.shape[3]
     queries, output = queries.contiguous(), queries.new_empty(b, g, n, v)
     sizes, threads = (ctypes.c_long * 6)(b, g, n, t, r, v), torch.get_num_threads()
@@ -75,9 +72,7 @@ def turned_scores(
     RuntimeError
         The kernel cannot be had here (see `usable`).
     """
-    kernel = library()
-    if kernel is None:
-        raise RuntimeError(ABSENT)
+    kernel = _present()
     (b, g, n, d), t = queries.shape, keys.shape[2]
     queries, scores = queries.contiguous(), queries.new_empty(b, g, n, t, dtype=torch.float32)
     cos, sin = cos.expand(b, -1, -1), sin.expand(b, -1, -1)
@@ -112,12 +107,16 @@ def decode(
     RuntimeError
         The kernel cannot be had here (see `usable`).
     """
-    kernel = library()
-    if kernel is None:
-        raise RuntimeError(ABSENT)
     sizes = (ctypes.c_long * 7)(*codes.shape[:4], out.shape[3], bits, group or 0)
     addresses = [x.data_ptr() for x in (codes, step, low, out)]
-    kernel.mea_decode(*addresses, sizes, (ctypes.c_long * 3)(*out.stride()[:3]), torch.get_num_threads())
+    _present().mea_decode(*addresses, sizes, (ctypes.c_long * 3)(*out.stride()[:3]), torch.get_num_threads())
+
+
+def _present() -> ctypes.CDLL:
+    kernel = library()
+    if kernel is None:
+        raise RuntimeError("the kernel needs a processor with AVX-512 bf16 and a C compiler: see mea.ops.cpu.usable")
+    return kernel
 
 
 @functools.cache
