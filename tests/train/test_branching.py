@@ -1,10 +1,12 @@
 """A run with decay that goes on from a run at a constant rate is the run that decays, trained from the beginning."""
 
+from pathlib import Path
+
 import pytest
 
 from mea.records import read_record
 from mea.train.pretraining import pretrain
-from mea.train.sweeps import KEPT, Job, sweep, work
+from mea.train.sweeps import KEPT, STEPS, Job, sweep, work
 from tiny_corpus import merged
 
 DECAY = {"optim": {"schedule": "wsd", "final_fraction": 0.0, "decay_fraction": 0.2}}
@@ -59,6 +61,7 @@ def test_a_sweep_keeps_checkpoints_and_branches_from_them(tables, tmp_path):
     def here(command: list[str], log: str) -> int:
         """In this process, which has everything imported."""
         work(*command[3:])
+        assert (Path(log).parent / STEPS).read_text() == "20"  # which the sweep tells of while a run goes on
         return 0
 
     counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=here, note=notes.append)

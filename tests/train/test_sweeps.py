@@ -2,12 +2,15 @@
 
 import json
 import sys
+import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from mea.records import make_record, write_record
 from mea.train import sweeps
+from mea.train.settings import settings_from
 from mea.train.sweeps import on_ray, read_jobs, run_command, sweep
 from tiny_corpus import SEPARATOR, some_documents
 
@@ -122,6 +125,28 @@ def test_an_interruption_starts_nothing_more(jobs, tmp_path):
 def test_after_the_time_is_over_no_run_is_started(jobs, tmp_path):
     counts = sweep(jobs, tmp_path / "records", tmp_path / "work", minutes=0.0, launch=fake({}, []))
     assert counts == {"finished": 0, "diverged": 0, "failed": 0, "left": 6}
+
+
+def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, jobs, tmp_path):
+    """A run takes minutes to days: a bar that moved only when one ends would say nothing for as long."""
+    monkeypatch.setattr(sweeps, "LOOK", 0.01)
+    told, seen = [], threading.Event()
+
+    def launch(command: list[str], log: str) -> int:
+        Path(command[-3], sweeps.STEPS).write_text("7")
+        assert seen.wait(60)
+        return fake({}, [])(command, log)
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        if done == 7:
+            seen.set()
+
+    sweep(jobs[:2], tmp_path / "records", tmp_path / "work", launch=launch, progress=progress, note=lambda _: None)
+    steps = [settings_from(job.tables).optim.steps for job in jobs[:2]]
+    told = [entry for entry in told if entry[0].startswith("steps")]
+    assert ("steps (0 of 2 runs have a record)", 7, sum(steps)) in told
+    assert told[-1] == ("steps (2 of 2 runs have a record)", sum(steps), sum(steps))
 
 
 @pytest.mark.parametrize(

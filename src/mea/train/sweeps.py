@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,8 @@ from mea.train.settings import read_toml, settings_from
 from mea.train.shards import Progress, prepare
 
 KEPT = "kept"  # of the work folder, for checkpoints that branches start from
+STEPS = "steps"  # of a run's folder: how many it has done
+LOOK = 2.0  # seconds after which the sweep looks how far its runs are
 Launch = Callable[[list[str], str], int]
 # The command that does one run; the arguments are the run's settings as JSON, its folder, the cache and the record.
 WORKER = "from mea.train.sweeps import work; import sys; work(*sys.argv[1:])"
@@ -129,6 +131,8 @@ def sweep(
         Start no run after so many.
     launch
         Runs a command, its output added to a file, and returns its exit code; None for a process on this machine.
+    progress
+        Called with what is done, how much of it and how much there is: steps, those of all runs that had no record.
     note
         Told of every run's end.
 
@@ -150,19 +154,26 @@ def sweep(
         late = minutes is not None and time.monotonic() - start > 60 * minutes
         return None if late else _attempt(job, results, work_folder, attempts, launch, stopping)
 
+    steps = {job.name: settings_from(job.tables).optim.steps for job in todo}
     with ThreadPoolExecutor(workers) as pool:
         futures = {pool.submit(run, job): job for job in todo}
+        pending = set(futures)
         try:
-            for future in as_completed(futures):
-                job, error = futures[future], future.result()
-                if error:
-                    failed.append(job.name)
-                    note(f"{job.name} failed {attempts} times: {error}")
-                elif (results / f"{job.name}.json").is_file():
-                    done += 1
-                    note(f"{job.name}: {_outcome(results / f'{job.name}.json')}")
+            while pending:
+                ended, pending = wait(pending, LOOK, FIRST_COMPLETED)
+                for future in ended:
+                    job, error = futures[future], future.result()
+                    if error:
+                        failed.append(job.name)
+                        note(f"{job.name} failed {attempts} times: {error}")
+                    elif (results / f"{job.name}.json").is_file():
+                        done += 1
+                        note(f"{job.name}: {_outcome(results / f'{job.name}.json')}")
                 if progress:
-                    progress("runs", len(jobs) - len(todo) + done, len(jobs))
+                    over = sum(steps[futures[future].name] for future in futures.keys() - pending)
+                    over += sum(_steps_done(work_folder / "runs" / futures[future].name) for future in pending)
+                    what = f"steps ({len(jobs) - len(todo) + done} of {len(jobs)} runs have a record)"
+                    progress(what, over, sum(steps.values()))
         except BaseException:  # an interruption too: start nothing more, and nothing again
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
@@ -177,7 +188,20 @@ def work(tables: str, folder: str, cache: str, record: str, start_from: str | No
     """What one process of a sweep does."""
     from mea.train.pretraining import pretrain
 
-    pretrain(settings_from(json.loads(tables)), folder, cache=cache, record=record, start_from=start_from)
+    def tell(what: str, done: int, _total: int) -> None:
+        if what.startswith(STEPS):
+            Path(folder, STEPS).write_text(str(done), encoding="utf-8")
+
+    settings = settings_from(json.loads(tables))
+    pretrain(settings, folder, cache=cache, record=record, start_from=start_from, progress=tell)
+
+
+def _steps_done(folder: Path) -> int:
+    """How far a run is: none if it has not begun, or is just being written about."""
+    try:
+        return int((folder / STEPS).read_text(encoding="utf-8") or 0)
+    except FileNotFoundError:
+        return 0
 
 
 def _job(tables: dict[str, Any], arm: str, changes: dict[str, Any], rate: int | float, seed: int, more: dict) -> Job:
