@@ -185,18 +185,40 @@ def test_ray_is_asked_for_by_name_if_it_is_missing(monkeypatch):
         on_ray(1.0)
 
 
-def test_ray_is_given_the_same_command(monkeypatch, tmp_path):
-    """A stand-in for Ray: what is asked of its interface, not a cluster."""
-    asked = []
+class StandInForRay(SimpleNamespace):
+    """What is asked of Ray's interface; each task is run here and now, or its worker dies."""
 
-    def remote(**options):
-        asked.append(options)
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, dies: bool = False) -> None:
+        super().__init__(asked=[], dies=dies)
+
+    def init(self, **_) -> None:
+        pass
+
+    def remote(self, **options):
+        self.asked.append(options)
         return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
 
-    def get(task):
+    def get(self, task):
+        if self.dies:
+            raise self.exceptions.RayError("the worker died")
         return task[0](*task[1])
 
-    monkeypatch.setitem(sys.modules, "ray", SimpleNamespace(init=lambda **_: None, remote=remote, get=get))
-    launch = on_ray(0.5)
-    assert launch([sys.executable, "-c", "print(1)"], str(tmp_path / "log.txt")) == 0
-    assert asked == [{"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}]
+
+def test_ray_is_given_the_same_command(monkeypatch, tmp_path):
+    ray = StandInForRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert on_ray(0.5)([sys.executable, "-c", "print(1)"], str(tmp_path / "log.txt")) == 0
+    assert ray.asked == [{"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}]
+
+
+def test_a_node_of_the_cluster_that_dies_is_a_crash_of_its_run(monkeypatch, jobs, tmp_path):
+    """Ray raises then, which ended the whole sweep; the run is to be tried again, as after any crash."""
+    monkeypatch.setitem(sys.modules, "ray", StandInForRay(dies=True))
+    notes = []
+    counts = sweep(jobs[:2], tmp_path / "records", tmp_path / "work", launch=on_ray(0.0), note=notes.append)
+    assert counts["failed"] == 2
+    assert all("failed 3 times: the worker died" in note for note in notes)

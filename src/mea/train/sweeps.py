@@ -254,7 +254,16 @@ def on_ray(gpus: float) -> Launch:
         raise ImportError("a sweep on a cluster needs Ray (pip install ray); without it runs are local") from error
     ray.init(address="auto", ignore_reinit_error=True)
     remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=0)(run_command)
-    return lambda command, log: ray.get(remote.remote(command, log))
+
+    def launch(command: list[str], log: str) -> int:
+        try:
+            return ray.get(remote.remote(command, log))
+        except ray.exceptions.RayError as error:  # the node or its worker died: a crash of this run, not of the sweep
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(f"{error}\n")
+            return 1
+
+    return launch
 
 
 def _attempt(
