@@ -7,7 +7,7 @@ from rich.console import Console
 
 from mea.records import make_record
 from mea.report import rows, terminal_table
-from mea.report.rows import cells, header, texts_of, with_error
+from mea.report.rows import cells, with_error
 
 
 def printed(records, width):
@@ -28,9 +28,8 @@ def test_uncompressed_first_then_best_to_worst(run):
 
 
 def test_cells_go_with_the_header(run):
-    found = rows(run())
-    line = dict(zip(header(found), cells(found[1], texts_of(found)), strict=True))
-    assert line == {
+    titles, lines = cells(rows(run()))
+    assert dict(zip(titles, lines[1], strict=True)) == {
         "method": "position",
         "wikitext-2-test perplexity": "35.4 ± 1.4",
         "technical perplexity": "20.0 ± 0.8",
@@ -40,7 +39,14 @@ def test_cells_go_with_the_header(run):
         "time ratio": "0.85 (0.84-0.87)",
         "compressed in": "42 s",
     }
-    assert len(cells(found[0], texts_of(found), brief=True)) == len(header(found, brief=True))
+    titles, lines = cells(rows(run()), brief=True)
+    assert {len(line) for line in lines} == {len(titles)}
+
+
+def test_columns_of_which_nothing_was_measured_are_left_out(one):
+    titles, lines = cells(rows([one("svd", 2.0, decode={}), one("none", 1.0, decode={})]))
+    assert titles[-2:] == ["cache bytes per token", "compressed in"]
+    assert [line[-1] for line in lines] == ["–", "42 s"]
 
 
 def test_terminal_table_fits_80_columns(run):
@@ -81,9 +87,9 @@ def test_digits_follow_the_error(value, error, text):
 def test_time_of_the_uncompressed_model_from_the_runs_of_the_others(one):
     compressed = one("position", 1.5)
     compressed["samples"]["decode_seconds"] = {"uncompressed": [0.07, 0.08, 0.09], "position": [0.06, 0.06, 0.07]}
-    plain, other = rows([compressed, one("none", 1.0, decode=None)])
-    assert cells(plain, texts_of([plain]))[-3:] == ["80.0", "1", "–"]
-    assert cells(other, texts_of([other]))[-3:-1] == ["61.2 (beside 80.0)", "0.85 (0.84-0.87)"]
+    _, (plain, other) = cells(rows([compressed, one("none", 1.0, decode=None)]))
+    assert plain[-3:] == ["80.0", "1", "–"]
+    assert other[-3:-1] == ["61.2 (beside 80.0)", "0.85 (0.84-0.87)"]
 
 
 def test_variants_of_a_method_go_by_their_label(one):

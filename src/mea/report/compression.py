@@ -6,7 +6,7 @@ from typing import Any
 from mea.records import Record
 from mea.report import figures
 from mea.report.parts import Figure, Part, Section, Table
-from mea.report.rows import Row, cells, continued, footnote, header, rows, texts_of
+from mea.report.rows import Row, cells, footnote, rows, texts_of
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
@@ -22,10 +22,9 @@ def _parts(found: list[Row], shared: dict[str, Any]) -> list[Part]:
     compressed = [row for row in found if row.compressed]
     best = min(compressed, key=lambda row: row.main_ratio, default=None)
     texts = texts_of(found)
-    lines = [cells(row, texts, continuations=continued(found)) for row in found]
     chosen = tuple(index for index, row in enumerate(found) if row is best)
     parts = [Part(numbers=_summary(found[0], best, texts))]
-    parts.append(Part("Methods side by side", table=Table(header(found), lines, footnote(found), chosen)))
+    parts.append(Part("Methods side by side", table=Table(*cells(found), footnote(found), chosen)))
     if drawn := _figures(found):
         parts.append(Part("What it costs, and where", figures=drawn))
     said = [(row.name, row.results["continuation"]) for row in found if row.results.get("continuation")]

@@ -31,8 +31,8 @@ from rich.table import Table
 from rich.text import Text
 
 from mea.records import Record
+from mea.report.parts import ABSENT
 
-ABSENT = "–"
 KIND = "comparison"
 UNCOMPRESSED = "none"
 
@@ -80,27 +80,33 @@ def texts_of(found: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(text for row in found for text in row.results.get("texts", {})))
 
 
-def header(found: Sequence[Row], brief: bool = False) -> list[str]:
-    """Column titles that go with `cells`."""
+def cells(found: Sequence[Row], brief: bool = False) -> tuple[list[str], list[list[str]]]:
+    """Titles of the columns, and the table's lines; columns of which nothing was measured are left out.
+
+    The brief form, for 80 columns, leaves out all errors but that of the main ratio.
+    """
+    titles, lines = _titles(found, brief), [_cells(row, texts_of(found), _continued(found), brief) for row in found]
+    there = [i for i in range(len(titles)) if not i or any(line[i] != ABSENT for line in lines)]
+    return [titles[i] for i in there], [[line[i] for i in there] for line in lines]
+
+
+def _titles(found: Sequence[Row], brief: bool) -> list[str]:
     columns = ["method"]
     for text in texts_of(found):
         columns += [f"{text.split('-')[0]}\nppl" if brief else f"{text} perplexity", "ratio"]
-    columns += [f"{text.split('-')[0]}\ncont." if brief else f"{text} continued, ratio" for text in continued(found)]
+    columns += [f"{text.split('-')[0]}\ncont." if brief else f"{text} continued, ratio" for text in _continued(found)]
     if brief:
         return [*columns, "bytes/\ntoken", "ms/\ntoken", "time\nratio", "made\nin"]
     return [*columns, "cache bytes per token", "decode ms per token", "time ratio", "compressed in"]
 
 
-def continued(found: Sequence[Row]) -> list[str]:
+def _continued(found: Sequence[Row]) -> list[str]:
     """Names of the texts of which continuations were scored."""
     return list(dict.fromkeys(text for row in found for text in row.results.get("continuations", {})))
 
 
-def cells(row: Row, texts: Sequence[str], brief: bool = False, continuations: Sequence[str] = ()) -> list[str]:
-    """One line of the table; errors are one standard error, ranges are quartiles.
-
-    The brief form, for 80 columns, leaves out all errors but that of the main ratio.
-    """
+def _cells(row: Row, texts: Sequence[str], continuations: Sequence[str], brief: bool) -> list[str]:
+    """One line of the table; errors are one standard error, ranges are quartiles."""
     line = [row.name]
     for index, text in enumerate(texts):
         values = row.results.get("texts", {}).get(text, {})
@@ -138,11 +144,10 @@ def terminal_table(records: Sequence[Record]) -> Table:
         As `rows`.
     """
     found = rows(records)
-    texts = texts_of(found)
-    lines = [cells(row, texts, True, continued(found)) for row in found]
+    titles, lines = cells(found, brief=True)
     table = Table(title=_title(found), caption=footnote(found), caption_justify="left", box=SIMPLE_HEAD)
     table.padding, table.pad_edge = (0, 0), False
-    for index, title in enumerate(header(found, brief=True)):  # only names of methods are wrapped
+    for index, title in enumerate(titles):  # only names of methods are wrapped
         table.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
     best = min((row.main_ratio for row in found if row.compressed), default=None)
     for row, line in zip(found, lines, strict=True):
@@ -158,7 +163,7 @@ def footnote(found: Sequence[Row]) -> str:
         values = next(row.results["texts"][text] for row in found if text in row.results.get("texts", {}))
         if "tokens" in values and "window" in values:
             notes.append(f"{text}: {values['tokens']:,} tokens scored in windows of {values['window']:,}")
-    for text in continued(found):
+    for text in _continued(found):
         values = next(r.results["continuations"][text] for r in found if text in r.results.get("continuations", {}))
         what = f"{values['tokens']:,} tokens, each window's after {values['context']:,} that are in the cache"
         notes.append(f"{text} continued: {what}")
