@@ -5,6 +5,7 @@ import io
 import xml.etree.ElementTree as ElementTree
 
 import pytest
+from rich.console import Console
 
 from mea.records import make_record, write_record
 from mea.report import as_csv, find_records, make_sections, write_markdown, write_report
@@ -124,7 +125,8 @@ def test_records_are_found_below_and_once(run, tmp_path):
     [
         ((1.23456, [1.2, 1.3]), "1.235 (1.200 to 1.300)"),
         ((0.5, [-0.1, 1.0], 1, "+", " %"), "+0.5 % (-0.1 to +1.0)"),
-        ((123456.0, [1e5, 2e5], -2), "1.2e+05 (1.0e+05 to 2.0e+05)"),
+        ((123456.0, [0.0, 2e10], -2), "1.2e5 (0.0e0 to 2.0e10)"),
+        ((1.5e-7, [], -2), "1.5e-7"),
         ((2.0, []), "2.000"),
         ((None, None), "–"),
     ],
@@ -136,6 +138,19 @@ def test_intervals_in_words(arguments, text):
 def test_an_empty_cell_stays_empty_in_a_line_that_stands_out():
     table = Table(["name", "value", "p"], [["x", "3", ""]], "What it is.", best=(0,))
     assert table_markdown(table).splitlines()[-1] == "| **x** | **3** |  |"
+
+
+def test_names_of_variants_are_whole_in_a_narrow_terminal():
+    """Both differential variants were "differe…" once, and a small gain looked like none."""
+    header = ["variant", "rate", "α", "D_c", "L_0", "residual", "predicted loss"]
+    values = ["0.0025 (edge)", "0.13 (0.12 to 0.20) *", "3.8e11 (3.4e8 to 5.4e11)", "0.00 (0.00 to 1.78)"]
+    names = ["transformer", "differential_v1", "groupnorm_small_gain"]
+    lines = [[name, *values, "0.22 %", "3.25 (3.20 to 3.39)"] for name in names]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(terminal(Part("Fits", table=Table(header, lines))))
+    printed = console.file.getvalue()
+    for whole in ("transformer ", "differential_ ", "v1 ", "groupnorm_ ", "small_gain ", "(edge)", "3.4e8…5.4e11"):
+        assert whole in printed
 
 
 def test_a_part_without_a_table_has_nothing_for_a_terminal():

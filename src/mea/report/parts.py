@@ -70,7 +70,9 @@ class Section:
 
 
 def terminal(part: Part) -> Group:
-    """The table of a part for a terminal; intervals stand below their values, so that columns stay narrow.
+    """The table of a part for a terminal.
+
+    Intervals stand below their values and long names are broken after an underscore, so that columns stay narrow.
 
     Raises
     ------
@@ -79,16 +81,22 @@ def terminal(part: Part) -> Group:
     """
     if part.table is None:
         raise ValueError(f"{part.heading or 'this part'} has no table")
-    shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    lines = [[re.sub(r" \((\S+) to (\S+)\)", r"\n\1…\2", cell) for cell in line] for line in part.table.lines]
+    shown = RichTable(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    lines = [[_narrow(cell, index < part.table.texts) for index, cell in enumerate(line)] for line in part.table.lines]
     for index, title in enumerate(part.table.header):
         number = index >= part.table.texts
         unbroken = [*title.split(), *(row for line in lines for row in line[index].split("\n"))]
         width = max(map(len, unbroken)) if number else None  # titles and names are wrapped, numbers never
-        shown.add_column(Text(title), justify="right" if number else "left", width=width)
+        shown.add_column(Text(title), justify="right" if number else "left", width=width, overflow="fold")
     for index, line in enumerate(lines):
         shown.add_row(*map(Text, line), style="bold" if index in part.table.best else "")
-    return Group(Text(part.heading, "bold"), shown, Text(part.table.note, "dim"), "")
+    return Group(Text(part.heading, "bold"), shown, "", Text(part.table.note, "dim"), "")
+
+
+def _narrow(cell: str, text: bool) -> str:
+    if text:
+        return re.sub(r"(\w{9,}?_)(?=\w)", r"\1\n", cell)
+    return re.sub(r" (\(.+\))$", r"\n\1", re.sub(r" \((\S+) to (\S+)\)", r"\n\1…\2", cell))
 
 
 def with_interval(
@@ -99,7 +107,7 @@ def with_interval(
     Parameters
     ----------
     digits
-        After the point; below 0: significant digits in scientific notation.
+        After the point; below 0: significant digits in scientific notation (``1.7e9``).
     sign
         ``"+"`` shows signs of positive values too.
     unit
@@ -107,7 +115,8 @@ def with_interval(
     """
     if value is None:
         return ABSENT
-    form = f"{sign},.{digits}f" if digits >= 0 else f"{sign}.{-digits - 1}e"
-    if not interval:
-        return format(value, form) + unit
-    return f"{format(value, form)}{unit} ({format(interval[0], form)} to {format(interval[1], form)})"
+    shown = [
+        format(x, f"{sign},.{digits}f" if digits >= 0 else f"{sign}.{-digits - 1}e") for x in (value, *(interval or ()))
+    ]
+    shown = [re.sub(r"e\+?(-?)0*(\d)", r"e\1\2", x) for x in shown]
+    return shown[0] + unit + (f" ({shown[1]} to {shown[2]})" if interval else "")
