@@ -47,16 +47,16 @@ def test_the_table_tells_of_every_rate(inside):
     table = inside.table
     assert len(table.lines) == 12
     lines = {(line[0], line[1]): line[2:] for line in table.lines}
-    assert lines["mea", "0.01"][1:] == ["30", "1", "5", "30", "2"]  # a singular value of 0 has no condition
+    assert lines["mea", "0.01"][1:] == ["30", "1", "1.58", "5", "30", "2"]  # a singular value of 0 has no condition
     assert lines["mea", "1"][0] == "diverged"
     assert lines["talking_heads", "0.001"][1] == "–"
-    assert lines["groupnorm", "0.001"][4:] == ["–", "–"]
+    assert lines["groupnorm", "0.001"][5:] == ["–", "–"]
 
 
 def test_calm_stands_beside_wild(inside):
     """Legends name the best and the largest rate; a diverged run is never the best."""
     figures = {figure.name: figure.svg for figure in inside.figures}
-    names = ("logits", "gradients", "reads", "key-mixing", "value-mixing")
+    names = ("logits", "gradients", "heads", "reads", "key-mixing", "value-mixing")
     assert list(figures) == [f"inside-{name}-constant" for name in names]
     titles = re.findall(r">(\w+ \([\d.]+ / [\d.]+\))<", figures["inside-logits-constant"])
     assert titles == [f"{arm} (0.001 / 1)" for arm in ("transformer", "mea", "groupnorm")]

@@ -25,7 +25,7 @@ def part(runs: Sequence[Record], suffix: str = "") -> Part | None:
         return None
     schedule = seen[0]["config"].get("schedule", "constant")
     pairs = {arm: _pair([run for run in seen if arm_of(run) == arm]) for arm in arms_of(seen)}
-    drawn = [make(pairs, schedule) for make in (_logits, _gradients, _reads)]
+    drawn = [make(pairs, schedule) for make in (_logits, _gradients, _heads, _reads)]
     drawn += [_spectra(pairs, schedule, kind) for kind in KINDS]
     text = (
         "One run of each variant, of the first seed: left at the best of the rates whose runs were looked into, right "
@@ -72,6 +72,17 @@ def _gradients(pairs: dict[str, Pair], schedule: str) -> Figure | None:
 
     text = f"Norm of the gradient before clipping: the largest in every {BINS}th part of the run."
     return _curves(f"inside-gradients-{schedule}", pairs, curve, "gradient norm", text)
+
+
+def _heads(pairs: dict[str, Pair], schedule: str) -> Figure | None:
+    """How loud the output projection hears heads, layer by layer, at the end of the run."""
+
+    def curve(run: Record) -> tuple[NDArray, NDArray]:
+        values = [_rms(layer) for layer in run["samples"]["head_rms"][-1]]
+        return np.arange(1, len(values) + 1), np.array(values)
+
+    text = "Root mean square over the heads of a layer where its output projection reads them, at the end."
+    return _curves(f"inside-heads-{schedule}", pairs, curve, "RMS of a layer's heads", text, x="layer")
 
 
 def _reads(pairs: dict[str, Pair], schedule: str) -> Figure | None:
@@ -143,8 +154,8 @@ def _curves(
 
 def _table(runs: Sequence[Record]) -> Table:
     """One line for every arm and rate: means over seeds at the end of the runs."""
-    header = ["variant", "rate", "loss", "largest logit", "gradient norm", "loudest : quietest head"]
-    header += ["condition of key mixing", "of value mixing"]
+    header = ["variant", "rate", "loss", "largest logit", "gradient norm", "heads of layer 1"]
+    header += ["loudest : quietest head", "condition of key mixing", "of value mixing"]
     lines = []
     for arm in arms_of(runs):
         own = [run for run in runs if arm_of(run) == arm]
@@ -154,6 +165,7 @@ def _table(runs: Sequence[Record]) -> Table:
             numbers = [
                 _mean(_largest(run["samples"]["largest_logit"][-1]) for run in cell),
                 _mean(_late(run["samples"].get("grad_norm")) for run in cell),
+                _mean(_rms(run["samples"]["head_rms"][-1][0]) for run in cell),
                 _mean(_condition(run["samples"]["head_rms"][-1]) for run in cell),
                 *(_mean(_condition((run["samples"].get(f"{k}_mixing") or [[]])[-1]) for run in cell) for k in KINDS),
             ]
@@ -161,7 +173,8 @@ def _table(runs: Sequence[Record]) -> Table:
             lines.append([arm, f"{rate:.3g}", shown, *map(_shown, numbers)])
     note = (
         f"At the end of the runs, means over seeds; the largest of all layers. Gradient norm: median over the last "
-        f"{100 * LAST:g} % of the steps, before clipping. With a norm on the heads their loudness is that of its gain."
+        f"{100 * LAST:g} % of the steps, before clipping. Heads: root mean square "
+        "where the output projection reads them; with a norm that is its gain."
     )
     return Table(header, lines, note)
 
@@ -182,6 +195,10 @@ def _largest(layers: Sequence[float | None]) -> float:
     values = _numbers(layers)
     values = values[np.isfinite(values)]
     return float(values.max()) if len(values) else np.nan
+
+
+def _rms(values: Sequence[float | None]) -> float:
+    return float(np.sqrt(np.mean(np.square(_numbers(values)))))
 
 
 def _condition(layers: Iterable[Sequence[float]]) -> float:
