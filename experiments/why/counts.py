@@ -1,0 +1,44 @@
+"""What counting tokens, and pairs of tokens, costs on the validation split: the losses that blown-up runs end at.
+
+    python experiments/why/counts.py FOLDER_OF_BOOKS
+
+Written to experiments/why/counts.json. Data as in experiments/learning_rate/sweep.toml, counts over its whole training
+split.
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from mea.records import make_record, write_record
+from mea.train.settings import settings_from
+from mea.train.shards import TokenStream, prepare
+from mea.train.sweeps import read_jobs
+
+SMOOTHING = 200  # tokens that the frequencies count for in the context of one token
+
+
+def main(*files: str) -> None:
+    """Count, score, and write the record."""
+    data = settings_from(read_jobs("experiments/learning_rate/sweep.toml", list(files))[0].tables).data
+    shards = prepare(data, "build/pretraining/data")
+    streams = [TokenStream(shards, split) for split in ("train", "validation")]
+    train, text = (stream.read(0, len(stream))[0] for stream in streams)
+    frequency = np.bincount(train, minlength=data.vocabulary) + 0.5
+    frequency /= frequency.sum()
+    pairs = np.zeros((data.vocabulary, data.vocabulary))
+    np.add.at(pairs, (train[:-1], train[1:]), 1)
+    following = (pairs + SMOOTHING * frequency) / (pairs.sum(1, keepdims=True) + SMOOTHING)
+    results = {
+        "loss_of_frequencies": -np.log(frequency[text]).mean(),
+        "loss_of_pairs": -np.log(following[text[:-1], text[1:]]).mean(),
+    }
+    results = {name: round(float(value), 4) for name, value in results.items()}
+    sizes = {"train": len(train), "validation": len(text), "vocabulary": data.vocabulary, "smoothing": SMOOTHING}
+    write_record(Path("experiments/why/counts.json"), make_record("token counts", sizes, results=results))
+    print(results)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
