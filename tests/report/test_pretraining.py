@@ -98,9 +98,11 @@ def test_sizes_have_sections_of_their_own(runs):
     assert [section.heading[:15] for section in found] == ["Pretraining: 1m", "Pretraining: 3m"]
 
 
-def test_cells_too_far_off_are_named(fit):
-    figure = curves.rate_against_loss(fit["results"]["groups"]["constant"], "constant")
-    assert figure.caption.endswith("Too far off to be drawn: a at 0.03 (diverged).")
+def test_where_training_blows_up_is_drawn_and_the_minimum_once_more(fit):
+    """The diverged cell of arm a at the largest rate is what the first figure has and the second has not."""
+    whole, near = curves.rate_against_loss(fit["results"]["groups"]["constant"], "constant")
+    assert [figure.name for figure in (whole, near)] == ["rates-constant", "rates-near-constant"]
+    assert whole.svg.count("<use ") == near.svg.count("<use ") + 1
 
 
 def test_a_curve_has_its_fitted_law(runs, fit):

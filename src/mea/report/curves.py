@@ -50,21 +50,27 @@ def of_arms(runs: Sequence[Record], fit: Record | None, schedule: str) -> list[F
     return drawn
 
 
-def rate_against_loss(group: dict[str, Any], schedule: str) -> Figure | None:
-    """Final loss against the learning rate, a line for every arm."""
+def rate_against_loss(group: dict[str, Any], schedule: str) -> list[Figure]:
+    """Final loss against the learning rate, a line for every arm; once more without the cells that are far off."""
     cells = group["cells"]
     if len({cell["rate"] for cell in cells}) < 2:
-        return None
-    top = HIGHEST * min(cell["loss"] for cell in cells)
-    far = []
-    with style(f"rates-{schedule}"):
+        return []
+    text = "Every variant at every rate, a diverged one with the loss before training. Bars: 95 % intervals."
+    drawn = [_rates(f"rates-{schedule}", group, cells, text)]
+    near = [cell for cell in cells if cell["loss"] <= HIGHEST * min(cell["loss"] for cell in cells)]
+    if len(near) < len(cells):
+        text = f"The same, up to {HIGHEST} times the lowest loss. Bars: 95 % intervals."
+        drawn.append(_rates(f"rates-near-{schedule}", group, near, text))
+    return drawn
+
+
+def _rates(name: str, group: dict[str, Any], cells: list[dict[str, Any]], text: str) -> Figure:
+    with style(name):
         figure, axes = axes_of_a_figure()
         for index, arm in enumerate(_names(group)):
             own = sorted((cell for cell in cells if cell["arm"] == arm), key=lambda cell: cell["rate"])
-            near = [cell for cell in own if cell["loss"] <= top]
-            far += [cell for cell in own if cell["loss"] > top]
-            values = [cell["loss"] for cell in near]
-            axes.errorbar([cell["rate"] for cell in near], values, yerr=_bars(near), label=arm, **line(index, size=5))
+            losses = [cell["loss"] for cell in own]
+            axes.errorbar([cell["rate"] for cell in own], losses, yerr=_bars(own), label=arm, **line(index, size=5))
         axes.set_xscale("log")
         rates = sorted({cell["rate"] for cell in cells})
         axes.set_xticks(rates, [f"{value:.3g}" for value in rates])
@@ -72,10 +78,7 @@ def rate_against_loss(group: dict[str, Any], schedule: str) -> Figure | None:
         axes.set_xlabel("learning rate")
         axes.set_ylabel("final validation loss, nats per token")
         legend(figure, axes)
-        note = "Every variant at every rate. Bars: 95 % intervals."
-        if far:
-            note += f" Too far off to be drawn: {'; '.join(map(_beyond, far))}."
-        return Figure(f"rates-{schedule}", svg(figure), note)
+        return Figure(name, svg(figure), text)
 
 
 def at_best_rates(runs: Sequence[Record], group: dict[str, Any], schedule: str) -> Figure | None:
@@ -255,11 +258,6 @@ def _validation(cell: Sequence[Record]) -> tuple[NDArray, NDArray]:
 def _bars(cells: Sequence[dict[str, Any]]) -> NDArray:
     ends = [(cell["interval"] or (cell["loss"], cell["loss"]), cell["loss"]) for cell in cells]
     return np.array([[max(0, loss - low), max(0, high - loss)] for (low, high), loss in ends]).reshape(-1, 2).T
-
-
-def _beyond(cell: dict[str, Any]) -> str:
-    outcome = "diverged" if cell["diverged"] else f"{cell['loss']:.2f}"
-    return f"{cell['arm']} at {cell['rate']:.3g} ({outcome})"
 
 
 def arm_of(record: Record) -> str:

@@ -41,7 +41,8 @@ def _section(shape: Shape, records: list[Record]) -> Section:
         if drawn := _figures(chosen, fit, schedule):
             parts.append(Part(f"Rates, losses and stability in figures{suffix}", figures=drawn))
         if drawn := curves.of_arms(chosen, fit, schedule):
-            text = "Thin: training loss. Markers: validation loss, mean over seeds. Dashed: the fitted law."
+            text = "Thin: training loss. Markers: validation loss, mean over seeds."
+            text += " Dashed: the fitted law." if fit else ""
             parts.append(Part(f"Loss against tokens, variant by variant{suffix}", text, figures=drawn))
         if seen := inside.part(chosen, suffix):
             parts.append(seen)
@@ -55,7 +56,7 @@ def _groups(fit: Record | None) -> dict[str, Any]:
 
 def _figures(runs: list[Record], fit: Record | None, schedule: str) -> list[Figure]:
     group = _groups(fit).get(schedule)
-    drawn = [curves.rate_against_loss(group, schedule) if group else None]
+    drawn: list[Figure | None] = [*curves.rate_against_loss(group, schedule)] if group else []
     drawn.append(curves.at_best_rates(runs, group, schedule) if group and runs else None)
     drawn += [curves.spikes(group, schedule), curves.predictions(group, schedule)] if group else []
     drawn += [curves.differences(group, schedule), curves.effects(group, schedule)] if group else []
