@@ -82,6 +82,17 @@ def test_spread_over_seeds_is_that_of_students_t(run):
     assert np.percentile(np.abs(replicates), 95) == pytest.approx(4.303, rel=0.06)
 
 
+def test_one_seed_each_says_nothing_of_what_two_arms_share(run):
+    """The pooled noise once cancelled between them, as if another seed would move both alike: +/-0.01 became nothing."""
+    records = [run("a", 1e-3, seed, noise=0.01) for seed in range(3)]
+    records += [run(arm, 1e-3, 0, noise=0.01) for arm in ("b", "c")]
+    group = fit_records(records, QUICK)["results"]["groups"]["constant"]
+    loss = group["cells"][0]["loss"]
+    (found,) = (d for d in group["differences"] if (d["first"], d["second"]) == ("b", "c"))
+    low, high = found["interval"]
+    assert high - low > 2 * 1.96 * np.sqrt(2) * 0.9 * group["seed_noise"]["deviation"] * loss
+
+
 def test_the_baseline_stands_first(run):
     records = [run(arm, 1e-3, seed) for arm in ("mea", "transformer", "groupnorm") for seed in range(2)]
     group = fit_records(records, QUICK)["results"]["groups"]["constant"]

@@ -10,7 +10,8 @@ freedom.
 - *Text*: if the losses of blocks of the validation text are known, their deviations likewise.
 
 The numbers depend on the seed and on nothing else: replicates of different cells go together, runs with the same seed
-are pairs, and what they share cancels in differences.
+are pairs, and what they share cancels in differences. Noise that a cell with one seed takes from others is a number of
+its own instead: of one seed nobody knows what it shares.
 """
 
 import zlib
@@ -54,7 +55,7 @@ class Draws:
         if len(logs) > 1:
             moved = self._between([f"seed {s}" for s in cell.seeds], logs[:, None])[:, 0]
         elif noise is not None:
-            moved = noise.deviation * self.stretch(noise.freedom) * self.normals(f"seed {cell.seeds[0]}")
+            moved = self._taken(cell, noise)
         else:
             moved = np.zeros(self.count)
         return np.exp(logs.mean() + moved + self._text(cell)[:, 0])
@@ -81,8 +82,7 @@ class Draws:
             moved = self._between(names, deviation.mean(1, keepdims=True))
             rest = (deviation - deviation.mean(1, keepdims=True)) / np.sqrt(len(seeds) * (len(seeds) - 1))
         else:
-            offset = noise.deviation * self.stretch(noise.freedom) if noise is not None else np.zeros(self.count)
-            moved = (offset * self.normals(names[0]))[:, None]
+            moved = np.zeros((self.count, 1)) if noise is None else self._taken(cell, noise)[:, None]
             rest = (residual - residual.mean())[None]
         length = max(2, len(tokens) // 6)
         # Blocks begin elsewhere in every replicate, so that no two neighbours are always apart.
@@ -93,6 +93,10 @@ class Draws:
             moved = moved + np.take_along_axis(numbers, block, 1) * row
         text = self._text(cell, tokens)
         return np.exp(logs.mean(0) + moved + text)
+
+    def _taken(self, cell: Cell, noise: SeedNoise) -> NDArray:
+        """``[count]``: what another seed would move a cell with one seed by."""
+        return noise.deviation * self.stretch(noise.freedom) * self.normals(f"{cell.arm} at {cell.rate}")
 
     def _between(self, names: Sequence[str], deviation: NDArray) -> NDArray:
         """``[count, n]``: replicates of the mean of the rows of `deviation` around itself."""
