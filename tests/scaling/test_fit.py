@@ -83,7 +83,7 @@ def test_spread_over_seeds_is_that_of_students_t(run):
 
 
 def test_one_seed_each_says_nothing_of_what_two_arms_share(run):
-    """The pooled noise once cancelled between them, as if another seed would move both alike: +/-0.01 became nothing."""
+    """The pooled noise once cancelled between them, as if another seed would move both alike."""
     records = [run("a", 1e-3, seed, noise=0.01) for seed in range(3)]
     records += [run(arm, 1e-3, 0, noise=0.01) for arm in ("b", "c")]
     group = fit_records(records, QUICK)["results"]["groups"]["constant"]
