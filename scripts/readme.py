@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mea.records import read_records
 from mea.report import figures
-from mea.report.rows import cells, footnote, header, rows, texts_of
+from mea.report.rows import cells, footnote, rows
 
 ROOT = Path(__file__).parent.parent
 RECORDS, README, FIGURE = ROOT / "experiments/smollm2/records", ROOT / "README.md", ROOT / "docs/position.svg"
@@ -17,8 +17,8 @@ END = "<!-- end of results -->"
 def results() -> tuple[str, str]:
     """The block of the README and the text of the figure."""
     found = rows(read_records(RECORDS, "comparison"))
-    texts = texts_of(found)
-    table = [header(found), ["---"] + ["---:"] * (len(header(found)) - 1), *(cells(row, texts) for row in found)]
+    titles, values = cells(found)
+    table = [titles, ["---"] + ["---:"] * (len(titles) - 1), *values]
     lines = ["| " + " | ".join(line) + " |" for line in table]
     drawn = figures.ratio_by_position(found)
     if drawn is None:
