@@ -3,6 +3,7 @@
 import json
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -125,6 +126,21 @@ def test_an_interruption_starts_nothing_more(jobs, tmp_path):
 def test_after_the_time_is_over_no_run_is_started(jobs, tmp_path):
     counts = sweep(jobs, tmp_path / "records", tmp_path / "work", minutes=0.0, launch=fake({}, []))
     assert counts == {"finished": 0, "diverged": 0, "failed": 0, "left": 6}
+
+
+def test_a_branch_waits_for_the_run_that_it_goes_on_from(jobs, tmp_path):
+    """With two workers it began beside that run, found nothing kept, and was trained whole in five times the time."""
+    happened = []
+
+    def launch(command: list[str], log: str) -> int:
+        branch = "cosine" in command[3]
+        happened.append(branch)
+        time.sleep(0 if branch else 0.5)
+        happened.append(branch)
+        return fake({}, [])(command, log)
+
+    sweep([jobs[0], jobs[-1]], tmp_path / "records", tmp_path / "work", workers=2, launch=launch, note=lambda _: None)
+    assert happened == [False, False, True, True]
 
 
 def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, jobs, tmp_path):

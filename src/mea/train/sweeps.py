@@ -14,7 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -150,13 +150,19 @@ def sweep(
     start, failed, done = time.monotonic(), [], 0
     stopping = threading.Event()
 
-    def run(job: Job) -> str | None:
+    def run(job: Job, base: Future | None) -> str | None:
+        if base is not None:
+            base.exception()  # ended, well or not: what it kept is where the branch starts
         late = minutes is not None and time.monotonic() - start > 60 * minutes
         return None if late else _attempt(job, results, work_folder, attempts, launch, stopping)
 
     steps = {job.name: settings_from(job.tables).optim.steps for job in todo}
     with ThreadPoolExecutor(workers) as pool:
-        futures = {pool.submit(run, job): job for job in todo}
+        futures: dict[Future, Job] = {}
+        begun: dict[str, Future] = {}  # runs are begun in this order: waiting for one before never ends in waiting
+        for job in todo:
+            begun[job.name] = pool.submit(run, job, begun.get(job.base) if job.branch is not None else None)
+            futures[begun[job.name]] = job
         pending = set(futures)
         try:
             while pending:
