@@ -6,7 +6,9 @@ from pathlib import Path
 
 from mea.records import read_records
 from mea.report import figures
+from mea.report.parts import Table
 from mea.report.rows import cells, footnote, rows
+from mea.report.writing import table_markdown
 
 ROOT = Path(__file__).parent.parent
 RECORDS, README, FIGURE = ROOT / "experiments/smollm2/records", ROOT / "README.md", ROOT / "docs/position.svg"
@@ -17,9 +19,6 @@ END = "<!-- end of results -->"
 def results() -> tuple[str, str]:
     """The block of the README and the text of the figure."""
     found = rows(read_records(RECORDS, "comparison"))
-    titles, values = cells(found)
-    table = [titles, ["---"] + ["---:"] * (len(titles) - 1), *values]
-    lines = ["| " + " | ".join(line) + " |" for line in table]
     drawn = figures.ratio_by_position(found)
     if drawn is None:
         raise ValueError(f"the records in {RECORDS.name} hold no perplexity by position")
@@ -32,7 +31,7 @@ def results() -> tuple[str, str]:
         "",
         f"{found[0].model} at half of its cache, the model never trained as a whole ({where}; `experiments/smollm2`):",
         "",
-        *lines,
+        table_markdown(Table(*cells(found))).rstrip(),
         "",
         footnote(found),
     ]

@@ -57,7 +57,8 @@ def rate_against_loss(group: dict[str, Any], schedule: str) -> list[Figure]:
         return []
     text = "Every variant at every rate, a diverged one with the loss before training. Bars: 95 % intervals."
     drawn = [_rates(f"rates-{schedule}", group, cells, text)]
-    near = [cell for cell in cells if cell["loss"] <= HIGHEST * min(cell["loss"] for cell in cells)]
+    top = HIGHEST * min(cell["loss"] for cell in cells)
+    near = [cell for cell in cells if cell["loss"] <= top]
     if len(near) < len(cells):
         text = f"The same, up to {HIGHEST} times the lowest loss. Bars: 95 % intervals."
         drawn.append(_rates(f"rates-near-{schedule}", group, near, text))
