@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 
 from mea.records import read_record
+from mea.train.jobs import Job
 from mea.train.pretraining import pretrain
-from mea.train.sweeps import KEPT, STEPS, Job, sweep, work
+from mea.train.sweeps import KEPT, STEPS, sweep, work
 from tiny_corpus import merged
 
 DECAY = {"optim": {"schedule": "wsd", "final_fraction": 0.0, "decay_fraction": 0.2}}

@@ -11,8 +11,9 @@ import pytest
 
 from mea.records import make_record, write_record
 from mea.train import sweeps
+from mea.train.jobs import read_jobs
 from mea.train.settings import settings_from
-from mea.train.sweeps import on_ray, read_jobs, run_command, sweep
+from mea.train.sweeps import on_ray, run_command, sweep
 from tiny_corpus import SEPARATOR, some_documents
 
 SWEEP = """

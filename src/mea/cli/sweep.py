@@ -21,7 +21,8 @@ def sweep(
     gpus: Annotated[float, typer.Option(help="GPUs of a run on Ray.")] = 1,
 ) -> None:
     """Variants, learning rates and seeds as one set of runs that can be stopped and gone on with."""
-    from mea.train.sweeps import on_ray, read_jobs
+    from mea.train.jobs import read_jobs
+    from mea.train.sweeps import on_ray
     from mea.train.sweeps import sweep as run
 
     jobs = read_jobs(config, files)
