@@ -153,6 +153,18 @@ def test_names_of_variants_are_whole_in_a_narrow_terminal():
         assert whole in printed
 
 
+def test_words_stay_whole_beside_a_choice_of_variant_and_rate():
+    """The columns of variant and schedule once had a letter a line."""
+    header = ["variant", "schedule", "cells", "rank correlation", "best at constant rate", "best after decay", "gain"]
+    choices = ["mea_small_gain at 0.0025", "groupnorm_small_gain at 0.0063"]
+    line = ["all arms", "wsd", "4", "0.80 (0.40 to 1.00)", *choices, "0.182"]
+    console = Console(file=io.StringIO(), width=80)
+    console.print(terminal(Part("Decay", table=Table(header, [line], texts=2))))
+    printed = console.file.getvalue()
+    for whole in ("variant ", "schedule ", "all arms ", "0.40…1.00 ", "mea_small_", "small_gain ", "at 0.0063 "):
+        assert whole in printed
+
+
 def test_a_part_without_a_table_has_nothing_for_a_terminal():
     with pytest.raises(ValueError, match="Words has no table"):
         terminal(Part("Words"))

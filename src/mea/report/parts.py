@@ -72,7 +72,8 @@ class Section:
 def terminal(part: Part) -> Group:
     """The table of a part for a terminal.
 
-    Intervals stand below their values and long names are broken after an underscore, so that columns stay narrow.
+    So that columns stay narrow intervals stand below their values, a rate below its variant, and long names are broken
+    after an underscore.
 
     Raises
     ------
@@ -94,9 +95,10 @@ def terminal(part: Part) -> Group:
 
 
 def _narrow(cell: str, text: bool) -> str:
+    cell = re.sub(r"(\w{9,}?_)(?=\w)", r"\1\n", cell)
     if text:
-        return re.sub(r"(\w{9,}?_)(?=\w)", r"\1\n", cell)
-    return re.sub(r" (\(.+\))$", r"\n\1", re.sub(r" \((\S+) to (\S+)\)", r"\n\1…\2", cell))
+        return cell
+    return re.sub(r" (at \S+|\(.+\))$", r"\n\1", re.sub(r" \((\S+) to (\S+)\)", r"\n\1…\2", cell))
 
 
 def with_interval(
