@@ -172,8 +172,17 @@ def test_a_choice_that_holds(run):
     together = lines["all arms"]
     assert together["correlation"] == pytest.approx(1, abs=0.03)  # 1e-3 and 1e-2 of one arm differ by noise alone
     assert (together["best_constant_arm"], together["best_decayed_arm"]) == ("b", "b")
-    assert together["rules"]["constant"] == {"arm": "b", "rate": 3e-3, "probability": 1, "regret": 0}
+    lost = pytest.approx(0, abs=1e-3)  # two seeds: one replicate in hundreds is off as far as rates are apart
+    assert together["rules"]["constant"] == {"arm": "b", "rate": 3e-3, "probability": 1, "regret": lost}
     assert "paper" not in together["rules"]
+
+
+def test_a_choice_loses_no_more_than_the_rates_are_apart(run):
+    """Two seeds make replicates that are thousands of nats off now and then: their mean once was what a choice lost."""
+    results = fit_records(both_ways(run, 1, 1, noise=0.02), QUICK)["results"]
+    (line,), (arm,) = results["after_decay"], results["groups"]["constant"]["arms"]
+    for rules in (line["rules"], arm["rules"]):
+        assert all(rule["regret"] < 0.5 for rule in rules.values())  # the worst rate is 0.4 above the best
 
 
 def test_a_grid_that_is_not_full_yet_is_analysed_as_far_as_it_goes(run):

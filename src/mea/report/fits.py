@@ -192,7 +192,7 @@ def _rules(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
             lines.append(line)
     note = (
         "How often a rule takes the rate that is best at the end of the runs, over bootstrap replicates of both, and "
-        "what it loses on average against the best rate, in nats per token."
+        "what it loses on average against the best rate by the losses measured, in nats per token."
     )
     header = ["variant", "rule", "takes the best rate", "expected loss"]
     return Part("Which rule finds the best rate?", table=Table(header, lines, note, texts=2))
@@ -224,7 +224,7 @@ def _after_decay(found: Sequence[dict[str, Any]]) -> list[Part]:
     made = [Part("Does the choice at a constant rate hold after decay?", table=Table(header, lines, note, texts=2))]
     note = (
         "How often the choice, made on the runs at a constant rate, is the best after decay, over bootstrap replicates "
-        "of both, and what it loses on average against the best, in nats per token."
+        "of both, and what it loses on average against the best by the losses measured, in nats per token."
     )
     header = ["variant", "chosen by", "takes the best", "expected loss"]
     made.append(Part("Which choice is the best after decay?", table=Table(header, choices, note, texts=2)))

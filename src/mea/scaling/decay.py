@@ -36,9 +36,10 @@ def after_decay(
     -------
     Lines with the rank correlation of losses at the constant rate with those after decay over the cells that have
     both, and under ``rules`` what each way to choose at a constant rate takes, how often that is the best after decay
-    and what it loses: ``"constant"`` by the loss at the end, ``"early"`` by the loss where the first part ends,
-    ``"held"`` by what the fit to that part predicts, ``"far"`` by what the whole run's fit predicts at the horizon,
-    ``"paper"`` by the paper's rule. In the line of all arms a choice is of arm and rate, which no such rule makes.
+    and what it loses on average by the losses measured: ``"constant"`` by the loss at the end, ``"early"`` by the loss
+    where the first part ends, ``"held"`` by what the fit to that part predicts, ``"far"`` by what the whole run's fit
+    predicts at the horizon, ``"paper"`` by the paper's rule. In the line of all arms a choice is of arm and rate,
+    which no such rule makes.
     """
     constant = {(cell.arm, cell.rate): cell for cell in cells if cell.schedule == CONSTANT}
     found = []
@@ -51,14 +52,14 @@ def after_decay(
                 continue
             before, after = (np.stack([losses[s][key] for key in keys], 1) for s in (CONSTANT, schedule))
             first, second = (np.array([group[key].finals.mean() for key in keys]) for group in (constant, decayed))
-            rules = {"constant": _judged(keys, first, before, after)}
+            rules = {"constant": _judged(keys, first, before, after, second)}
             for name in ("early", "held", "far"):
                 values, replicates = _by_fit(keys, fits, name, draws.count)
                 if np.isfinite(values).any():
-                    rules[name] = _judged(keys, values, replicates, after)
+                    rules[name] = _judged(keys, values, replicates, after, second)
             if arm is not None:
                 rules["paper"] = choice_quality(
-                    papers_rule_replicates([constant[key] for key in keys], draws.count, draws.seed), after
+                    papers_rule_replicates([constant[key] for key in keys], draws.count, draws.seed), after, second
                 )
             best, decayed_best = keys[int(first.argmin())], keys[int(second.argmin())]
             found.append(
@@ -89,7 +90,9 @@ def _by_fit(keys: Sequence[Key], fits: Mapping[Key, CellFit], name: str, count: 
     return values, replicates
 
 
-def _judged(keys: Sequence[Key], values: NDArray, replicates: NDArray, after: NDArray) -> dict[str, Any]:
+def _judged(
+    keys: Sequence[Key], values: NDArray, replicates: NDArray, after: NDArray, measured: NDArray
+) -> dict[str, Any]:
     """What is chosen, and how good choices of the replicates are."""
     arm, rate = keys[int(values.argmin())]
-    return {"arm": arm, "rate": rate} | choice_quality(replicates.argmin(1), after)
+    return {"arm": arm, "rate": rate} | choice_quality(replicates.argmin(1), after, measured)

@@ -169,7 +169,7 @@ def _arm(
     rates = np.array([cell.rate for cell in group])
 
     def judged(chosen: NDArray) -> dict[str, Any]:
-        return choice_quality(chosen, truth) | {"rates": interval(rates[chosen], discrete=True)}
+        return choice_quality(chosen, truth, means) | {"rates": interval(rates[chosen], discrete=True)}
 
     rules = {"paper": judged(papers_rule_replicates(group, draws.count, draws.seed))}
     fitted = [fits.get((cell.arm, cell.rate)) for cell in group]

@@ -57,8 +57,10 @@ def sensitivity(rates: NDArray, losses: NDArray, initial: float) -> NDArray:
     return np.asarray(np.trapezoid(excess, where, axis=-1) / (where[-1] - where[0]))
 
 
-def choice_quality(chosen: NDArray, truth: NDArray) -> dict[str, float]:
+def choice_quality(chosen: NDArray, truth: NDArray, measured: NDArray) -> dict[str, float]:
     """How good choices are when the truth is uncertain too.
+
+    What they lose is counted by the measured losses: with few seeds replicates have tails that have no mean.
 
     Parameters
     ----------
@@ -66,16 +68,17 @@ def choice_quality(chosen: NDArray, truth: NDArray) -> dict[str, float]:
         Index of the rate that a rule takes in each replicate.
     truth : array ``[count, rates]``
         Replicates of the true losses.
+    measured : array ``[rates]``
+        The losses that were measured.
 
     Returns
     -------
     dict
-        ``probability`` of having chosen the best rate, and the expected ``regret``: the loss above that of the best.
+        ``probability`` of having chosen the best rate, and the mean ``regret``: the loss above that of the best.
     """
-    rows = np.arange(len(truth))
     return {
         "probability": float((chosen == truth.argmin(1)).mean()),
-        "regret": float((truth[rows, chosen] - truth.min(1)).mean()),
+        "regret": float((measured[chosen] - measured.min()).mean()),
     }
 
 
