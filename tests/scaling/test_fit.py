@@ -172,7 +172,7 @@ def test_a_choice_that_holds(run):
     together = lines["all arms"]
     assert together["correlation"] == pytest.approx(1, abs=0.03)  # 1e-3 and 1e-2 of one arm differ by noise alone
     assert (together["best_constant_arm"], together["best_decayed_arm"]) == ("b", "b")
-    lost = pytest.approx(0, abs=1e-3)  # two seeds: one replicate in hundreds is off as far as rates are apart
+    lost = pytest.approx(0.13 / QUICK.draws, rel=1e-2)  # two seeds have long tails: one replicate takes a rate of a
     assert together["rules"]["constant"] == {"arm": "b", "rate": 3e-3, "probability": 1, "regret": lost}
     assert "paper" not in together["rules"]
 
