@@ -93,6 +93,16 @@ def test_one_seed_each_says_nothing_of_what_two_arms_share(run):
     assert high - low > 2 * 1.96 * np.sqrt(2) * 0.9 * group["seed_noise"]["deviation"] * loss
 
 
+def test_more_rates_to_choose_from_make_no_arm_better(run):
+    """Three rates that are alike: the least of three replicates once put their arm ahead of one with a single rate."""
+    records = [run("a", 1e-3, seed, noise=0.01) for seed in range(3)]
+    records += [run("b", rate, seed, noise=0.01) for rate in (1e-3, 2e-3, 3e-3) for seed in range(3)]
+    (found,) = fit_records(records, FitSettings(draws=2000))["results"]["groups"]["constant"]["differences"]
+    fixed, chosen = (np.mean(found[name]) for name in ("interval", "interval_with_choice"))
+    assert chosen > fixed - 0.1 * np.ptp(found["interval"])
+    assert np.ptp(found["interval_with_choice"]) > 0.9 * np.ptp(found["interval"])
+
+
 def test_the_baseline_stands_first(run):
     records = [run(arm, 1e-3, seed) for arm in ("mea", "transformer", "groupnorm") for seed in range(2)]
     group = fit_records(records, QUICK)["results"]["groups"]["constant"]

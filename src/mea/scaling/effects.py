@@ -21,8 +21,8 @@ def differences(best: Mapping[str, Cell], fixed: Mapping[str, NDArray], chosen: 
     best
         Arm -> the cell at its own best rate.
     fixed, chosen
-        Arm -> replicates of its loss at that rate, and at the rate that is best in the replicate: the latter counts the
-        choice of the rate among what is uncertain.
+        Arm -> replicates of its loss at that rate, and from `pick`, which counts the choice of the rate among what is
+        uncertain.
     """
     found = []
     for first, second in combinations(best, 2):
@@ -76,6 +76,16 @@ def factorial_effects(best: Mapping[str, Cell], chosen: Mapping[str, NDArray]) -
     return found
 
 
-def pick(replicates: Sequence[NDArray]) -> NDArray:
-    """The least of several cells' losses in each replicate."""
-    return np.stack(replicates, 1).min(1)
+def pick(trials: Sequence[NDArray], losses: Sequence[NDArray]) -> NDArray:
+    """Replicates of the loss at the rate that is chosen.
+
+    In each replicate the rate is that of the least of the `trials`, and its loss that of the `losses`, which know
+    nothing of them: the least of several losses that are noisy is too low, the more so the more rates there are.
+
+    Parameters
+    ----------
+    trials, losses
+        For every rate two independent sets of replicates ``[count]``.
+    """
+    best = np.stack(trials, 1).argmin(1)
+    return np.take_along_axis(np.stack(losses, 1), best[:, None], 1)[:, 0]

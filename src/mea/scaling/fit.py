@@ -116,7 +116,11 @@ def _group(
             progress(f"fits ({cells[0].schedule})", done + 1, len(cells))
     by_arm = {arm: [cell for cell in cells if cell.arm == arm] for arm in arms}
     best = {arm: min(group, key=lambda cell: cell.finals.mean()) for arm, group in by_arm.items()}
-    chosen = {arm: pick([losses[arm, cell.rate] for cell in group]) for arm, group in by_arm.items()}
+    again = Draws(draws.count, draws.seed + 1)
+    chosen = {
+        arm: pick([again.finals(cell, noise[arm]) for cell in group], [losses[arm, cell.rate] for cell in group])
+        for arm, group in by_arm.items()
+    }
     fixed = {arm: losses[arm, best[arm].rate] for arm in arms}
     shared = _shared_rates(by_arm.values())
     return (
