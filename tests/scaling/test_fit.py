@@ -103,6 +103,13 @@ def test_more_rates_to_choose_from_make_no_arm_better(run):
     assert np.ptp(found["interval_with_choice"]) > 0.9 * np.ptp(found["interval"])
 
 
+def test_two_seeds_far_apart_are_fitted(run):
+    """Their replicates overflowed, and the fit of everything stopped at losses that are not finite."""
+    records = [run("a", 1e-3, seed, shift=1.5 * seed) for seed in range(2)]
+    (cell,) = fit_records(records, FitSettings(draws=4000))["results"]["groups"]["constant"]["cells"]
+    assert np.isfinite(cell["interval"]).all()
+
+
 def test_the_baseline_stands_first(run):
     records = [run(arm, 1e-3, seed) for arm in ("mea", "transformer", "groupnorm") for seed in range(2)]
     group = fit_records(records, QUICK)["results"]["groups"]["constant"]

@@ -25,6 +25,9 @@ from scipy.stats import chi2
 from mea.scaling.runs import Cell
 
 
+FARTHEST = 7.0  # in log loss, that a replicate moves: two seeds have tails without end, which is no loss any more
+
+
 @dataclass(frozen=True)
 class SeedNoise:
     """Standard deviation of the log loss between seeds, pooled over cells, and its degrees of freedom."""
@@ -58,7 +61,7 @@ class Draws:
             moved = self._taken(cell, noise)
         else:
             moved = np.zeros(self.count)
-        return np.exp(logs.mean() + moved + self._text(cell)[:, 0])
+        return np.exp(logs.mean() + np.clip(moved + self._text(cell)[:, 0], -FARTHEST, FARTHEST))
 
     def curves(
         self, cell: Cell, tokens: NDArray, losses: NDArray, residual: NDArray, noise: SeedNoise | None
@@ -92,7 +95,7 @@ class Draws:
             numbers = self.normals(f"{name} blocks", int(block.max()) + 1)
             moved = moved + np.take_along_axis(numbers, block, 1) * row
         text = self._text(cell, tokens)
-        return np.exp(logs.mean(0) + moved + text)
+        return np.exp(logs.mean(0) + np.clip(moved + text, -FARTHEST, FARTHEST))
 
     def _taken(self, cell: Cell, noise: SeedNoise) -> NDArray:
         """``[count]``: what another seed would move a cell with one seed by."""
