@@ -24,7 +24,6 @@ from scipy.stats import chi2
 
 from mea.scaling.runs import Cell
 
-
 FARTHEST = 7.0  # in log loss, that a replicate moves: two seeds have tails without end, which is no loss any more
 
 
