@@ -59,7 +59,7 @@ pytest-compile: $(READY)
 
 eval-smoke: $(READY) ## The zero-shot tasks on 50 rows each, by the packaged model (under 4 minutes on 2 cores)
 	@rm -rf build/eval-smoke
-	@$(BIN)/mea eval "$$($(BIN)/python -c 'from mea.compression.comparison import packaged_model as m; print(m())')" \
+	@$(BIN)/mea eval "$$($(BIN)/python -c 'from mea.models.loading import packaged_model as m; print(m())')" \
 		--suite zero-shot --data tests/evaluate/data --dtype fast --out build/eval-smoke
 
 format: $(DEPENDENCIES) ## Format and fix what can be fixed

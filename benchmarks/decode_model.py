@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from timing import in_turns, speedup
 
+from mea.compression.budget import Layout
 from mea.compression.convert import LayerFactors, assemble, latent_config
-from mea.compression.factors import Factors
-from mea.compression.layout import Layout
+from mea.compression.methods.factors import Factors
 from mea.models.cache import PreallocatedCache
 
 CONFIG = {"context": 8192, "dtype": "bfloat16", "keep": 0.5, "repetitions": 3, "rounds": 20, "warmup": 3}

@@ -20,9 +20,8 @@ from rich.table import Table
 from timing import limits
 from transformers import AutoModelForCausalLM
 
-from mea.compression.comparison import packaged_model
 from mea.evaluate.fastest import in_fastest_form
-from mea.models.loading import load
+from mea.models.loading import load, packaged_model
 from mea.records import make_record, write_record
 
 RESULTS = Path(__file__).parent / "results"

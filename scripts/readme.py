@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 from mea.records import read_records
-from mea.report import figures
 from mea.report.parts import Table
-from mea.report.rows import cells, footnote, rows
-from mea.report.writing import table_markdown
+from mea.report.render.markdown import table_markdown
+from mea.report.sections import comparison_figures
+from mea.report.sections.comparison_rows import cells, footnote, rows
 
 ROOT = Path(__file__).parent.parent
 RECORDS, README, FIGURE = ROOT / "experiments/smollm2/records", ROOT / "README.md", ROOT / "docs/position.svg"
@@ -19,7 +19,7 @@ END = "<!-- end of results -->"
 def results() -> tuple[str, str]:
     """The block of the README and the text of the figure."""
     found = rows(read_records(RECORDS, "comparison"))
-    drawn = figures.ratio_by_position(found)
+    drawn = comparison_figures.ratio_by_position(found)
     if drawn is None:
         raise ValueError(f"the records in {RECORDS.name} hold no perplexity by position")
     names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="sans-serif"'

@@ -1,10 +1,18 @@
-"""What every test may use: the same random numbers each time, and tolerances that are derived."""
+"""What every test may use: the same random numbers each time, derived tolerances, and a small saved model with text."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from compression.small import tiny
+from mea.compression import Calibration
+from mea.text import load_text
 
 
 @pytest.fixture(autouse=True)
@@ -29,3 +37,30 @@ def agree() -> Callable[..., None]:
         assert error <= bound, f"{what}: error {error:.2e} above the rounding bound {bound:.2e}"
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens)
+
+
+@pytest.fixture(scope="session")
+def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
+    """As little text as is allowed, none of it twice."""
+    path = tmp_path_factory.mktemp("text") / "calibration.txt"
+    path.write_text(load_text("calibration")[:4000], encoding="utf-8")
+    return Calibration(str(path), tokens=256, window=64, reread=0.0)
+
+
+@pytest.fixture
+def saved(tokenizer: Any, tmp_path: Path) -> Path:
+    """A folder with a tiny Llama and its tokenizer."""
+    folder = tmp_path / "original"
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 import transformers
 
+from mea.compression.budget import Layout
 from mea.compression.convert import LayerFactors, assemble, latent_config
-from mea.compression.factors import Factors
-from mea.compression.layout import Layout
-from mea.models.compressed import SUPPORTED
+from mea.compression.methods.factors import Factors
+from mea.models.latent_attention import SUPPORTED
 
 VOCABULARY, WIDTH, WINDOW = 99, 24, 8  # 3 kv heads of 8
 FULL = ((WIDTH, WIDTH),) * 3

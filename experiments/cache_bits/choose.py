@@ -13,15 +13,14 @@ from pathlib import Path
 import torch
 
 from mea.compression.balance import balance_latents
-from mea.compression.compress import calibration_tokens
-from mea.compression.plan import Calibration
-from mea.evaluate.cache import cache_size
-from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
+from mea.compression.calibrate.text import Calibration, calibration_tokens
+from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
+from mea.evaluate.speed import cache_size
 from mea.evaluate.through_cache import reading_in
 from mea.models.loading import load
-from mea.models.quantised import CacheFormat, QuantisedCache
+from mea.models.quantized_cache import CacheFormat, QuantisedCache
 from mea.records import make_record, read_record, write_record
-from mea.texts import load_text
+from mea.text import encode_text, load_text, start_token
 
 BASES = ("given", "rotated", "balanced")
 FOUR = CacheFormat(4)

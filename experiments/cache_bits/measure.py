@@ -14,13 +14,13 @@ from typing import Any
 import torch
 import transformers
 
-from mea.evaluate.cache import cache_size
-from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
+from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
+from mea.evaluate.speed import cache_size
 from mea.evaluate.through_cache import ThroughCache, reading_in
 from mea.models.loading import load
-from mea.models.quantised import QuantisedCache
+from mea.models.quantized_cache import QuantisedCache
 from mea.records import make_record, write_record
-from mea.texts import load_text
+from mea.text import encode_text, load_text, start_token
 
 BLOCK = 64  # of transformers' caches: the exact window, as long as a block of ours
 

@@ -14,16 +14,16 @@ from typing import NamedTuple
 
 import torch
 
+from mea.compression.api import run_plans
+from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import checked_stock_form
-from mea.compression.comparison import packaged_model
-from mea.compression.compress import calibration_tokens, run_plans
-from mea.compression.plan import Calibration, make_plan
-from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, start_token, token_losses
-from mea.models.loading import load
+from mea.compression.plan import make_plan
+from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
+from mea.models.loading import load, packaged_model
 from mea.records import make_record, read_record, write_record
 from mea.report import write_markdown
 from mea.report.parts import Part, Section, Table
-from mea.texts import load_text
+from mea.text import encode_text, load_text, start_token
 
 RECORDS, README = Path(__file__).parent / "records", Path(__file__).parent / "README.md"
 TESTED, WINDOW = {"wikitext-2-test": 20480, "technical": 4096}, 1024  # as in experiments/smollm2

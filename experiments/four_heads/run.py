@@ -11,15 +11,16 @@ from typing import Any
 
 import torch
 
+from mea.compression.api import run_plans
+from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import TOLERANCE
-from mea.compression.compress import calibration_tokens, run_plans
 from mea.compression.methods import METHODS
-from mea.compression.plan import Calibration, make_plan
-from mea.evaluate.cache import cache_size
-from mea.evaluate.perplexity import block_means, encode_text, perplexity, ratio, token_losses
+from mea.compression.plan import make_plan
+from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
+from mea.evaluate.speed import cache_size
 from mea.models.loading import load
 from mea.records import make_record, write_record
-from mea.texts import load_text
+from mea.text import encode_text, load_text
 
 HERE = Path(__file__).parent
 TEXTS = {"held-out": None, "wikitext-2-test": "wikitext-2-test"}  # neither was trained or calibrated on

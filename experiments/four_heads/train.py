@@ -14,8 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from mea.evaluate.perplexity import encode_text
-from mea.texts import load_text
+from mea.text import encode_text, load_text
 
 VOCABULARY = 1024
 HELD_OUT = 0.1  # of the text, its end

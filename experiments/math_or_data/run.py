@@ -13,10 +13,10 @@ import numpy as np
 from problems import problems
 
 from mea.evaluate.paired import LEVEL, bootstrap_means
-from mea.evaluate.perplexity import block_means, encode_text, start_token, token_losses
+from mea.evaluate.perplexity import block_means, token_losses
 from mea.models.loading import load, load_tokenizer
 from mea.records import make_record, read_record, write_record
-from mea.texts import load_text
+from mea.text import encode_text, load_text, start_token
 
 ARMS = ("whole", "whole_trained", "half", "half_trained")
 TEXTS = {"encyclopaedic": "wikitext-2-valid", "technical": "technical"}

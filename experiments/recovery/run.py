@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mea.compression import Calibration
-from mea.compression.comparison import packaged_model
-from mea.compression.folder import compress_to_folder
-from mea.train.recovery_folder import recover_to_folder
-from mea.train.recovery_settings import Recovery, recovery
+from mea.compression.save import compress_to_folder
+from mea.models.loading import packaged_model
+from mea.train.recovery.save import recover_to_folder
+from mea.train.recovery.settings import Recovery, recovery
 
 HERE = Path(__file__).parent
 SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from mea.records import make_record, write_record
-from mea.train.settings import settings_from
-from mea.train.shards import TokenStream, prepare
-from mea.train.sweeps import read_jobs
+from mea.train.pretraining.dataset import TokenStream, prepare
+from mea.train.pretraining.settings import settings_from
+from mea.train.pretraining.sweep import read_jobs
 
 SMOOTHING = 200  # tokens that the frequencies count for in the context of one token
 

@@ -15,9 +15,9 @@ from typing import Any
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 
-from mea.evaluate.benchmarks import numbers
-from mea.evaluate.harness import harness_task
-from mea.evaluate.local_data import read_task
+from mea.evaluate.harness.local_data import read_task
+from mea.evaluate.harness.model import harness_task
+from mea.evaluate.harness.run import numbers
 from mea.evaluate.suites import ZERO_SHOT
 from mea.models.loading import load
 from mea.records import make_record, read_record, write_record

@@ -14,7 +14,7 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mea.evaluate.benchmarks import Evaluation, compare, evaluate
+from mea.evaluate.harness.run import Evaluation, compare, evaluate
 from mea.records import Record, write_record
 
 TASKS = ("openbookqa", "winogrande", "arc_challenge", "piqa", "arc_easy", "hellaswag")

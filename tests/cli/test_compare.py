@@ -7,7 +7,7 @@ import pytest
 
 from mea.records import read_record, read_records
 from mea.train import same_recovery
-from mea.train.recovery import recover
+from mea.train.recovery.api import recover
 
 
 def test_compare_writes_records_and_three_reports(mea, models_, text, tmp_path):

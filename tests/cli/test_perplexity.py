@@ -3,10 +3,10 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mea.evaluate.perplexity import encode_text, perplexity, ratio, token_losses
+from mea.evaluate.perplexity import perplexity, ratio, token_losses
 from mea.records import read_record
-from mea.report.rows import with_error
-from mea.texts import load_text
+from mea.report.sections.comparison_rows import with_error
+from mea.text import encode_text, load_text
 
 
 def losses(folder, text, window):

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from mea.compression.budget import Layout
 from mea.compression.convert import LayerFactors, assemble, latent_config
-from mea.compression.layout import Layout
 from mea.models.loading import load
 from tiny_models import Factors
 from two_processes import run_on_two

@@ -3,7 +3,7 @@
 import pytest
 
 from mea.records import make_record, write_record
-from mea.report import page
+from mea.report.render import html
 from mea.scaling import FitSettings, fit_records
 from synthetic_runs import sweep
 
@@ -50,6 +50,6 @@ def test_mistakes_are_told_in_one_line(mea, tmp_path, monkeypatch, names, messag
 
 
 def test_a_missing_extra_is_told_before_any_work(mea, runs, tmp_path, monkeypatch):
-    monkeypatch.setattr(page, "find_spec", lambda name: None)
+    monkeypatch.setattr(html, "find_spec", lambda name: None)
     result = mea("report", runs, "--csv", tmp_path / "x.csv")
     assert "pip install 'mea[report]'" in result.stderr

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 import transformers
 
-from mea.models.compressed import SUPPORTED
+from mea.models.latent_attention import SUPPORTED
 
 # What an architecture needs beyond `SIZES`.
 EXTRAS: dict[str, dict[str, Any]] = {

@@ -5,7 +5,7 @@ import torch
 
 from mea.compression.balance import balance_latents, balancing
 from mea.evaluate.through_cache import reading_in
-from mea.models.quantised import CacheFormat
+from mea.models.quantized_cache import CacheFormat
 from tiny_models import EVEN, compress, stock
 
 

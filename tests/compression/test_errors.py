@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import mea
 from compression.small import tiny
-from mea.compression import Calibration, folder
-from mea.compression.folder import compress_to_folder
-from mea.models.compressed import SUPPORTED
+from mea.compression import Calibration, save
+from mea.compression.save import compress_to_folder
+from mea.models.latent_attention import SUPPORTED
 
-MODULE = importlib.import_module("mea.compression.compress")  # the package has a function of that name
+MODULE = importlib.import_module("mea.compression.api")  # the package has a function of that name
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def refused(saved: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPat
     def never(*_: Any, **__: Any) -> Any:
         raise AssertionError("weights were loaded before the error")
 
-    monkeypatch.setattr(folder, "load", never)
+    monkeypatch.setattr(save, "load", never)
 
     def check(source: Path | str = saved, **options: Any) -> str:
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the caller checks the text)
@@ -211,6 +211,6 @@ def test_no_room_for_the_result(
     saved: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
-    monkeypatch.setattr(folder, "run_plans", lambda *_, **__: pytest.fail("work began"))
+    monkeypatch.setattr(save, "run_plans", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(OSError, match=r"the result takes .* GiB free"):
         compress_to_folder(str(saved), tmp_path / "out", calibration=calibration)

@@ -10,17 +10,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mea
+from mea.comparison.configs import Contender
+from mea.comparison.run import Protocol, compare
 from mea.compression import Calibration, ConversionError
+from mea.compression.api import run_plans
+from mea.compression.calibrate.layerwise import layer_inputs, run_layer
+from mea.compression.calibrate.statistics import AveragedValuesSum
+from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import TOLERANCE, checked_stock_form
-from mea.compression.comparison import Protocol, compare
-from mea.compression.compress import calibration_tokens, run_plans
-from mea.compression.contenders import Contender
 from mea.compression.convert import sharing_copy
-from mea.compression.folder import compress_to_folder
 from mea.compression.plan import make_plan
-from mea.compression.statistics import AveragedValuesSum
-from mea.compression.stream import layer_inputs, run_layer
-from mea.evaluate.cache import cache_size
+from mea.compression.save import compress_to_folder
+from mea.evaluate.speed import cache_size
 from mea.models.config import MeaConfig
 from mea.models.decoder import MeaForCausalLM
 from mea.models.fold import stock_config, stock_form

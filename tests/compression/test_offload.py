@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 import mea
 from compression.small import SIZES, tiny
 from mea.compression import Calibration
-from mea.compression.folder import compress_to_folder
+from mea.compression.save import compress_to_folder
 from mea.models import loading
 
 TOKENS = (torch.arange(40) * 31 % SIZES["vocab_size"])[None]

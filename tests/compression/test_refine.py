@@ -11,11 +11,12 @@ from safetensors.torch import load_file
 import mea
 from compression.small import EXTRAS, tiny
 from mea.compression import Calibration
-from mea.compression.compress import calibration_tokens, run_plans
-from mea.compression.folder import compress_to_folder
+from mea.compression.api import run_plans
+from mea.compression.calibrate.layerwise import position_embeddings
+from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.plan import make_plan
 from mea.compression.refine import Refinement, refine_layers, spread_positions
-from mea.compression.stream import position_embeddings
+from mea.compression.save import compress_to_folder
 
 HOW = Refinement(passes=10, window=16, batch=2, held_out=4, rate=3e-3, other_rate=1e-3)
 
@@ -113,7 +114,7 @@ def test_a_run_that_was_stopped_while_refining_goes_on(
     def counted(*args: Any, keep: Any, **rest: Any) -> Any:
         return refine_layers(*args, keep=lambda index, found: (trained.append(index), keep(index, found)), **rest)
 
-    monkeypatch.setattr(sys.modules["mea.compression.compress"], "refine_layers", counted)
+    monkeypatch.setattr(sys.modules["mea.compression.api"], "refine_layers", counted)
     compress_to_folder(str(saved), tmp_path / "stopped", **options)
 
     assert trained == [2]

@@ -6,17 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mea.evaluate.perplexity import (
-    ROWS,
-    block_means,
-    by_position,
-    encode_text,
-    exp_mean,
-    perplexity,
-    ratio,
-    start_token,
-    token_losses,
-)
+from mea.evaluate.perplexity import ROWS, block_means, by_position, exp_mean, perplexity, ratio, token_losses
+from mea.text import encode_text, start_token
 
 
 def by_hand(model, row):

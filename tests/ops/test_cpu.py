@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mea.models.quantised import pack
+from mea.models.quantized_cache import pack
 from mea.ops import cpu
 from mea.ops.latent import materialise, read, rebuilt_scores, rotate
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from mea.train.settings import PretrainSettings, settings_from
+from mea.train.pretraining.settings import PretrainSettings, settings_from
 from tiny_corpus import SEPARATOR, merged, some_documents
 
 TINY = {

@@ -8,10 +8,10 @@ import torch
 
 from mea.models.decoder import MeaForCausalLM
 from mea.records import read_record
-from mea.train.pretraining import build_model, pretrain
-from mea.train.settings import settings_from
-from mea.train.sharding import shard
-from mea.train.sweeps import WORKER
+from mea.train.fsdp import shard
+from mea.train.pretraining.run import build_model, pretrain
+from mea.train.pretraining.settings import settings_from
+from mea.train.pretraining.sweep import WORKER
 from tiny_corpus import merged
 from two_processes import run_on_two
 

@@ -34,15 +34,15 @@ def compare(
     decode_steps: Annotated[int, typer.Option(help="Decoding steps that are timed; 0: none.")] = 24,
 ) -> None:
     """Compare every way to make a model's cache smaller, by measured bytes, in one protocol."""
+    from mea.comparison.configs import contenders_of
+    from mea.comparison.measure import Protocol
+    from mea.comparison.run import Training, cost_in_words
+    from mea.comparison.run import compare as run
     from mea.compression import Calibration
-    from mea.compression.comparison import Training, cost_in_words
-    from mea.compression.comparison import compare as run
-    from mea.compression.contenders import contenders_of
-    from mea.compression.measuring import Protocol
     from mea.compression.methods import DEFAULT_METHOD
     from mea.report import terminal_table, write_report
-    from mea.report.sections import make_sections
-    from mea.report.writing import as_csv, write_markdown, write_text
+    from mea.report.registry import make_sections
+    from mea.report.render.markdown import as_csv, write_markdown, write_text
     from mea.train.same_recovery import SameRecovery, one_by_one
 
     contenders = contenders_of(

@@ -55,7 +55,7 @@ def compress(
 ) -> None:
     """Make a model cache half of its keys and values, check the result, and save it as an ordinary model."""
     from mea.compression import Calibration, allocation, compress_to_folder, preview
-    from mea.report.terminal import compression_table, plan_table
+    from mea.report.render.terminal import compression_table, plan_table
 
     calibration = Calibration(text, tokens, window, seed, reread)
     options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd, "groups": groups}

@@ -15,8 +15,9 @@ def demo(
     refined: Annotated[bool, typer.Option("--refined", help="Also the default method with --refine 2: slow.")] = False,
 ) -> None:
     """Compress a real model to half of its cache with every method, and report what that costs and brings."""
-    from mea.compression.comparison import compare, cost_in_words, packaged_model
-    from mea.compression.contenders import DEMO, REFINED
+    from mea.comparison.configs import DEMO, REFINED
+    from mea.comparison.run import compare, cost_in_words
+    from mea.models.loading import packaged_model
     from mea.report import terminal_table, write_report
 
     source = model or packaged_model()

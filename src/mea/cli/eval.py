@@ -44,9 +44,9 @@ def evaluate(
         return
     refuse(long_only, f"goes with --suite {LONG_CONTEXT} only")
 
-    from mea.evaluate.benchmarks import Evaluation, describe
-    from mea.evaluate.benchmarks import evaluate as run
-    from mea.report.tasks import task_tables
+    from mea.evaluate.harness.run import Evaluation, describe
+    from mea.evaluate.harness.run import evaluate as run
+    from mea.report.sections.tasks import task_tables
 
     plan = Evaluation(suite, tasks, place, limit, dtype, batch_tokens)
     with progress() as report:
@@ -72,7 +72,7 @@ def long_context(
     """The suite that is not the harness's."""
     from mea.evaluate.long_context import LongContext
     from mea.evaluate.long_context import evaluate as run
-    from mea.report.context import context_tables
+    from mea.report.sections.long_context import context_tables
 
     plan = LongContext(tasks, numbers(lengths), limit, seed, cache_bits=cache_bits, dtype=dtype)
     with progress() as report:

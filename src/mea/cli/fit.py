@@ -20,8 +20,8 @@ def fit(
 ) -> None:
     """Fit loss against tokens over a sweep: best rates, stability, differences, and whether the fit predicts."""
     from mea.records import write_record
-    from mea.report.fits import fit_parts
     from mea.report.parts import terminal
+    from mea.report.sections.scaling_fit import fit_parts
     from mea.report.sources import find_records
     from mea.scaling import FitSettings, fit_records
 

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from mea.cli.console import progress
-from mea.texts import NAMES
+from mea.text import NAMES
 
 
 def perplexity(
@@ -25,7 +25,7 @@ def perplexity(
     """Perplexity of a model on a text, compressed or not, and its ratio to another model's."""
     from mea.evaluate.measure import perplexity_record
     from mea.records import write_record
-    from mea.report.terminal import perplexity_table
+    from mea.report.render.terminal import perplexity_table
 
     with progress() as report:
         record = perplexity_record(

@@ -20,9 +20,9 @@ def pretrain(
     ] = None,
 ) -> None:
     """Train a model of the attention family from nothing."""
-    from mea.train.pretraining import divergence_message
-    from mea.train.pretraining import pretrain as run
-    from mea.train.settings import read_settings
+    from mea.train.pretraining.run import divergence_message
+    from mea.train.pretraining.run import pretrain as run
+    from mea.train.pretraining.settings import read_settings
 
     with progress() as report:
         settings = read_settings(config)

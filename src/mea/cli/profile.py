@@ -27,9 +27,9 @@ def profile(
 ) -> None:
     """Compress one layer at a time and show what each costs: which layers can spare their cache."""
     from mea.compression import Calibration
-    from mea.compression.profile import cost_in_words
-    from mea.compression.profile import profile as run
-    from mea.report.profile import profile_table
+    from mea.compression.allocate.profile import cost_in_words
+    from mea.compression.allocate.profile import profile as run
+    from mea.report.sections.profile import profile_table
 
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, reread=reread)
     errors.print(cost_in_words(model, tokens, window), highlight=False)

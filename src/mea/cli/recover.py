@@ -38,8 +38,8 @@ def recover(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ) -> None:
     """Train a compressed model for a short while to bring back quality; an interrupted run goes on."""
-    from mea.train.recovery_folder import recover_to_folder, recovery_seconds
-    from mea.train.recovery_settings import recovery
+    from mea.train.recovery.save import recover_to_folder, recovery_seconds
+    from mea.train.recovery.settings import recovery
 
     changes = {
         "trained": trained, "tokens": tokens, "window": window, "reread": reread,

@@ -16,7 +16,7 @@ def report(
 ) -> None:
     """Make one page of whatever records there are: pretraining, compression, tasks, long context."""
     from mea.report import as_csv, find_records, make_sections, write_markdown, write_report, write_text
-    from mea.report.page import check_packages
+    from mea.report.render.html import check_packages
 
     if out is None and markdown is None and csv is None:
         raise ValueError("nothing to write: give --out, --markdown or --csv")

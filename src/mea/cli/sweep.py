@@ -21,9 +21,9 @@ def sweep(
     gpus: Annotated[float, typer.Option(help="GPUs of a run on Ray.")] = 1,
 ) -> None:
     """Variants, learning rates and seeds as one set of runs that can be stopped and gone on with."""
-    from mea.train.jobs import read_jobs
-    from mea.train.sweeps import on_ray
-    from mea.train.sweeps import sweep as run
+    from mea.train.pretraining.sweep import on_ray
+    from mea.train.pretraining.sweep import sweep as run
+    from mea.train.pretraining.sweep_file import read_jobs
 
     jobs = read_jobs(config, files)
     launch = on_ray(gpus) if ray else None

@@ -1,9 +1,10 @@
 """Compress the KV cache of existing models: calibrate, factorise, convert, check, save."""
 
+from mea.compression.api import Compressed, compress
+from mea.compression.calibrate.text import Calibration
 from mea.compression.check import ConversionError
-from mea.compression.compress import Compressed, compress
-from mea.compression.folder import compress_to_folder, preview
-from mea.compression.plan import Allocation, Calibration, allocation
+from mea.compression.plan import Allocation, allocation
+from mea.compression.save import compress_to_folder, preview
 
 __all__ = [
     "Allocation",

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from mea.compression.stream import evaluating
+from mea.compression.calibrate.layerwise import evaluating
 from mea.ops.latent import absorb
 
 FLOOR = 1e-6  # of the mean eigenvalue: directions that are never seen are not blown up further

@@ -16,9 +16,9 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mea.compression.calibrate.layerwise import embed, layer_inputs, read_out, run_layer_cached
 from mea.compression.convert import latent_copy
 from mea.compression.fit import FittedLayer
-from mea.compression.stream import embed, layer_inputs, read_out, run_layer_cached
 from mea.models.fold import stock_form
 
 CHECKED_TOKENS = 24

@@ -7,17 +7,17 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from mea.compression.factors import Factors
-from mea.compression.layout import Layout
-from mea.compression.stream import weights_of
-from mea.models.compressed import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedProjection, to_latent_attention
+from mea.compression.budget import Layout
+from mea.compression.calibrate.layerwise import weights_of
+from mea.compression.methods.factors import Factors
+from mea.models.latent_attention import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedProjection, to_latent_attention
 
 
 class LayerFactors(NamedTuple):
     """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
 
-    `form` is that of the latents (`mea.models.compressed.FORMS`). Encoders of joint latents add up to the one latent
-    that both decoders read. With `groups`, encoders and decoders have as many blocks and are zero elsewhere.
+    `form` is that of the latents (`mea.models.latent_attention.FORMS`). Encoders of joint latents add up to the one
+    latent that both decoders read. With `groups`, encoders and decoders have as many blocks and are zero elsewhere.
     """
 
     keys: Factors
@@ -31,7 +31,7 @@ class LayerFactors(NamedTuple):
 def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> None:
     """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new modules.
 
-    Its weights must be there (`mea.compression.stream.weights_of`); `rotary` is the model's rotary embedding.
+    Its weights must be there (`calibrate.layerwise.weights_of`); `rotary` is the model's rotary embedding.
     """
     value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
     (key_encoder, key_decoder), (value_encoder, value_decoder), output, form, groups = factors

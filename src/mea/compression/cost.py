@@ -4,10 +4,10 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-from mea.compression.layout import CacheShape
+from mea.compression.budget import CacheShape
+from mea.compression.calibrate.statistics import BLOCK_NUMBERS, EVERY
+from mea.compression.methods.values import CG_STEPS, ROUNDS
 from mea.compression.plan import REACH, Plan
-from mea.compression.statistics import BLOCK_NUMBERS, EVERY
-from mea.compression.values import CG_STEPS, ROUNDS
 from mea.ops.precision import peak_flops
 
 READING = 1.5  # plain reading comes so much nearer to the speed of matrix products than a fit does

@@ -8,15 +8,23 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.attended import AttendedSum
+from mea.compression.budget import Layout
+from mea.compression.calibrate.layerwise import (
+    AttentionPass,
+    LayerInputs,
+    embed,
+    layer_inputs,
+    resident,
+    rotations,
+    run_layer,
+)
+from mea.compression.calibrate.score_sensitivity import AttendedSum
+from mea.compression.calibrate.statistics import AveragedValues, AveragedValuesSum, LayerStatistics, StatisticsSum
 from mea.compression.convert import LayerFactors, latent_copy
-from mea.compression.factors import Factors
-from mea.compression.groups import by_group
-from mea.compression.layout import Layout
 from mea.compression.methods import Method, joint
-from mea.compression.statistics import AveragedValues, AveragedValuesSum, LayerStatistics, StatisticsSum
-from mea.compression.stream import AttentionPass, LayerInputs, embed, layer_inputs, resident, rotations, run_layer
-from mea.compression.values import covariance_values
+from mea.compression.methods.factors import Factors
+from mea.compression.methods.groups import by_group
+from mea.compression.methods.values import covariance_values
 
 LOST_WINDOWS = 2
 

@@ -4,12 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from jaxtyping import Int
-from torch import Tensor
-
-from mea.compression.groups import in_groups
-from mea.compression.layout import (
+from mea.compression.budget import (
     PRESETS,
     CacheShape,
     Layout,
@@ -20,55 +15,21 @@ from mea.compression.layout import (
     preset_layout,
     read_layout,
 )
+from mea.compression.calibrate.text import Calibration
 from mea.compression.methods import DEFAULT_METHOD, Method, find_method
+from mea.compression.methods.groups import in_groups
 from mea.compression.refine import Refinement
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
-from mea.texts import check_share
 
 DEFAULT_KEEP = 0.5
 REACH = 2  # steps to either side that an allocation may take a width
 
 
 @dataclass(frozen=True)
-class Calibration:
-    """Which text the factors are fitted on.
-
-    Attributes
-    ----------
-    text
-        A packaged text's name or a file.
-    tokens, window
-        How much of it, in windows of how many tokens.
-    seed
-        Chooses the windows.
-    reread
-        Share of the windows in which a part is read a second time, see `mea.texts.read_again`.
-    """
-
-    text: str = "calibration"
-    tokens: int = 16384
-    window: int = 1024
-    seed: int = 0
-    reread: float = 0.5
-
-    def __post_init__(self) -> None:
-        check_share(self.reread)
-        if self.window < 64 or self.tokens < 4 * self.window:
-            raise ValueError(
-                f"calibration needs at least 4 windows of at least 64 tokens, not {self.tokens} tokens in windows of "
-                f"{self.window}"
-            )
-
-    def order(self, windows: int) -> Int[Tensor, " n"]:
-        """Numbers of the text's windows: factors are fitted on the first ones, the rest may be held out."""
-        return torch.randperm(windows, generator=torch.Generator().manual_seed(self.seed))
-
-
-@dataclass(frozen=True)
 class Allocation:
-    """How widths are chosen layer by layer (`mea.compression.choosing`), instead of equal ones.
+    """How widths are chosen layer by layer (`mea.compression.allocate.search`), instead of equal ones.
 
     Attributes
     ----------

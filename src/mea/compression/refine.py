@@ -22,9 +22,16 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mea.compression.calibrate.layerwise import (
+    LayerInputs,
+    embed,
+    evaluating,
+    layer_inputs,
+    position_embeddings,
+    resident,
+)
 from mea.compression.convert import replace_weights
-from mea.compression.stream import LayerInputs, embed, evaluating, layer_inputs, position_embeddings, resident
-from mea.models.divergence import IGNORED, Head, distance
+from mea.models.lm_head import IGNORED, Head, distance
 from mea.ops.precision import fast_dtype
 
 Progress = Callable[[str, int, int], None]
@@ -127,7 +134,7 @@ def refine_layers(
     Raises
     ------
     ValueError
-        There are fewer than three windows, or the model's logits are of no kind that `mea.models.divergence` knows.
+        There are fewer than three windows, or the model's logits are of no kind that `mea.models.lm_head` knows.
     """
     rows = tokens if tokens.shape[1] % settings.window else tokens.reshape(-1, settings.window)
     if len(rows) < 3:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from mea.models.quantised import QuantisedCache
+from mea.models.quantized_cache import QuantisedCache
 
 
 class _Streamer(TextStreamer):
@@ -53,7 +53,7 @@ def continue_prompt(
     chat
         Put the prompt into the tokenizer's chat template.
     cache_bits
-        Store what is cached in so many bits, see `mea.models.quantised`; None stores it as it is.
+        Store what is cached in so many bits, see `mea.models.quantized_cache`; None stores it as it is.
     stream
         Called with each piece of text as soon as it is there.
 

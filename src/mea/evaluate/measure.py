@@ -7,11 +7,11 @@ from typing import Any
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mea.evaluate.perplexity import Read, block_means, encode_text, perplexity, ratio, start_token, token_losses
+from mea.evaluate.perplexity import Read, block_means, perplexity, ratio, token_losses
 from mea.evaluate.through_cache import reading_in
 from mea.models.loading import load
 from mea.records import Record, make_record
-from mea.texts import load_text
+from mea.text import encode_text, load_text, start_token
 
 Progress = Callable[[str, int, int], None]  # what is being done, windows done, windows in all
 
@@ -51,7 +51,7 @@ def perplexity_record(
     source, against
         Hub ids, folders or GGUF files; see `mea.models.loading.load`.
     text
-        Name of a shipped text, or a file; see `mea.texts.load_text`.
+        Name of a shipped text, or a file; see `mea.text.load_text`.
     window, tokens
         Tokens per window, and of the text's beginning (all of it if None).
     dtype

@@ -7,8 +7,7 @@ token, in fp32.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -17,6 +16,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
+
+from mea.models.lm_head import replaced_forward
+from mea.text import windows
 
 Progress = Callable[[int, int], None]  # windows done, windows in all
 Read = Callable[[Any, Tensor], Tensor]  # model and the tokens of a window -> losses of all but the first
@@ -40,35 +42,6 @@ class PositionRange:
     start: int
     stop: int
     estimate: Estimate
-
-
-def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> Int[Tensor, " n"]:
-    """Token ids of a text without special tokens, the first `limit` of them.
-
-    Raises
-    ------
-    ValueError
-        `limit` is not positive, or the text has fewer tokens.
-    """
-    if limit is not None and limit <= 0:
-        raise ValueError(f"the number of tokens must be positive, not {limit}")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if limit is not None and len(ids) < limit:
-        raise ValueError(f"the text has {len(ids):,} tokens, not the {limit:,} asked for")
-    return torch.tensor(ids[:limit], dtype=torch.long)
-
-
-def start_token(tokenizer: Any) -> int | None:
-    """The token that this tokenizer puts before every text, or None."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None
-
-
-def windows(tokens: Int[Tensor, " n"], window: int, start: int | None) -> Int[Tensor, "windows window"]:
-    """A text cut into rows of `window` tokens, each opened by `start` if there is one; what is left over is dropped."""
-    taken = window if start is None else window - 1
-    rows = tokens[: len(tokens) // taken * taken].view(-1, taken)
-    return rows if start is None else torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)
 
 
 @torch.no_grad()
@@ -214,30 +187,6 @@ def cross_entropy(logits: Float[Tensor, "t vocabulary"], targets: Int[Tensor, " 
     """Losses on the CPU, taken in fp32 a few rows at a time."""
     parts = zip(logits.split(ROWS), targets.split(ROWS), strict=True)
     return torch.cat([functional.cross_entropy(part.float(), ids, reduction="none") for part, ids in parts]).cpu()
-
-
-@contextmanager
-def replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
-    """Let the body answer `output` instead of computing; yields how often it was asked.
-
-    So the model's own forward pass makes the logits from given hidden states, with whatever it does to them there
-    (Granite divides them, Gemma 2 caps them).
-    """
-    calls = [0]
-
-    def forward(*_: Any, **__: Any) -> Any:
-        calls[0] += 1
-        return output
-
-    own = body.__dict__.get("forward")  # accelerate may have put one there
-    body.forward = forward
-    try:
-        yield calls
-    finally:
-        if own is None:
-            del body.forward
-        else:
-            body.forward = own
 
 
 def _check(model: Any, tokens: Tensor, window: int, start: int | None) -> None:

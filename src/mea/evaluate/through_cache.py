@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mea.evaluate.perplexity import cross_entropy
-from mea.models.quantised import CacheFormat, QuantisedCache
+from mea.models.quantized_cache import CacheFormat, QuantisedCache
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Importing this package registers its models with transformers' Auto classes.
 """
 
-from mea.models import compressed, decoder
+from mea.models import decoder, latent_attention
 
-compressed.register()
+latent_attention.register()
 decoder.register()

@@ -17,9 +17,9 @@ from transformers import (
 )
 
 from mea.attention import MultiheadExplicitAttention
-from mea.models.compressed import add_head_norm
 from mea.models.config import MeaConfig
 from mea.models.decoder import MeaForCausalLM
+from mea.models.latent_attention import add_head_norm
 
 FOLDING = ("gqa", "mea", "modified_talking_heads")
 STOCK_MODELS = {LlamaConfig: LlamaForCausalLM, MistralConfig: MistralForCausalLM, Qwen3Config: Qwen3ForCausalLM}
@@ -94,7 +94,7 @@ def stock_form(model: Any) -> Any:
 
     The mixing goes into ``W_K`` and ``W_V``; where components are fewer than key/value heads, they get that many heads,
     of low rank together, and a layout as small as the components loses nothing. The gain of a head norm goes into
-    ``W_O``; the norm itself stands before it (`mea.models.compressed.NormedProjection`). Another model than this
+    ``W_O``; the norm itself stands before it (`mea.models.latent_attention.NormedProjection`). Another model than this
     package's decoder is returned as it is.
 
     Raises

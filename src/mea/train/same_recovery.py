@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mea.models.loading import load_tokenizer
-from mea.train.recovery import describe, recover
-from mea.train.recovery_data import windows
-from mea.train.recovery_settings import Recovery, recovery
-from mea.train.recovery_trainer import Progress
+from mea.train.recovery.api import describe, recover
+from mea.train.recovery.data import windows
+from mea.train.recovery.settings import Recovery, recovery
+from mea.train.recovery.trainer import Progress
 
 SLOWER = 0.5  # rates relative to the presets', whose steps read four windows: few tokens are spent best one by one
 
@@ -35,7 +35,7 @@ class SameRecovery:
     source
         The uncompressed model, for its tokenizer.
     texts, settings
-        As in `mea.train.recovery_folder.recover_to_folder`; `one_by_one` makes settings.
+        As in `mea.train.recovery.save.recover_to_folder`; `one_by_one` makes settings.
     folder
         For checkpoints, by the models' names: an interrupted training goes on.
 

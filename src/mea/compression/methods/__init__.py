@@ -1,7 +1,7 @@
 """The factorisation methods by name: all write the same cache and differ in how the factors are found.
 
 One method is one file with a function `keys`, and `values` where it has its own way with them; the others share the
-attention-averaged values of `mea.compression.values`.
+attention-averaged values of `mea.compression.methods.values`.
 """
 
 from collections.abc import Callable
@@ -11,23 +11,12 @@ from difflib import get_close_matches
 from jaxtyping import Float
 from torch import Tensor
 
-from mea.compression.factors import Factors
-from mea.compression.layout import Step
-from mea.compression.methods import (
-    attended,
-    blended,
-    frequency,
-    gauge,
-    gqa_mean,
-    gqa_procrustes,
-    gram,
-    joint,
-    latent,
-    position,
-    svd,
-)
-from mea.compression.statistics import AveragedValues, LayerStatistics
-from mea.compression.values import fit_values
+from mea.compression.budget import Step
+from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
+from mea.compression.methods import attended, frequency, joint, position, post_rope, pre_rope
+from mea.compression.methods.baselines import gauge, gqa_mean, gqa_procrustes, gram, svd
+from mea.compression.methods.factors import Factors
+from mea.compression.methods.values import fit_values
 
 Factorise = Callable[[LayerStatistics, int], Factors]
 FitAveraged = Callable[[AveragedValues, int, int], tuple[Factors, Float[Tensor, "D _"]]]
@@ -47,12 +36,12 @@ class Method:
     whole_heads
         Widths are whole component heads, as in arXiv 2601.19611: one scalar per pair of heads.
     form
-        Of the latents, see `mea.models.compressed.FORMS`. The keys of ``"joint"`` ones are keys and values stacked,
-        `values` and `averaged` do not count (`mea.compression.methods.joint`).
+        Of the latents, see `mea.models.latent_attention.FORMS`. The keys of ``"joint"`` ones are keys and values
+        stacked, `values` and `averaged` do not count (`mea.compression.methods.joint`).
     attended
         `keys` reads `LayerStatistics.attended`.
     groups
-        Of heads, each with latents of its own (`mea.compression.groups.in_groups`).
+        Of heads, each with latents of its own (`mea.compression.methods.groups.in_groups`).
     """
 
     name: str
@@ -82,8 +71,8 @@ METHODS = {
         Method("frequency", frequency.keys),
         Method("position", position.keys),
         Method("attended", attended.keys, attended=True),
-        Method("blended", blended.keys, attended=True),
-        Method("latent", latent.keys, form="unrotated"),
+        Method("blended", post_rope.keys, attended=True),
+        Method("latent", pre_rope.keys, form="unrotated"),
         Method("joint", joint.keys, form="joint"),
     )
 }

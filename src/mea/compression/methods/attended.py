@@ -1,12 +1,12 @@
 """Position-averaged keys, counted by what errors in their scores do to the attention's output.
 
-As `position`, but in the moments every score counts by `mea.compression.attended`, and the first token of a text, whose
-key is at position 0 always and read by everybody, is not averaged over positions.
+As `position`, but in the moments every score counts by `mea.compression.calibrate.score_sensitivity`, and the first
+token of a text, whose key is at position 0 always and read by everybody, is not averaged over positions.
 """
 
-from mea.compression.factors import Factors, Moments, orthonormal, weighted_subspace
-from mea.compression.rotation import average_over_positions
-from mea.compression.statistics import LayerStatistics
+from mea.compression.calibrate.rope_moments import average_over_positions
+from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.factors import Factors, Moments, orthonormal, weighted_subspace
 
 
 def moments(statistics: LayerStatistics) -> Moments:

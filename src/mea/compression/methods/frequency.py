@@ -7,9 +7,9 @@ eigenvectors of the keys' second moment give once it is averaged over rotations 
 frequencies nothing is left, and within one a complex number.
 """
 
-from mea.compression.factors import Factors, orthonormal, weighted_subspace
-from mea.compression.rotation import average_over_phases
-from mea.compression.statistics import LayerStatistics
+from mea.compression.calibrate.rope_moments import average_over_phases
+from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
 
 
 def keys(statistics: LayerStatistics, width: int) -> Factors:

@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mea.compression.factors import Factors, weighted_subspace
-from mea.compression.rotation import average_over_positions
-from mea.compression.statistics import AveragedValues, LayerStatistics
-from mea.compression.values import alternate
+from mea.compression.calibrate.rope_moments import average_over_positions
+from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
+from mea.compression.methods.factors import Factors, weighted_subspace
+from mea.compression.methods.values import alternate
 
 BALANCES = (0.5, 1.5, 4.0, 12.0, 32.0, 100.0)
 

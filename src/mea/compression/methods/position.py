@@ -6,9 +6,9 @@ other. Moments of rotated keys taken at the short positions of the calibration w
 ruined beyond: the average is what makes the choice hold at every position.
 """
 
-from mea.compression.factors import Factors, Moments, orthonormal, weighted_subspace
-from mea.compression.rotation import average_over_positions
-from mea.compression.statistics import LayerStatistics
+from mea.compression.calibrate.rope_moments import average_over_positions
+from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.factors import Factors, Moments, orthonormal, weighted_subspace
 
 
 def moments(statistics: LayerStatistics) -> Moments:

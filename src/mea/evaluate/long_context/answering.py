@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from mea.evaluate.cache import held_bytes
 from mea.evaluate.long_context.prompts import Prompt, Query, Source
-from mea.models.quantised import QuantisedCache
+from mea.evaluate.speed import held_bytes
+from mea.models.quantized_cache import QuantisedCache
 
 COPIES = 2**29  # bytes that copies of a cache may take, for answers of several tokens
 

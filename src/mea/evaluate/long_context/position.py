@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mea.evaluate.long_context.plan import WINDOWS
 from mea.evaluate.long_context.prompts import Source
-from mea.evaluate.perplexity import block_means, by_position, encode_text
-from mea.texts import load_text
+from mea.evaluate.perplexity import block_means, by_position
+from mea.text import encode_text, load_text
 
 
 def position_tokens(source: Source, text: str, window: int) -> Int[Tensor, " n"]:

@@ -8,8 +8,7 @@ from functools import cached_property
 from random import Random
 from typing import Any
 
-from mea.evaluate.perplexity import start_token
-from mea.texts import load_text
+from mea.text import load_text, start_token
 
 HEAD = 200  # the commonest words of a text, most of them grammar, are not used
 LETTERS = "4,8"  # of words, from and to
@@ -61,7 +60,7 @@ class Source:
     Raises
     ------
     ValueError, OSError
-        As `mea.texts.load_text`; or the text has too few sentences or words.
+        As `mea.text.load_text`; or the text has too few sentences or words.
     """
 
     def __init__(self, tokenizer: Any, text: str = "wikitext-2-valid"):

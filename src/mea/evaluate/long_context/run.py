@@ -24,8 +24,8 @@ from mea.evaluate.long_context.plan import (
 )
 from mea.evaluate.long_context.position import by_ranges, position_tokens
 from mea.evaluate.long_context.prompts import Source
+from mea.evaluate.model_info import check_model, compression_of, identity, labels_of
 from mea.evaluate.perplexity import token_losses
-from mea.evaluate.subject import check_model, compression_of, identity, labels_of
 from mea.evaluate.through_cache import reading_in
 from mea.models.loading import load, load_config, load_tokenizer
 from mea.records import Record, make_record, read_record, write_record

@@ -1,0 +1,1 @@
+"""Methods side by side on one model at equal cache bytes, this package's and others'."""

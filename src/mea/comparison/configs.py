@@ -1,0 +1,125 @@
+"""What is compared: ways to compress, each with its name in tables, and the sets of them that commands run."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from mea.comparison.measure import Stored
+from mea.compression.methods import DEFAULT_METHOD
+from mea.compression.plan import Allocation
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to compress.
+
+    Attributes
+    ----------
+    label
+        Its name in tables and of its record.
+    method, keep, odd, allocate, refine
+        Options of `mea.compression.plan.make_plan`; a `method` of ``"none"`` leaves widths as they are, and one of
+        ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that method of the peer, scored on continuations alone.
+    bits, backend
+        See `Stored`; None is an ordinary cache.
+    series
+        What contenders at several sizes share; their labels then say the size.
+    recovered
+        Measured after the training that all such contenders of a comparison get.
+    """
+
+    label: str
+    method: str
+    keep: float = 0.5
+    odd: str = "values"
+    allocate: Allocation | bool = False
+    refine: int = 0
+    bits: int | None = None
+    backend: str = ""
+    series: str = ""
+    recovered: bool = False
+
+    @property
+    def plan(self) -> tuple[str, float, str, Allocation | bool, int] | None:
+        """What contenders with one fit share; None where nothing is fitted."""
+        return (
+            None
+            if self.method == "none" or self.peer
+            else (self.method, self.keep, self.odd, self.allocate, self.refine)
+        )
+
+    @property
+    def peer(self) -> str:
+        """The package whose method it is, if it is not this one."""
+        return self.method.split()[0] if " " in self.method else ""
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether its result depends on the calibration text."""
+        return self.plan is not None or self.peer == "cacheshrink"
+
+    @property
+    def stored(self) -> Stored | None:
+        """How the cache is stored."""
+        return None if self.bits is None else Stored(self.bits, self.backend)
+
+
+DEMO = (
+    Contender(f"{DEFAULT_METHOD} (default)", DEFAULT_METHOD),
+    Contender("attended", "attended"),
+    Contender("position", "position"),
+    Contender("joint latent, slower to read", "joint"),
+    Contender("paper's svd, 1 key and 2 value heads", "svd"),
+    Contender("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
+)
+REFINED = Contender(f"{DEFAULT_METHOD}, refined", DEFAULT_METHOD, refine=2)
+
+
+def contenders_of(
+    methods: Sequence[str],
+    keeps: Sequence[float],
+    *,
+    bits: Sequence[int] = (8, 4, 2),
+    backends: Sequence[str] = (),
+    allocated: Sequence[float] = (),
+    presses: Sequence[str] = (),
+    conversions: Sequence[str] = (),
+    recovered: bool = False,
+) -> list[Contender]:
+    """Every method at every size, few bits alone and on top of the first method, and the peers' at the same sizes.
+
+    Parameters
+    ----------
+    methods, keeps
+        Names in `mea.compression.methods.METHODS`, and fractions of the bytes. Sizes that a method with whole heads
+        cannot have are the caller's to leave out.
+    bits
+        Of this package's cache, by itself and (8 and 4) on top of the first method.
+    backends
+        Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
+    allocated
+        Sizes at which widths are also chosen layer by layer, with the first method.
+    presses, conversions
+        Classes of kvpress, and of cacheshrink's ways to compress: ``separate``, ``joint``, ``xkv``.
+    recovered
+        Every method at every size also after training.
+    """
+    first = methods[0]
+    found = [Contender(f"{method} {keep:.3g}", method, keep, series=method) for method in methods for keep in keeps]
+    if recovered:
+        found += [
+            replace(x, label=f"{x.label}, recovered", series=f"{x.series}, recovered", recovered=True) for x in found
+        ]
+    found += [
+        Contender(f"{first} allocated {keep:.3g}", first, keep, allocate=True, series=f"{first}, allocated")
+        for keep in allocated
+    ]
+    found += [Contender(f"{count} bits", "none", 1.0, bits=count, series="few bits") for count in bits]
+    found += [
+        Contender(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
+        for count in bits
+        if count > 2
+        for keep in keeps
+    ]
+    found += [Contender(f"transformers {each} 4 bits", "none", 1.0, bits=4, backend=each) for each in backends]
+    others = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
+    return found + [Contender(f"{other} {keep:.3g}", other, keep, series=other) for other in others for keep in keeps]

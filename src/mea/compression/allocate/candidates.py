@@ -1,0 +1,119 @@
+"""One layer of a model at several widths: what its factors are there, and what they promise."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from mea.compression.allocate.held_out import HeldOut
+from mea.compression.budget import Layout
+from mea.compression.checkpoint import FactorStore
+from mea.compression.convert import LayerFactors
+from mea.compression.fit import FittedLayer, Target, fit_layers
+from mea.compression.methods import Method
+from mea.compression.plan import REACH
+
+Progress = Callable[[str, int, int], None]
+Pair = tuple[int, int]
+KEYS, VALUES, BOTH = (1, 0), (0, 1), (1, 1)  # ways of becoming wider
+
+
+def _moved(pair: Pair, way: Pair, by: int) -> Pair:
+    return pair[0] + by * way[0], pair[1] + by * way[1]
+
+
+@dataclass
+class Ladder:
+    """A layer at the widths that it may have, each up to `REACH` moves from where it starts.
+
+    Values of other widths were fitted beside keys of the first width, and stand beside other keys too: not quite what a
+    fit of both gives, which the chosen layout gets in the end.
+    """
+
+    start: Pair
+    move: int
+    fitted: dict[Pair, FittedLayer]
+    weights: dict[Pair, float] = field(default_factory=dict)  # way -> nats per share of the attention's energy
+
+    def turned(self, pair: Pair, way: Pair, by: int) -> Pair | None:
+        """Widths some moves further along a way; None where there are no factors."""
+        keys, values = _moved(pair, way, by * self.move)
+        parts = ((keys, values),) if way == BOTH else ((keys, self.start[1]), (self.start[0], values))
+        return (keys, values) if all(part in self.fitted for part in parts) else None
+
+    def factors(self, pair: Pair) -> LayerFactors | None:
+        if pair in self.fitted:
+            return self.fitted[pair].factors
+        values, keys = (self.fitted[part].factors for part in ((self.start[0], pair[1]), (pair[0], self.start[1])))
+        assert keys
+        assert values
+        return values._replace(keys=keys.keys)
+
+    def promise(self, pair: Pair, way: Pair, by: int) -> float:
+        """What being so much wider or narrower would add to the divergence, by the weight and by what is lost."""
+
+        def lost(by: int) -> float:
+            at = self.turned(pair, way, by)
+            assert at
+            keys, values = (own if along else first for own, along, first in zip(at, way, self.start, strict=True))
+            return self.fitted[keys, values].lost
+
+        return self.weights[way] * (lost(by) - lost(0))
+
+
+def fit_ladders(
+    model: Any,
+    tokens: Int[Tensor, "n t"],
+    method: Method,
+    start: list[Pair],
+    width: int,
+    move: int,
+    ways: list[Pair],
+    report: Progress,
+    folder: Path | None = None,
+) -> list[Ladder]:
+    """Fit every layer at all widths of its ladder, none wider than `width`; finished layers are kept in `folder`."""
+    crosses = [_cross(pair, width, move, ways) for pair in start]
+    columns = list(zip_longest(*crosses))
+    stores = [FactorStore(folder / f"widths-{number}", str(column)) for number, column in enumerate(columns) if folder]
+    known = [store.get for store in stores] or [lambda _: None] * len(columns)
+    targets = [Target(method, Layout(column), get) for column, get in zip(columns, known, strict=True)]
+    ladders = []
+    for layers in fit_layers(model, tokens, targets):
+        place = len(ladders)
+        for store, layer in zip(stores, layers, strict=False):
+            if layer.factors:
+                store.put(place, layer.factors)
+        ladders.append(Ladder(start[place], move, dict(zip(crosses[place], layers, strict=False))))
+        report("fitting at several widths", place + 1, len(crosses))
+    return ladders
+
+
+def _cross(start: Pair, width: int, move: int, ways: list[Pair]) -> list[Pair]:
+    found = [start]
+    for way in ways:
+        for by in (*range(-REACH, 0), *range(1, REACH + 1)):
+            pair = _moved(start, way, by * move)
+            if min(pair) > 0 and max(pair) <= width:
+                found.append(pair)
+    return found
+
+
+def weigh(held_out: HeldOut, ladders: list[Ladder], ways: list[Pair]) -> None:
+    """Give each ladder what the divergence would fall by, per share of energy, if the layer lost less of it."""
+    own = [held_out.compressed(place, ladder.factors(ladder.start)) for place, ladder in enumerate(ladders)]
+    wider = [{way: ladder.turned(ladder.start, way, 1) for way in ways} for ladder in ladders]
+    others: list[Mapping[Hashable, Any]] = [
+        {way: held_out.compressed(place, ladders[place].factors(pair)) for way, pair in each.items() if pair}
+        for place, each in enumerate(wider)
+    ]
+    _, slopes = held_out.slopes(own, others)
+    for ladder, each, slope in zip(ladders, wider, slopes, strict=True):
+        for way, pair in each.items():
+            saved = max(-slope[way], 0.0) / 2 if pair else 0.0
+            less = ladder.fitted[ladder.start].lost - ladder.fitted[pair].lost if pair else 0.0
+            ladder.weights[way] = saved / less if less > 0 else 0.0

@@ -1,0 +1,184 @@
+"""Held-out text on its way through a model whose layers are exchanged one for one, and what that costs.
+
+Only the layers above a change are run again. What a small change of *any* layer would cost comes from one pass back
+through all of them: the gradient of the divergence with respect to each attention's output, times what the change does
+to that output.
+"""
+
+import copy
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from mea.compression.calibrate.layerwise import embed, layer_inputs
+from mea.compression.convert import LayerFactors, latent_copy
+from mea.models.lm_head import replaced_forward
+from mea.ops.precision import fast_dtype
+
+ROWS = 256  # logits made at a time
+
+
+class Scores(NamedTuple):
+    """Per scored token, in nats."""
+
+    loss: Float[Tensor, "n scored"]
+    divergence: Float[Tensor, "n scored"]  # of the original's distribution from this one's
+
+
+class HeldOut:
+    """Windows of text and the model that they are read by, layer by layer.
+
+    Parameters
+    ----------
+    model
+        The uncompressed one, in memory. Where it is of another dtype than `dtype`, a copy is scored.
+    tokens
+        The windows.
+    dtype
+        To compute in, by default `fast_dtype`; sums of losses are in fp32.
+    """
+
+    def __init__(self, model: Any, tokens: Int[Tensor, "n t"], dtype: torch.dtype | None = None):
+        dtype = dtype or fast_dtype(model.device)
+        self.model = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+        self.tokens, self.dtype = tokens, dtype
+        self.layers: list[Any] = list(self.model.model.layers)
+        self.options = [_cast(inputs.options, dtype) for inputs in layer_inputs(self.model, tokens.shape[1])]
+        self.first = embed(self.model, tokens).to(dtype)
+        self.reference = self.states(self.layers)[-1]
+
+    def compressed(self, index: int, factors: LayerFactors | None) -> Any:
+        """Layer `index` with factors, or as it is; what does not change is shared."""
+        return (
+            self.layers[index]
+            if factors is None
+            else latent_copy(self.layers[index], factors, self.model.model.rotary_emb)
+        )
+
+    @torch.no_grad()
+    def through(self, hidden: Float[Tensor, "n t D"], layer: Any, index: int) -> Float[Tensor, "n t D"]:
+        """All windows through one layer that stands at place `index`."""
+        return torch.cat([layer(window, **self.options[index]) for window in hidden.split(1)])
+
+    def above(self, hidden: Float[Tensor, "n t D"], index: int) -> Float[Tensor, "n t D"]:
+        """From what layer `index - 1` gave to the last layer's output, through uncompressed layers."""
+        for place in range(index, len(self.layers)):
+            hidden = self.through(hidden, self.layers[place], place)
+        return hidden
+
+    def states(
+        self, layers: Sequence[Any], known: Sequence[Float[Tensor, "n t D"]] = ()
+    ) -> list[Float[Tensor, "n t D"]]:
+        """What each layer sees, and last what the last one gives; what the first ones see may be `known`."""
+        found = list(known) or [self.first]
+        for place in range(len(found) - 1, len(layers)):
+            found.append(self.through(found[-1], layers[place], place))
+        return found
+
+    @torch.no_grad()
+    def score(self, last: Float[Tensor, "n t D"]) -> Scores:
+        """Losses, and the divergence from the original, given the last layer's output."""
+        losses, divergences = [], []
+        for window, hidden, reference in zip(self.tokens, last, self.reference, strict=True):
+            parts = [self._compare(*part) for part in self._parts(window, hidden, reference)]
+            losses.append(torch.cat([loss for loss, _ in parts]))
+            divergences.append(torch.cat([divergence for _, divergence in parts]))
+        return Scores(torch.stack(losses), torch.stack(divergences))
+
+    def slopes(
+        self, layers: Sequence[Any], variants: Sequence[Mapping[Hashable, Any]]
+    ) -> tuple[float, list[dict[Hashable, float]]]:
+        """What exchanging a layer for a variant would add to the mean divergence, to first order.
+
+        Parameters
+        ----------
+        layers
+            The model as it is now.
+        variants
+            Per layer: name -> a layer that could take its place.
+
+        Returns
+        -------
+        The mean divergence now, and per layer and name what the exchange would add, all else staying.
+        """
+        states = self.states(layers)
+        total, gradient = self._gradient(states[-1])
+        found: list[dict[Hashable, float]] = []
+        for place in reversed(range(len(layers))):
+            added = dict.fromkeys(variants[place], 0.0)
+            below = []
+            for hidden, upper in zip(states[place].split(1), gradient.split(1), strict=True):
+                hidden = hidden.detach().requires_grad_()
+                with torch.enable_grad(), _attention(layers[place]) as seen:
+                    out = layers[place](hidden, **self.options[place])
+                lower, attention = torch.autograd.grad(out, [hidden, seen["out"]], upper)
+                below.append(lower)
+                for name, variant in variants[place].items():
+                    with torch.no_grad():
+                        other = variant.self_attn(seen["in"].detach(), **self.options[place])[0]
+                    difference = other.float() - seen["out"].detach().float()
+                    added[name] += (difference * attention.float()).sum().item()
+            gradient = torch.cat(below)
+            found.append(added)
+        return total, found[::-1]
+
+    def _gradient(self, last: Float[Tensor, "n t D"]) -> tuple[float, Float[Tensor, "n t D"]]:
+        """The mean divergence and its gradient with respect to the last layer's output."""
+        count, total, gradients = len(last) * (last.shape[1] - 1), 0.0, []
+        for window, hidden, reference in zip(self.tokens, last, self.reference, strict=True):
+            hidden = hidden.detach().requires_grad_()
+            gradient = torch.zeros_like(hidden)
+            with torch.enable_grad():
+                for part in self._parts(window, hidden, reference):
+                    divergence = self._compare(*part)[1].sum() / count
+                    total += divergence.item()
+                    gradient += torch.autograd.grad(divergence, hidden)[0]
+            gradients.append(gradient)
+        return total, torch.stack(gradients)
+
+    def _parts(self, window: Tensor, hidden: Tensor, reference: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        for start in range(0, len(window) - 1, ROWS):
+            stop = min(start + ROWS, len(window) - 1)
+            yield hidden[start:stop], reference[start:stop], window[start + 1 : stop + 1]
+
+    def _compare(
+        self, hidden: Float[Tensor, "q D"], reference: Float[Tensor, "q D"], targets: Int[Tensor, " q"]
+    ) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
+        own = self._logits(hidden).float().log_softmax(-1)
+        with torch.no_grad():
+            true = self._logits(reference).float().log_softmax(-1)
+        loss = -own.gather(-1, targets[:, None].to(own.device))[:, 0]
+        return loss, (true.exp() * (true - own)).sum(-1)
+
+    def _logits(self, hidden: Float[Tensor, "q D"]) -> Float[Tensor, "q vocabulary"]:
+        """Norm, output projection and scales are the model's own."""
+        body = self.model.model
+        output = BaseModelOutputWithPast(last_hidden_state=body.norm(hidden[None]))  # pyright: ignore
+        with replaced_forward(body, output):
+            return self.model(input_ids=self.tokens[:1, : len(hidden)].to(self.model.device), use_cache=False).logits[0]
+
+
+def _cast(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    tables = tuple(table.to(dtype) for table in options["position_embeddings"])
+    return {**options, "position_embeddings": tables, "past_key_values": None}
+
+
+@contextmanager
+def _attention(layer: Any) -> Iterator[dict[str, Tensor]]:
+    """What the layer's attention sees and what it gives."""
+    seen: dict[str, Tensor] = {}
+
+    def note(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
+        seen["in"] = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+        seen["out"] = output[0]
+
+    handle = layer.self_attn.register_forward_hook(note, with_kwargs=True)
+    try:
+        yield seen
+    finally:
+        handle.remove()

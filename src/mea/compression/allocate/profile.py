@@ -1,0 +1,163 @@
+"""Which layers can spare their cache: one layer at a time is compressed, and the loss on held-out text measured.
+
+The sensitivity profile of arXiv 2601.19611, there on Pile-CC. Every layer is fitted on the uncompressed model's
+activations, so that calibration and profile are one pass; above the changed layer the rest of the model runs again,
+half of it on average.
+
+Fields of a record of the kind `KIND`: ``config``: ``model``, ``method``, ``keep``, ``text``, ``tokens``, ``window``,
+the calibration's, ``layers`` in all and ``layouts`` (name -> layers that it compresses); ``results``: ``loss`` of the
+uncompressed model in nats, ``layers``, a list as far as the run came of ``added`` (nats), ``standard_error`` (paired)
+and ``lost`` (share of the attention output's energy); ``samples``: mean losses of blocks, uncompressed and per layer.
+"""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mea.compression.allocate.held_out import HeldOut
+from mea.compression.budget import Layout, preset_layout
+from mea.compression.calibrate.layerwise import evaluating
+from mea.compression.calibrate.text import Calibration, calibration_tokens, held_out_tokens
+from mea.compression.check import checked_stock_form
+from mea.compression.fit import Target, fit_layers
+from mea.compression.methods import DEFAULT_METHOD
+from mea.compression.plan import Plan, make_plan
+from mea.evaluate.perplexity import block_means, ratio
+from mea.models.fold import stock_config
+from mea.models.loading import load, load_config
+from mea.ops.precision import named_dtype
+from mea.records import Record, make_record, read_record, write_record
+
+Progress = Callable[[str, int, int], None]
+KIND = "profile"
+
+
+def profile(
+    source: str,
+    out: Path,
+    *,
+    keep: float = 0.5,
+    method: str = DEFAULT_METHOD,
+    text: str | None = None,
+    tokens: int = 4096,
+    window: int = 1024,
+    dtype: str = "fast",
+    calibration: Calibration | None = None,
+    progress: Progress | None = None,
+) -> Record:
+    """Compress one layer at a time and write down what each costs; an interrupted run goes on from `out`.
+
+    Parameters
+    ----------
+    source
+        Folder, GGUF file or hub id.
+    out
+        The record. It is written after every layer.
+    keep, method
+        Of each layer, when its turn comes.
+    text, tokens, window
+        What losses are measured on; by default calibration text that the factors have not seen.
+    dtype
+        To score in; factors are fitted in fp32.
+
+    Raises
+    ------
+    ValueError
+        `out` is something else than this run's record; or as `mea.compression.api.compress`.
+    """
+    calibration, dtype = calibration or Calibration(), named_dtype(dtype)
+    plan = make_plan(load_config(source), 2, keep=keep, method=method, calibration=calibration)
+    config = _config(source, plan, keep, text, tokens, window, dtype)
+    record = _begun(out, config)
+    if record and len(record["results"]["layers"]) == config["layers"]:
+        return record
+    model, tokenizer = load(source, dtype)
+    fitted_on = calibration_tokens(tokenizer, calibration)
+    model = checked_stock_form(model, fitted_on)
+    held_out = HeldOut(model, held_out_tokens(tokenizer, calibration, tokens, window, text), model.dtype)
+    with evaluating(model):
+        return _run(model, fitted_on, held_out, plan, config, record, out, progress)
+
+
+def _run(
+    model: Any,
+    tokens: torch.Tensor,
+    held_out: HeldOut,
+    plan: Plan,
+    config: dict[str, Any],
+    record: Record | None,
+    out: Path,
+    progress: Progress | None,
+) -> Record:
+    plain = held_out.score(held_out.reference).loss
+    results: dict[str, Any] = {"loss": plain.double().mean().item(), "seconds": 0.0, "layers": []}
+    samples: dict[str, Any] = {"loss_uncompressed": block_means(plain)}
+    if record:
+        results, samples = record["results"], record["samples"]
+    done, hidden, began = len(results["layers"]), held_out.first, time.perf_counter()
+    missing = Layout(tuple(None if i < done else pair for i, pair in enumerate(plan.layout.widths)))
+    for (fitted,) in fit_layers(model, tokens, [Target(plan.method, missing)]):
+        place = fitted.index
+        if fitted.factors is not None:
+            compressed = held_out.compressed(place, fitted.factors)
+            last = held_out.above(held_out.through(hidden, compressed, place), place + 1)
+            loss = held_out.score(last).loss
+            relative = ratio(loss, plain)
+            error = relative.standard_error / relative.value
+            results["layers"].append({"added": math.log(relative.value), "standard_error": error, "lost": fitted.lost})
+            samples[f"loss_layer_{place}"] = block_means(loss)
+            results["seconds"] += time.perf_counter() - began
+            began = time.perf_counter()
+            seeds = {"calibration": plan.calibration.seed}
+            record = make_record(KIND, config, results=results, samples=samples, seeds=seeds)
+            write_record(out, record)
+        hidden = held_out.through(hidden, held_out.layers[place], place)
+        if progress:
+            progress("one layer at a time", place + 1, len(held_out.layers))
+    if record is None:
+        raise ValueError("the model has no layer to profile")
+    return record
+
+
+def _config(
+    source: str, plan: Plan, keep: float, text: str | None, tokens: int, window: int, dtype: str
+) -> dict[str, Any]:
+    layouts = {}
+    for name in ("full", "half", "deep"):
+        widths = preset_layout(plan.shape, name, plan.method.step(plan.shape.head_dim), 0.5).widths
+        layouts[name] = [place for place, pair in enumerate(widths) if pair]
+    return {
+        **plan.describe(), "model": Path(source).name, "keep": keep, "layers": len(plan.layout.widths),
+        "text": text or f"{Path(plan.calibration.text).name}, what the calibration left of it",
+        "tokens": tokens, "window": window, "dtype": dtype, "layouts": layouts,
+    }  # fmt: skip
+
+
+def _begun(out: Path, config: dict[str, Any]) -> Record | None:
+    """What an interrupted run of the same settings has left."""
+    if not out.exists():
+        return None
+    record = read_record(out)
+    if record["kind"] != KIND or record["config"] != make_record(KIND, config)["config"]:
+        raise ValueError(f"{out} holds another measurement, or one with other settings; choose another file")
+    return record
+
+
+def cost_in_words(source: str, tokens: int, window: int) -> str:
+    """What a profile takes, beside a calibration; no weights are read.
+
+    Raises
+    ------
+    ValueError
+        There is no such model, or it cannot be compressed.
+    """
+    layers = stock_config(load_config(source)).num_hidden_layers
+    passes = layers / 2 + 1
+    return (
+        f"One calibration, as mea compress has it, and {passes:.0f} passes over {tokens // window * window:,} tokens "
+        f"({layers} layers, above each of which the model runs again)."
+    )

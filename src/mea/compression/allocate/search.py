@@ -1,0 +1,231 @@
+"""Choose widths layer by layer: bytes move between layers as long as that makes the compressed model better.
+
+What a layer would save by being wider, all else staying, is known to first order from one pass back through the
+compressed model: to second order the divergence from the original is ``e^T H e / 2`` in the errors ``e`` of all
+attention outputs, its gradient is ``H e``, and taking back ``e_w`` of one layer's error changes it by ``-e_w^T H e``
+(`HeldOut.slopes`), twice what that really saves. But errors meet further up: widths chosen by adding up what layers
+save one by one, by such slopes or even measured, are hardly better than equal ones (docs/LOG.md). So savings only say
+what to *try*: a few widths become a step wider and as many narrower as the budget wants, drawn with a preference for
+what promises most, and what lowers the divergence that is measured on held-out text stays. The layout never becomes
+worse than the one that it began with, by that measure.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mea.compression.allocate.candidates import BOTH, KEYS, VALUES, Ladder, Pair, Progress, fit_ladders, weigh
+from mea.compression.allocate.held_out import HeldOut
+from mea.compression.budget import CacheShape, Layout
+from mea.compression.calibrate.layerwise import evaluating
+from mea.compression.calibrate.text import held_out_tokens
+from mea.compression.checkpoint import write_whole
+from mea.compression.convert import LayerFactors
+from mea.compression.fit import Target, fit_layers
+from mea.compression.methods import Method
+from mea.compression.plan import Plan
+
+Dial = tuple[tuple[int, Pair], ...]  # what turns together: layers, and whether their keys, values or both
+MOVES = 8  # h_kv * d over so many is a step of a width
+AT_ONCE = 6  # widths that become wider in one exchange, at most
+
+
+class Tried(NamedTuple):
+    """A layout and its mean divergence from the original on the held-out text, in nats per token."""
+
+    layout: Layout
+    divergence: float
+
+
+def choose_layout(
+    model: Any,
+    tokens: Int[Tensor, "n t"],
+    held_out: HeldOut,
+    method: Method,
+    shape: CacheShape,
+    start: Layout,
+    *,
+    equal: bool = False,
+    same: bool = False,
+    step: int = 8,
+    tries: int = 64,
+    seed: int = 0,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+) -> list[Tried]:
+    """Layouts that cost no more than the start, each better than the one before; take the last.
+
+    The first and the last one's divergences are those of a fit at just these widths, the others' of factors that were
+    fitted for several.
+
+    Parameters
+    ----------
+    model, tokens
+        To fit on.
+    held_out
+        To measure on.
+    method, shape, start
+        How factors are found, and a layout to begin with, with widths in every layer.
+    equal
+        As many numbers for keys as for values within a layer.
+    same
+        The same widths in all layers.
+    step
+        Widths are multiples of it.
+    tries
+        Exchanges that are measured.
+    seed
+        Of their choice.
+    progress
+        Called with a word, what is done and how much there is.
+    folder
+        Where fits and measurements are kept, from which the same choice goes on if it is interrupted.
+    """
+    report = progress or (lambda *_: None)
+    ways = [BOTH] if equal else [VALUES, KEYS]
+    budget = sum(sum(pair) for pair in start.widths if pair)
+    move = max(step, shape.width // MOVES // step * step)
+    widths = [_multiples(pair, step) for pair in start.widths if pair]
+    ladders = fit_ladders(model, tokens, method, widths, shape.width, move, ways, report, folder)
+    weigh(held_out, ladders, ways)
+
+    def factors(pairs: list[Pair]) -> list[LayerFactors | None]:
+        return [ladder.factors(pair) for ladder, pair in zip(ladders, pairs, strict=True)]
+
+    dials = [tuple((place, way) for place in range(len(ladders))) for way in ways]
+    if not same:
+        dials = [(one,) for dial in dials for one in dial]
+    best = _run(held_out, factors(widths), widths)
+    tried = [Tried(Layout(tuple(widths)), best.divergence)]
+    generator = torch.Generator().manual_seed(seed)
+    path = folder / "measured.json" if folder else None
+    measured: list[float] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else []
+    known = iter(measured.copy())
+    for number in range(tries):
+        wanted = _exchange(best.widths, dials, ladders, budget, generator)
+        if wanted:
+            divergence = next(known, None)
+            if divergence is not None:
+                other = _Running(wanted, [], [], divergence)
+            else:
+                best = best if best.states else _run(held_out, factors(best.widths), best.widths)
+                other = _run(held_out, factors(wanted), wanted, best)
+                measured.append(other.divergence)
+                if path:
+                    write_whole(path, json.dumps(measured).encode())
+            if other.divergence < best.divergence:
+                best = other
+                tried.append(Tried(Layout(tuple(wanted)), other.divergence))
+        report("trying exchanges", number + 1, tries)
+    if len(tried) == 1:
+        return tried
+    (chosen,) = zip(*fit_layers(model, tokens, [Target(method, tried[-1].layout)]), strict=True)
+    final = _run(held_out, [each.factors for each in chosen], best.widths)
+    better = final.divergence < tried[0].divergence
+    return [*tried[:-1], Tried(tried[-1].layout, final.divergence)] if better else tried[:1]
+
+
+def _multiples(pair: Pair, step: int) -> Pair:
+    keys, values = (max(step, width // step * step) for width in pair)
+    return keys, values
+
+
+def _exchange(
+    widths: list[Pair], dials: list[Dial], ladders: list[Ladder], budget: int, generator: torch.Generator
+) -> list[Pair] | None:
+    """Widths after an exchange that is drawn at random and within the budget; None if there is none."""
+
+    def turn(pairs: list[Pair], dial: Dial, by: int) -> list[Pair] | None:
+        turned = list(pairs)
+        for place, way in dial:
+            pair = ladders[place].turned(pairs[place], way, by)
+            if pair is None:
+                return None
+            turned[place] = pair
+        return turned
+
+    def drawn(by: int) -> list[Dial]:
+        """Dials that can be turned, more or less from the one that promises most."""
+        able = [dial for dial in dials if turn(widths, dial, by)]
+        promised = torch.tensor([sum(ladders[i].promise(widths[i], way, by) for i, way in dial) for dial in able])
+        noise = torch.randn(len(able), generator=generator) * promised.abs().mean()
+        return [able[i] for i in (promised + noise).argsort().tolist()]
+
+    many = int(torch.randint(1, AT_ONCE + 1, (), generator=generator))
+    wider = drawn(1)[:many]
+    now = widths
+    for dial in wider:
+        now = turn(now, dial, 1) or now
+    for dial in drawn(-1):
+        if sum(map(sum, now)) <= budget:
+            break
+        if dial not in wider:
+            now = turn(now, dial, -1) or now
+    return now if now != widths and sum(map(sum, now)) <= budget else None
+
+
+class _Running(NamedTuple):
+    """A compressed model and what the held-out text is in it, layer by layer; both empty where only measured before."""
+
+    widths: list[Pair]
+    layers: list[Any]
+    states: list[Tensor]
+    divergence: float
+
+
+def _run(
+    held_out: HeldOut, factors: Sequence[LayerFactors | None], widths: list[Pair], before: _Running | None = None
+) -> _Running:
+    """Run what differs from an earlier model, and what is above it."""
+    earlier = before.widths if before else [None] * len(widths)
+    same = [old == new for old, new in zip(earlier, widths, strict=True)]
+    layers = [
+        before.layers[place] if before and same[place] else held_out.compressed(place, each)
+        for place, each in enumerate(factors)
+    ]
+    states = held_out.states(layers, before.states[: same.index(False) + 1] if before else ())
+    return _Running(widths, layers, states, held_out.score(states[-1]).divergence.double().mean().item())
+
+
+def allocated(
+    model: Any,
+    tokenizer: Any,
+    tokens: Int[Tensor, "n t"],
+    plan: Plan,
+    progress: Progress | None = None,
+    folder: Path | None = None,
+) -> tuple[Plan, list[Tried]]:
+    """The plan with the widths that were chosen, and all that was tried; a plan without an allocation as it is.
+
+    With a `folder`, the choice and all on the way to it is kept there and taken from there.
+
+    Raises
+    ------
+    ValueError
+        There is not enough text to hold out.
+    """
+    how = plan.allocation
+    if how is None:
+        return plan, []
+    path = folder / "layout.json" if folder else None
+    if path and path.is_file():
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        tried = [Tried(Layout(tuple((keys, values) for keys, values in widths)), value) for widths, value in kept]
+    else:
+        text = held_out_tokens(tokenizer, plan.calibration, how.tokens, plan.calibration.window, how.text)
+        with evaluating(model):
+            tried = choose_layout(
+                model, tokens[: how.windows], HeldOut(model, text), plan.method, plan.shape, plan.layout,
+                equal=how.equal or plan.method.form == "joint", same=how.same, tries=how.tries,
+                step=how.step or plan.method.step(plan.shape.head_dim).size, seed=plan.calibration.seed,
+                progress=progress, folder=folder,
+            )  # fmt: skip
+    if path and not path.is_file():
+        write_whole(path, json.dumps([(each.layout.widths, each.divergence) for each in tried]).encode())
+    return replace(plan, layout=tried[-1].layout), tried

@@ -1,0 +1,165 @@
+"""Finished layers of an unfinished run, to go on where it stopped; and folders that appear only when complete."""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from mea.compression.convert import LayerFactors
+from mea.compression.methods.factors import Factors
+from mea.compression.plan import Plan
+
+SETTINGS = "run.json"
+
+
+class FactorStore:
+    """Factors on disk, one file per finished layer.
+
+    Parameters
+    ----------
+    folder
+        Made if it is not there.
+    fingerprint
+        What the factors depend on: `fingerprint`.
+
+    Raises
+    ------
+    ValueError
+        The folder holds another run.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        settings = folder / SETTINGS
+        if settings.is_file():
+            if json.loads(settings.read_text(encoding="utf-8")) != fingerprint:
+                raise ValueError(
+                    f"{folder.parent} holds an interrupted run of another model or with other settings; "
+                    f"remove that folder, or repeat its settings to go on"
+                )
+        else:
+            write_whole(settings, json.dumps(fingerprint).encode())
+
+    def get(self, index: int) -> LayerFactors | None:
+        """The factors of a layer, if an earlier run came that far."""
+        path = self._path(index)
+        if not path.is_file():
+            return None
+        with safe_open(path, "pt") as file:
+            tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+        return LayerFactors(
+            Factors(tensors["key_encoder"], tensors["key_decoder"]),
+            Factors(tensors["value_encoder"], tensors["value_decoder"]),
+            tensors.get("output"),
+            told["form"],
+            int(told["groups"]),
+        )
+
+    def put(self, index: int, factors: LayerFactors) -> None:
+        """Keep a finished layer."""
+        path = self._path(index)
+        if path.is_file():
+            return
+        tensors = {
+            "key_encoder": factors.keys.encoder,
+            "key_decoder": factors.keys.decoder,
+            "value_encoder": factors.values.encoder,
+            "value_decoder": factors.values.decoder,
+        }
+        if factors.output is not None:
+            tensors["output"] = factors.output
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_whole(path, save(tensors, {"form": factors.form, "groups": str(factors.groups)}))
+
+    def get_refined(self, index: int) -> dict[str, Tensor] | None:
+        """The refined weights of a layer, if an earlier run came that far."""
+        path = self._path(index, "refined-")
+        return load_file(path) if path.is_file() else None
+
+    def put_refined(self, index: int, weights: dict[str, Tensor]) -> None:
+        """Keep a layer's refined weights."""
+        write_whole(self._path(index, "refined-"), save({name: each.contiguous() for name, each in weights.items()}))
+
+    def _path(self, index: int, prefix: str = "") -> Path:
+        return self.folder / f"{prefix}{index:05d}.safetensors"
+
+
+def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: str) -> str:
+    """One string for all that factors depend on: configuration, weights, plan and calibration tokens.
+
+    `weights` tells the weights and their dtype from others without reading them all, see
+    `mea.models.loading.weights_mark`.
+    """
+    settings = [config.to_json_string(), plan.describe(), plan.layout.widths, tokens.tolist(), weights]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there complete or not at all.
+
+    Raises
+    ------
+    OSError
+        It could not be written.
+    """
+    part = path.with_suffix(path.suffix + ".part")
+    try:
+        part.write_bytes(content)
+        os.replace(part, path)
+    except OSError as error:
+        part.unlink(missing_ok=True)
+        raise _not_written(path, error) from error
+
+
+def check_output(out: Path) -> None:
+    """Refuse to write where something is.
+
+    Raises
+    ------
+    ValueError
+        The folder is not empty, or is no folder.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
+
+
+def _not_written(path: Path, error: Exception) -> OSError:
+    return OSError(
+        f"{path} could not be written: {error}. Nothing half written was left; make room and start again with the same "
+        f"arguments: finished layers are kept"
+    )
+
+
+@contextmanager
+def complete_folder(out: Path, work: Path) -> Iterator[Path]:
+    """A folder to fill that becomes `out` when the block ends, and is removed if it fails.
+
+    Raises
+    ------
+    OSError
+        Writing failed, the disk being full for instance; nothing half written is left.
+    """
+    filling = work / "model"
+    shutil.rmtree(filling, ignore_errors=True)
+    filling.mkdir(parents=True)
+    try:
+        yield filling
+    except BaseException as error:
+        shutil.rmtree(filling, ignore_errors=True)
+        if isinstance(error, OSError | SafetensorError):  # safetensors has its own error for a full disk
+            raise _not_written(out, error) from error
+        raise
+    if out.exists():
+        out.rmdir()
+    os.replace(filling, out)
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,34 @@
+"""Grouped-query attention by mean pooling (arXiv 2305.13245): neighbouring heads are replaced by their mean.
+
+What is usually done before a model is trained on with fewer kv heads. Groups of unequal size are allowed, so that 3
+heads can become 2. Pooling weights and pooling what they give is the same; with a norm on the keys, the pooling comes
+after it.
+"""
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.factors import Factors, from_head_mixing
+
+
+def keys(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of rotated keys."""
+    return _pool(statistics, width)
+
+
+def values(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of values."""
+    return _pool(statistics, width)
+
+
+def neighbours(heads: int, groups: int) -> Int[Tensor, " g"]:
+    """The group of each head: equal runs, as nearly as it comes out."""
+    return torch.arange(heads) * groups // heads
+
+
+def _pool(statistics: LayerStatistics, width: int) -> Factors:
+    heads, groups = statistics.num_kv_heads, width // statistics.head_dim
+    member = (torch.arange(groups)[:, None] == neighbours(heads, groups)).double()
+    return from_head_mixing(member / member.sum(1, keepdim=True).sqrt(), statistics.head_dim)

@@ -1,0 +1,28 @@
+"""Virtual heads from real activations: the scalar mixing that loses least of the keys and values themselves.
+
+Minimises ``E_x sum_g |k_g - k̂_g|^2`` over scalar head mixings, where the paper's `svd` minimises the error of the
+weights: the top eigenvectors of the ``h_kv x h_kv`` matrix ``E <k_g, k_g'>``, which rotation does not change.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, linalg
+
+from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.factors import Factors, from_head_mixing
+
+
+def keys(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of rotated keys."""
+    return _factorise(statistics.keys, statistics.head_dim, width)
+
+
+def values(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of values."""
+    return _factorise(statistics.values, statistics.head_dim, width)
+
+
+def _factorise(moment: Float[Tensor, "n n"], head_dim: int, width: int) -> Factors:
+    heads = moment.shape[0] // head_dim
+    products = moment.view(heads, head_dim, heads, head_dim).diagonal(dim1=1, dim2=3).sum(-1)
+    _, vectors = linalg.eigh(products)
+    return from_head_mixing(vectors.flip(-1)[:, : width // head_dim].T, head_dim)

@@ -1,0 +1,30 @@
+"""The paper's virtual heads (arXiv 2601.19611, Appendix F): truncated SVD of the weights over heads.
+
+``W_K`` is reshaped to ``[d * D, h_kv]``, a column per head; its top ``h_c`` left singular vectors are the component
+heads' weights, singular values and right vectors the mixing matrix ``W_lc``. Since ``U = W V / S``, the component heads
+are themselves combinations of the original ones, so that the same subspace of heads is kept by encoding with ``V^T``
+and decoding with ``V``. A bias is a further input channel. With a norm on the keys, the norm's gain is counted to the
+weights and the mixing comes after the norm: across it the paper's factors would not be exact at any rank.
+"""
+
+from jaxtyping import Float
+from torch import Tensor, linalg
+
+from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.factors import Factors, from_head_mixing
+
+
+def keys(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of rotated keys; RoPE is the same for all heads, so the mixing of unrotated keys serves."""
+    return _factorise(statistics.key_weight, statistics.head_dim, width)
+
+
+def values(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of values."""
+    return _factorise(statistics.value_weight, statistics.head_dim, width)
+
+
+def _factorise(weight: Float[Tensor, "n _"], head_dim: int, width: int) -> Factors:
+    heads = weight.double().view(-1, head_dim * weight.shape[1])
+    mixing, _, _ = linalg.svd(heads, full_matrices=False)
+    return from_head_mixing(mixing[:, : width // head_dim].T, head_dim)

@@ -1,0 +1,16 @@
+"""Latent keys before RoPE, as in Palu (arXiv 2407.21118): of all linear maps of unrotated keys, the best.
+
+Before rotation the keys of all heads and frequencies can be pooled, so that the same bytes keep more; but keys have to
+be rebuilt and rotated at every read. An error of a key is rotated with it: what it costs is measured by the queries as
+they are turned against it, averaged over all distances that the model supports.
+"""
+
+from mea.compression.calibrate.rope_moments import average_over_positions
+from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
+
+
+def keys(statistics: LayerStatistics, width: int) -> Factors:
+    """Factors of keys before rotation."""
+    metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
+    return orthonormal(*weighted_subspace(statistics.keys, metric, width))

@@ -1,0 +1,179 @@
+"""Compress a model into a folder: what is saved is complete, measured, and goes on where it was interrupted."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from jaxtyping import Int
+from torch import Tensor
+
+from mea.compression.allocate.search import allocated
+from mea.compression.api import Compressed, Progress, run_plans
+from mea.compression.calibrate.text import calibration_tokens
+from mea.compression.card import model_card
+from mea.compression.check import checked_stock_form
+from mea.compression.checkpoint import FactorStore, check_output, complete_folder, fingerprint
+from mea.compression.cost import estimate
+from mea.compression.plan import make_plan
+from mea.compression.refine import Refined
+from mea.evaluate.measure import text_losses
+from mea.evaluate.perplexity import perplexity, ratio
+from mea.evaluate.speed import cache_size
+from mea.models.fold import stock_config
+from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
+from mea.records import make_record, write_record
+from mea.text import encode_text, load_text
+
+MEASURED_TEXT = "wikitext-2-test"
+CACHE_TOKENS = 256
+SHARD_SIZE = "4GB"  # each is in memory as a whole while it is written
+
+
+def compress_to_folder(
+    source: str,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    measure_tokens: int = 4096,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Load, compress, check, measure and save; `options` are those of `make_plan`.
+
+    The folder appears when everything in it is complete. An interrupted run started again with the same arguments goes
+    on after the last finished layer, which it finds in ``<out>.partial``.
+
+    Parameters
+    ----------
+    source
+        Folder, GGUF file or hub id.
+    out
+        A folder that does not exist or is empty.
+    measure_tokens
+        How much of the WikiText-2 test text the perplexities in the model card are measured on; 0 for none.
+
+    Returns
+    -------
+    The record that is saved beside the weights.
+
+    Raises
+    ------
+    ValueError
+        For anything that the user can put right; before the weights are loaded wherever it can be known by then.
+    OSError
+        The result could not be written; nothing half written is left.
+    """
+    out = Path(out)
+    check_output(out)
+    given = load_config(source)
+    config = stock_config(given)
+    plan = make_plan(given, resolve_dtype(given, dtype).itemsize, **options)
+    tokenizer = load_tokenizer(source)
+    tokens = calibration_tokens(tokenizer, plan.calibration)
+    # Before the work, because more tokens than there are are refused.
+    measured = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
+    work = out.with_name(out.name + ".partial")
+    weights = f"{resolve_dtype(given, dtype)} {weights_mark(source)}"
+    store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
+    # What has to be folded first has to be in memory.
+    model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is given else None)
+    before = cache_size(model, min(CACHE_TOKENS, config.max_position_embeddings)).bytes_per_token
+    model = checked_stock_form(model, tokens)
+    _check_space(out.parent, model)
+    plan, tried = allocated(model, tokenizer, tokens, plan, progress, work / "choice")
+    result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
+    record = _measure(source, model, tokenizer, result, before, measured, progress)
+    if tried:
+        record["results"]["tried"] = [{"divergence": x.divergence, "widths": list(x.layout.widths)} for x in tried]
+    with complete_folder(out, work) as folder:
+        result.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        write_record(folder / "compression.json", record)
+    return record
+
+
+def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, Any]:
+    """What `compress_to_folder` would do with these arguments and what it costs; no weights are read.
+
+    Bytes are those of the cache of one sequence, `memory` is beyond the model's weights.
+
+    Raises
+    ------
+    ValueError
+        As `compress_to_folder`, as far as it can be known without weights.
+    """
+    given = load_config(source)
+    config, kind = stock_config(given), resolve_dtype(given, dtype)
+    plan = make_plan(given, kind.itemsize, **options)
+    cost, context = estimate(config, plan), config.max_position_embeddings
+    return {
+        "model": Path(source).name,
+        "dtype": str(kind).removeprefix("torch."),
+        "widths": [None if pair is None else list(pair) for pair in plan.layout.widths],
+        "bytes_per_token_before": plan.bytes_before(1),
+        "bytes_per_token": plan.layout.bytes(plan.shape, 1),
+        "context": context,
+        "bytes_at_context_before": plan.bytes_before(context),
+        "bytes_at_context": plan.layout.bytes(plan.shape, context),
+        "memory": cost.memory,
+        "seconds": cost.seconds,
+        **plan.describe(),
+    }
+
+
+def _measure(
+    source: str,
+    model: Any,
+    tokenizer: Any,
+    result: Compressed,
+    before: float,
+    measured: Int[Tensor, " n"] | None,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    plan = result.plan
+    length = min(CACHE_TOKENS, model.config.max_position_embeddings)
+    results: dict[str, Any] = {
+        "cache_bytes_per_token_before": before,
+        "cache_bytes_per_token": cache_size(result.model, length).bytes_per_token,
+        "layer_lost": result.lost,
+        **_told(result.refined),
+        "self_check": result.errors,
+        "seconds": result.seconds,
+    }
+    if measured is not None:
+        window = min(plan.calibration.window, model.config.max_position_embeddings)
+        original, compressed = (
+            text_losses(each, tokenizer, measured, window, what=what, progress=progress)
+            for each, what in ((model, "measuring the original"), (result.model, "measuring the result"))
+        )
+        results["perplexity_before"] = perplexity(original).value
+        results["perplexity"] = perplexity(compressed).value
+        results["perplexity_ratio"] = ratio(compressed, original).value
+        results["perplexity_ratio_error"] = ratio(compressed, original).standard_error
+    config = {
+        "model": Path(source).name,
+        "widths": plan.layout.widths,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "measured_text": MEASURED_TEXT,
+        "measured_tokens": 0 if measured is None else len(measured),
+        **plan.describe(),
+    }
+    return make_record("compression", config, results=results, seeds={"calibration": plan.calibration.seed})
+
+
+def _told(refined: Refined | None) -> dict[str, Any]:
+    if refined is None:
+        return {}
+    layers, divergence = refined
+    found: dict[str, Any] = {"refined": [pair and pair._asdict() for pair in layers]}
+    return found | ({"refined_divergence": divergence._asdict()} if divergence else {})
+
+
+def _check_space(folder: Path, model: Any) -> None:
+    while not folder.exists():
+        folder = folder.parent
+    needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(f"the result takes {needed / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free")

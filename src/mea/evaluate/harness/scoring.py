@@ -1,0 +1,210 @@
+"""Log-likelihoods of given continuations, many at a time, at the least cost: shared beginnings, logits where needed."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from mea.evaluate.harness.packing import Packed, Scored, batches, pack, tensors
+from mea.models.lm_head import replaced_forward
+from mea.ops.memory import keep_freed_memory
+
+ROWS = 256  # logits made at a time
+SMALLEST, LARGEST = 512, 65_536  # tokens of a batch
+TRIALS = 3  # batches timed at each size
+GAIN = 1.04  # a larger batch must be so much faster to be kept: smaller ones take less memory
+
+
+@dataclass
+class BatchSize:
+    """Finds how many tokens a batch should have: doubles while that is faster and memory suffices, then stays."""
+
+    tokens: int = SMALLEST
+    settled: bool = False
+    _best: float = 0.0
+    _rates: list[float] = field(default_factory=list)
+
+    def report(self, tokens: int, seconds: float) -> None:
+        """Note how long a batch took."""
+        if self.settled or tokens < self.tokens // 2:
+            return
+        self._rates.append(tokens / max(seconds, 1e-9))
+        if len(self._rates) < TRIALS:
+            return
+        rate, self._rates = max(self._rates), []  # the fastest: what else the machine does only slows it down
+        if rate < GAIN * self._best:
+            self.tokens, self.settled = self.tokens // 2, True
+        elif self.tokens >= LARGEST:
+            self.settled = True
+        else:
+            self._best, self.tokens = rate, 2 * self.tokens
+
+    def too_large(self) -> None:
+        """Note that a batch did not fit into memory."""
+        self.tokens, self.settled = max(1, self.tokens // 2), True
+
+
+class Scorer:
+    """Scores continuations with one model.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers.
+    batch_tokens
+        Tokens of a batch; None finds them while it works. In bfloat16 the last digits depend on them.
+
+    Attributes
+    ----------
+    shares
+        Whether continuations share their beginnings: only where a trial shows that the model computes the same then.
+    """
+
+    def __init__(self, model: Any, batch_tokens: int | None = None):
+        keep_freed_memory()
+        self.model = model
+        self.size = BatchSize(batch_tokens, settled=True) if batch_tokens else BatchSize()
+        self.head_alone = self._head_stands_alone()
+        self.shares = self._can_share()
+
+    @torch.no_grad()
+    def score(self, texts: Sequence[Scored]) -> Iterator[tuple[list[tuple[int, float, bool]], int, int]]:
+        """Score all texts, batch by batch.
+
+        Yields
+        ------
+        results
+            ``(index, log-likelihood, whether greedy decoding would write it)`` of the texts that are done.
+        done, total
+            Tokens.
+
+        Raises
+        ------
+        ValueError
+            The model's logits are not numbers.
+        """
+        rows = pack(texts, self.shares)
+        total, done = sum(len(row.tokens) for row in rows), 0
+        while rows:
+            batch = next(batches(rows, self.size.tokens))
+            began = time.perf_counter()
+            try:
+                results = self._batch(batch, texts)
+            except (torch.OutOfMemoryError, MemoryError):
+                if len(batch) == 1:
+                    raise
+                self.size.too_large()
+                continue
+            count = sum(len(row.tokens) for row in batch)
+            self.size.report(count, time.perf_counter() - began)
+            taken = set(map(id, batch))
+            rows = [row for row in rows if id(row) not in taken]
+            done += count
+            yield results, done, total
+
+    def _batch(self, rows: Sequence[Packed], texts: Sequence[Scored]) -> list[tuple[int, float, bool]]:
+        wanted = [(number, index, places) for number, row in enumerate(rows) for index, places in row.places]
+        row_of = torch.tensor([number for number, _, places in wanted for _ in places], device=self.model.device)
+        place_of = torch.tensor([place for *_, places in wanted for place in places], device=self.model.device)
+        targets = torch.tensor([x for _, index, _ in wanted for x in texts[index].targets], device=self.model.device)
+        losses, greedy = self._losses(rows, row_of, place_of, targets)
+        if not losses.isfinite().all():
+            raise ValueError("the model's logits are not finite numbers: its weights or activations overflow")
+        results, first = [], 0
+        for _, index, places in wanted:
+            last = first + len(places)
+            results.append((index, -losses[first:last].double().sum().item(), bool(greedy[first:last].all())))
+            first = last
+        return results
+
+    def _losses(
+        self, rows: Sequence[Packed], row_of: Tensor, place_of: Tensor, targets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Loss of each target, and whether it was the likeliest token; on the CPU."""
+        states = self._run(rows, body_only=self.head_alone)
+        picked = states[row_of, place_of]
+        losses, greedy = [], []
+        for part, wanted in zip(picked.split(ROWS), targets.split(ROWS), strict=True):
+            logits = (self._logits(part) if self.head_alone else part).float()
+            losses.append(functional.cross_entropy(logits, wanted, reduction="none").cpu())
+            # The place of the largest is slow to find, its value is not; few targets have it.
+            hit = logits.gather(-1, wanted[:, None])[:, 0] == logits.amax(-1)
+            at = hit.nonzero()[:, 0]
+            hit[at] = logits[at].argmax(-1) == wanted[at]
+            greedy.append(hit.cpu())
+        return torch.cat(losses), torch.cat(greedy)
+
+    def _run(self, rows: Sequence[Packed], *, body_only: bool) -> Tensor:
+        """Hidden states after the last norm, or logits, ``[b, t, ...]``."""
+        ids, positions, mask = (None if x is None else x.to(self.model.device) for x in tensors(rows))
+        options: dict[str, Any] = {}
+        if mask is not None:
+            if self.model.config._attn_implementation == "eager":
+                low = torch.finfo(self.model.dtype).min
+                mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, low)
+            options = {"attention_mask": mask, "position_ids": positions}
+        if body_only:
+            return self.model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state
+        return self.model(input_ids=ids, use_cache=False, **options).logits
+
+    def _logits(self, states: Tensor) -> Tensor:
+        """The model's own logits of given hidden states, with whatever it does to them after the head."""
+        output = _Output(states[None])
+        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+        with replaced_forward(self.model.base_model, output):
+            return self.model(input_ids=ids, use_cache=False).logits[0]
+
+    @torch.no_grad()
+    def _head_stands_alone(self) -> bool:
+        """Whether logits can be made from some hidden states alone: not in models that call their body's parts."""
+        body = self.model.base_model
+        if body is self.model:
+            return False
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
+        states = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
+        if states is None:
+            return False
+        with replaced_forward(body, _Output(states)) as calls:
+            try:
+                self.model(input_ids=ids, use_cache=False)
+            except (TypeError, AttributeError, KeyError, IndexError):  # it reads more than the hidden states
+                return False
+        return calls == [1]
+
+    @torch.no_grad()
+    def _can_share(self) -> bool:
+        """Try a row with branches against its texts one by one."""
+        config = self.model.config.get_text_config()
+        windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+        if windows or self.model.config._attn_implementation not in ("sdpa", "eager"):
+            return False  # windows are part of a mask that the branches' mask would replace
+        size = self.model.get_input_embeddings().weight.shape[0]
+        texts = [Scored(tuple(x % size for x in range(3, 12)) + (i % size,) * 5, (0,)) for i in (1, 2)]
+        try:
+            (row,) = pack(texts)
+            together = self._run([row], body_only=False)[0].float()
+            apart = [self._run([alone], body_only=False)[0].float() for alone in pack(texts, share=False)]
+        except (TypeError, ValueError, NotImplementedError, RuntimeError):
+            return False
+        places = [place for _, (place,) in row.places]
+        error = max((together[place] - one[-1]).abs().max().item() for place, one in zip(places, apart, strict=True))
+        scale = max(one.abs().max().item() for one in apart)
+        return error <= 4 * torch.finfo(self.model.dtype).eps ** 0.75 * max(scale, 1e-6)
+
+
+@dataclass
+class _Output:
+    """As much of a body's output as a language model's head reads."""
+
+    last_hidden_state: Tensor
+    past_key_values: Any = None
+    hidden_states: Any = None
+    attentions: Any = None
+    router_logits: Any = None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]

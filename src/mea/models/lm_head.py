@@ -1,0 +1,162 @@
+"""How far a compressed model's next-token distribution is from the original's, with its gradient, in little memory.
+
+The logits of a whole batch would take more memory than the model (2,048 tokens by a vocabulary of 49,152 are 400 MB in
+fp32, several times over with their gradients). Here a few rows are made at a time, and their gradient with respect to
+the hidden states at once with them, so that nothing of that size is kept for the backward pass.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+ROWS = 256  # rows of logits at a time: with fewer, reading the matrix of the vocabulary for each takes longer
+IGNORED = -100  # the label of a token that is not scored
+
+
+class Head:
+    """How a model makes logits from its last hidden states: ``scale * hidden @ weight.T``.
+
+    Parameters
+    ----------
+    model
+        The language model.
+    output
+        Its output projection, where the model's own is not in memory.
+    frozen
+        The projection gets no gradient.
+
+    Raises
+    ------
+    ValueError
+        The model does more than that: a bias, or a cap on its logits.
+    """
+
+    def __init__(self, model: Any, output: Any = None, *, frozen: bool = False):
+        self._frozen = frozen
+        config, self._output = model.config.get_text_config(), output or model.get_output_embeddings()
+        if getattr(self._output, "bias", None) is not None or getattr(config, "final_logit_softcapping", None):
+            raise ValueError(f"cannot take the divergence of a {config.model_type} whose logits have a bias or a cap")
+        self.scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0)
+
+    @property
+    def weight(self) -> Tensor:
+        """Asked for at every step: a sharded model has it as a whole only while its forward pass runs."""
+        return self._output.weight.detach() if self._frozen else self._output.weight
+
+
+class _Distance(torch.autograd.Function):
+    """Sum over rows of ``kl * KL(original || student) + ce * cross-entropy``, with gradients made at once."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, scale: float, teacher: Any, labels: Tensor, mix: Any) -> Any:
+        kl, ce = mix
+        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
+        dtype = dtype or hidden.dtype
+        matrix = weight.to(dtype)
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        sums = hidden.new_zeros(2, dtype=torch.float64)
+        with torch.autocast(hidden.device.type, enabled=False):
+            for first in range(0, len(hidden), ROWS):
+                rows = slice(first, first + ROWS)
+                part = hidden[rows].to(dtype)
+                logits = (part @ matrix.T).float().mul_(scale)
+                log_sum = logits.logsumexp(-1, keepdim=True)
+                known = (labels[rows] != IGNORED)[:, None].float()
+                wanted = labels[rows].clamp_min(0)[:, None]
+                probability = None
+                if kl:
+                    other = (teacher[0][rows].to(dtype) @ teacher[1].T).float().mul_(teacher[2])
+                    other.sub_(other.logsumexp(-1, keepdim=True))
+                    probability = other.exp()
+                    # What cancels is taken off token by token, before anything is added up.
+                    sums[0] += other.sub_(logits).add_(log_sum).mul_(probability).sum(-1).double().sum()
+                if ce:
+                    sums[1] += ((log_sum - logits.gather(1, wanted)) * known).sum()
+                gradient = logits.sub_(log_sum).exp_()
+                if ce or kl != 1:
+                    gradient.mul_(kl + ce * known)
+                    gradient.scatter_add_(1, wanted, -ce * known)
+                if probability is not None:
+                    gradient.sub_(probability, alpha=kl)
+                gradient.mul_(scale)
+                gradient = gradient.to(dtype)
+                grad_hidden[rows] = (gradient @ matrix).to(hidden.dtype)
+                if grad_weight is not None:
+                    grad_weight += (gradient.T @ part).float()
+        ctx.gradients = grad_hidden, grad_weight
+        return (kl * sums[0] + ce * sums[1]).float(), sums.float()
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor, _: Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        hidden, weight = ctx.gradients
+        del ctx.gradients
+        weight = None if weight is None else weight * upstream
+        return hidden * upstream, weight, None, None, None, None
+
+
+def distance(
+    hidden: Float[Tensor, "n D"],
+    head: Head,
+    original: tuple[Float[Tensor, "n D_original"], Head] | None,
+    labels: Int[Tensor, " n"],
+    *,
+    kl: float = 1.0,
+    ce: float = 0.0,
+) -> tuple[Float[Tensor, ""], Float[Tensor, " 2"]]:
+    """Mean over rows of ``kl * KL(original || student) + ce * cross-entropy``, and the two terms by themselves.
+
+    Parameters
+    ----------
+    hidden, head
+        The student's last hidden states, and what makes logits of them.
+    original
+        The same of the uncompressed model; not needed where ``kl`` is 0.
+    labels
+        The next tokens; `IGNORED` where there is none. Only the cross-entropy needs them.
+
+    Notes
+    -----
+    Computed in autocast's dtype where that is on, sums of exponentials in fp32.
+    """
+    teacher = None
+    if kl:
+        if original is None:
+            raise ValueError("distillation (kl above 0) needs the original model's hidden states")
+        states, other = original
+        teacher = (states, other.weight.detach().to(_working(hidden)), other.scale)
+    total, sums = _Distance.apply(hidden, head.weight, head.scale, teacher, labels, (kl, ce))
+    return total / len(hidden), sums.detach() / len(hidden)
+
+
+def _working(hidden: Tensor) -> torch.dtype:
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+@contextmanager
+def replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
+    """Let the body answer `output` instead of computing; yields how often it was asked.
+
+    So the model's own forward pass makes the logits from given hidden states, with whatever it does to them there
+    (Granite divides them, Gemma 2 caps them).
+    """
+    calls = [0]
+
+    def forward(*_: Any, **__: Any) -> Any:
+        calls[0] += 1
+        return output
+
+    own = body.__dict__.get("forward")  # accelerate may have put one there
+    body.forward = forward
+    try:
+        yield calls
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own

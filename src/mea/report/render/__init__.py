@@ -1,0 +1,1 @@
+"""Parts of a section as HTML, Markdown, CSV, SVG and terminal text."""

@@ -1,0 +1,1 @@
+"""One file for what records of one kind show."""

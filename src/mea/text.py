@@ -1,0 +1,121 @@
+"""Texts to calibrate and to test on: shipped ones by name, the user's own files, and windows that are read again."""
+
+import difflib
+import gzip
+import zlib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+NAMES = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
+STRETCH = 512  # tokens: as many as are refined and recovered on in one piece
+LEAST = 8  # tokens: a shorter stretch has no room for a copy
+
+
+def load_text(name_or_path: str | Path) -> str:
+    """The text of a shipped name or of a file.
+
+    Parameters
+    ----------
+    name_or_path
+        One of `NAMES` (``data/README.md`` says what they are), or a UTF-8 file, compressed if it ends in ``.gz``.
+
+    Raises
+    ------
+    ValueError
+        No such name; or the file is not UTF-8, is a damaged ``.gz``, or holds nothing but white space.
+    OSError
+        The file does not exist or cannot be read.
+    """
+    if str(name_or_path) in NAMES:
+        data = (files("mea") / "data" / f"{name_or_path}.txt.gz").read_bytes()
+        return gzip.decompress(data).decode("utf-8")
+    path = Path(name_or_path)
+    if not path.exists() and not path.suffix and len(path.parts) == 1:
+        close = difflib.get_close_matches(path.name.lower(), NAMES, n=1)
+        guess = f"did you mean {close[0]}? " if close else ""
+        raise ValueError(f"no text named {str(path)!r}: {guess}names are {', '.join(NAMES)}; anything else is a file")
+    return _read(path)
+
+
+def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> Int[Tensor, " n"]:
+    """Token ids of a text without special tokens, the first `limit` of them.
+
+    Raises
+    ------
+    ValueError
+        `limit` is not positive, or the text has fewer tokens.
+    """
+    if limit is not None and limit <= 0:
+        raise ValueError(f"the number of tokens must be positive, not {limit}")
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if limit is not None and len(ids) < limit:
+        raise ValueError(f"the text has {len(ids):,} tokens, not the {limit:,} asked for")
+    return torch.tensor(ids[:limit], dtype=torch.long)
+
+
+def start_token(tokenizer: Any) -> int | None:
+    """The token that this tokenizer puts before every text, or None."""
+    ids = tokenizer("a")["input_ids"]
+    return ids[0] if tokenizer.bos_token_id is not None and ids[0] == tokenizer.bos_token_id else None
+
+
+def windows(tokens: Int[Tensor, " n"], window: int, start: int | None) -> Int[Tensor, "windows window"]:
+    """A text cut into rows of `window` tokens, each opened by `start` if there is one; what is left over is dropped."""
+    taken = window if start is None else window - 1
+    rows = tokens[: len(tokens) // taken * taken].view(-1, taken)
+    return rows if start is None else torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)
+
+
+def read_again(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[Tensor, "n t"]:
+    """Windows of which a share looks back: there, every stretch ends with a copy of a run of its own tokens.
+
+    Running prose seldom repeats what stands far back word for word, so that hardly anything in it depends on finding
+    it; a stretch that does, makes the keys and queries count that find it.
+
+    Parameters
+    ----------
+    rows
+        Windows; their first tokens are never copied.
+    share
+        Of the windows, between 0 and 1.
+    seed
+        Chooses windows and runs: 1/16 to 7/16 of a stretch of `STRETCH` tokens.
+    """
+    rows, generator = rows.clone(), torch.Generator().manual_seed(seed)
+
+    def draw(least: int, most: int) -> int:
+        return int(torch.randint(least, most + 1, (), generator=generator))
+
+    for index in torch.randperm(len(rows), generator=generator)[: round(share * len(rows))]:
+        for stretch in rows[index].split(STRETCH):
+            size = len(stretch)
+            if size < LEAST:
+                continue
+            length = draw(max(1, size // 16), 7 * size // 16)
+            begin = draw(1, size - 2 * length)
+            stretch[-length:] = stretch[begin : begin + length].clone()
+    return rows
+
+
+def check_share(share: float) -> None:
+    """Raise ValueError if that is no share of windows."""
+    if not 0 <= share <= 1:
+        raise ValueError(f"reread is a share of the windows, 0 to 1, not {share}")
+
+
+def _read(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{path} holds no text")
+    return text

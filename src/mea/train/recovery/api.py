@@ -1,0 +1,220 @@
+"""Short training after compression: it brings back most of the quality that a smaller cache costs.
+
+`recover` trains a model in memory, `recover_to_folder` one on disk, with everything that a user needs around it. Both
+run on one process, or on several under ``torchrun`` (data parallel, or sharded with FSDP2).
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Int
+from torch import Tensor
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+
+from mea.models.latent_attention import MODEL_TYPE_PREFIX
+from mea.ops.memory import keep_freed_memory
+from mea.train.recovery.loss import Distilled
+from mea.train.recovery.parameters import choose, factors, merged
+from mea.train.recovery.settings import Recovery
+from mea.train.recovery.trainer import Point, Progress, RecoveryTrainer, last_checkpoint
+from mea.train.recovery_layers import LayerOutputs
+
+
+@dataclass(frozen=True)
+class Recovered:
+    """What came of one stage.
+
+    Attributes
+    ----------
+    model
+        In its best state: the one that was given, for LoRA with the updates merged. Of a sharded one a whole copy, on
+        the first process only.
+    curve
+        Held-out losses in nats per token: ``tokens`` trained on, ``ce``, and ``kl`` to the original if there is one.
+    best
+        The point of the curve that the model is at.
+    losses
+        Training losses by ``tokens``.
+    seconds
+        In this process; after an interruption, from there on.
+    """
+
+    model: Any
+    curve: list[Point]
+    best: Point
+    losses: list[Point]
+    seconds: float
+
+
+def recover(
+    student: Any,
+    original: Any | None,
+    rows: Int[Tensor, "n t"],
+    held_out: Int[Tensor, "m t"],
+    settings: Recovery,
+    folder: Path,
+    *,
+    sharded: bool = False,
+    progress: Progress | None = None,
+) -> Recovered:
+    """Train a compressed model in place for one stage, and leave it in the best state seen, its start included.
+
+    Parameters
+    ----------
+    student
+        A compressed model, in fp32.
+    original
+        The uncompressed model; None for plain pretraining. It is frozen, in place, and stays so; weights that it shares
+        with the student in value are shared in memory afterwards.
+    rows, held_out
+        Windows to train on and to judge by: `mea.train.recovery.data.windows`.
+    folder
+        For checkpoints. If it holds some of the same stage, training goes on from the last.
+    sharded
+        Shard the student over the processes (FSDP2) instead of copying it to each; the original is copied.
+
+    Raises
+    ------
+    ValueError
+        The model is not compressed, the original is missing or another model's, or sharding has no processes.
+    DivergedError
+        The loss stopped being a number.
+    """
+    check_pair(student.config, getattr(original, "config", None), settings)
+    keep_freed_memory()
+    start = time.perf_counter()
+    trained = choose(student, settings)
+    own = getattr(trained, "get_base_model", lambda: trained)()
+    if original is not None:
+        original.requires_grad_(False).eval()
+        share_frozen(own, original)
+    if settings.less_memory:
+        own.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.objective == "attention":
+        module: Any = LayerOutputs(own, original)
+    else:
+        distils = settings.objective == "logits"
+        module = Distilled(own, original, kl=1.0 if distils else 0.0, ce=settings.ce if distils else 1.0)
+    processes = dist.get_world_size() if dist.is_initialized() else 1
+    if sharded:
+        shard(module, own.model.layers)
+
+    def scored() -> dict[str, float]:
+        return held_out_losses(module, held_out, settings, progress)
+
+    folder.mkdir(parents=True, exist_ok=True)
+    trainer = RecoveryTrainer(
+        module, list(factors(own).values()), rows, scored, settings, folder,
+        processes=processes, sharded=sharded, progress=progress,
+    )  # fmt: skip
+    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    best = trainer.restore_best()
+    if settings.less_memory:
+        own.gradient_checkpointing_disable()
+    model = gathered(module, own) if sharded else merged(trained)
+    if model is not None:
+        model.requires_grad_(True).eval()
+    return Recovered(model, trainer.curve, best, trainer.losses, time.perf_counter() - start)
+
+
+def check_pair(own: Any, other: Any | None, settings: Recovery) -> None:
+    """Refuse what cannot be trained, by the configurations of the compressed model and the original alone.
+
+    Raises
+    ------
+    ValueError
+        The model is not compressed, or the original is missing, compressed or another model.
+    """
+    if not own.model_type.startswith(MODEL_TYPE_PREFIX):
+        raise ValueError(f"this {own.model_type} model is not compressed: give what `mea compress` wrote")
+    if other is None:
+        if settings.objective != "text":
+            raise ValueError(f"the objective {settings.objective!r} needs the uncompressed model")
+        return
+    if other.model_type.startswith(MODEL_TYPE_PREFIX):
+        raise ValueError("the original is compressed itself: give the model that it was made from")
+    same = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
+    differing = [f"{name} {getattr(other, name)}, not {getattr(own, name)}" for name in same
+                 if getattr(other, name) != getattr(own, name)]  # fmt: skip
+    if other.model_type != own.model_type.removeprefix(MODEL_TYPE_PREFIX):
+        differing.insert(0, f"it is a {other.model_type}")
+    if differing:
+        raise ValueError(f"the original is not the model that was compressed: {'; '.join(differing)}")
+
+
+@torch.no_grad()
+def held_out_losses(
+    module: Any, held_out: Int[Tensor, "m t"], settings: Recovery, progress: Progress | None = None
+) -> dict[str, float]:
+    """Mean cross-entropy, and divergence from the original if there is one, in nats per token."""
+    sums = {"ce": 0.0, "kl": 0.0}
+    parts = held_out.split(settings.micro_batch)
+    device = next(module.parameters()).device
+    with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
+        for done, part in enumerate(parts, start=1):
+            found = module(input_ids=part.to(device))
+            for name in sums:
+                sums[name] += found[name].item() * len(part) / len(held_out)
+            if progress:
+                progress("scoring held-out text", done, len(parts))
+    window = held_out.shape[1]
+    sums["ce"] *= window / (window - 1)  # the last token of a window has no next one
+    if module.original is None:
+        del sums["kl"]
+    return sums
+
+
+def share_frozen(student: Any, original: Any) -> None:
+    """Let frozen weights of the student that equal the original's be the original's: half of the memory."""
+    there = dict(original.named_parameters())
+    for name, parameter in student.named_parameters():
+        other = there.get(name)
+        if not parameter.requires_grad and other is not None and torch.equal(parameter, other):
+            parameter.data = other.data
+
+
+def shard(module: Any, layers: Any) -> None:
+    """Shard a module's parameters over all processes, layer by layer, with FSDP2.
+
+    Raises
+    ------
+    ValueError
+        There are no processes to shard over.
+    RuntimeError
+        Nothing was sharded.
+    """
+    if not dist.is_initialized() or dist.get_world_size() < 2:
+        raise ValueError("sharding needs several processes: start it under torchrun")
+    for layer in layers:
+        fully_shard(layer)
+    fully_shard(module)
+    parameters = list(module.parameters())
+    if not isinstance(module, FSDPModule) or not all(isinstance(each, DTensor) for each in parameters):
+        raise RuntimeError("FSDP2 left parameters unsharded")
+
+
+def gathered(module: Any, student: Any) -> Any | None:
+    """The whole of a sharded student on the first process; None on the others."""
+    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if dist.get_rank():
+        return None
+    whole = type(student)(student.config)
+    prefix = "student."
+    found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+    missing, unexpected = whole.load_state_dict(found, strict=False)
+    whole.tie_weights()
+    lost = set(missing) - set(whole.all_tied_weights_keys)
+    if lost or unexpected:
+        raise RuntimeError(f"gathering left out {sorted(lost)} and brought {sorted(unexpected)}")
+    return whole
+
+
+def describe(settings: Recovery) -> dict[str, Any]:
+    """A stage as a record holds it."""
+    return {**asdict(settings), "steps": settings.steps}

@@ -1,0 +1,70 @@
+"""Text as windows to train on, and windows held out from it."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from mea.text import encode_text, load_text, read_again, start_token
+from mea.text import windows as cut
+from mea.train.recovery.settings import Recovery
+
+
+def windows(
+    tokenizer: Any, texts: Sequence[str], settings: Recovery, skip: int = 0
+) -> tuple[Int[Tensor, "n t"], Int[Tensor, "m t"]]:
+    """Windows to train on, in the order in which they are, and windows held out.
+
+    Each opens with the token that the tokenizer puts before every text, if it has one.
+
+    Held out is the end of every text, in proportion to the texts' lengths, so that hardly a held-out window continues
+    one that was trained on. From the rest windows are drawn without repetition, all texts alike. Only in these, and as
+    many as the settings say, a part is read again.
+
+    Parameters
+    ----------
+    texts
+        Packaged names or files.
+    skip
+        Training tokens that earlier stages took from the same draw.
+
+    Raises
+    ------
+    ValueError
+        The texts are too short.
+    """
+    rows = []
+    for text in texts:
+        ids = encode_text(tokenizer, load_text(text))
+        rows.append(cut(ids, settings.window, start_token(tokenizer)))
+    count = sum(len(part) for part in rows)
+    wanted, held = settings.steps * settings.batch, -(-settings.held_out // settings.window)
+    before = -(-skip // settings.window)
+    if before + wanted + held > count:
+        earlier = f" after the {skip:,} of the stages before" if skip else ""
+        raise ValueError(
+            f"{', '.join(map(str, texts))}: {count * settings.window:,} tokens in windows of {settings.window}; "
+            f"{settings.tokens:,} to train on{earlier} and {settings.held_out:,} held out are asked for: give more "
+            f"text (--text, more than once if need be) or fewer tokens"
+        )
+    ends = [max(1, round(held * len(part) / count)) if len(part) else 0 for part in rows]
+    kept_out = torch.cat([part[len(part) - end :] for part, end in zip(rows, ends, strict=True)])
+    rest = torch.cat([part[: len(part) - end] for part, end in zip(rows, ends, strict=True)])
+    if before + wanted > len(rest):
+        raise ValueError(f"{', '.join(map(str, texts))}: too short for a held-out window of each; give fewer texts")
+    order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(settings.seed))
+    return read_again(rest[order[before : before + wanted]], settings.reread, settings.seed), kept_out
+
+
+def overlaps(texts: Sequence[str], tested: Sequence[str], run: int = 13) -> int:
+    """How many runs of `run` words, whatever their case and punctuation, texts to train on share with tested ones."""
+
+    def runs(name: str) -> Iterator[int]:
+        words = re.findall(r"\w+", load_text(name).lower())
+        return (hash(tuple(words[start : start + run])) for start in range(len(words) - run + 1))
+
+    known = {found for name in tested for found in runs(name)}
+    return len({found for name in texts for found in runs(name) if found in known})

@@ -1,0 +1,244 @@
+"""Recovery on disk: a folder of `mea compress` in, the same folder with trained weights, card and record out."""
+
+import hashlib
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from jaxtyping import Int
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from mea.evaluate.measure import text_losses
+from mea.evaluate.perplexity import perplexity, ratio
+from mea.models.loading import load, load_config, load_tokenizer, weights_mark
+from mea.ops.precision import peak_flops
+from mea.records import Record, make_record, write_record
+from mea.text import encode_text, load_text
+from mea.train.recovery.api import Recovered, check_pair, describe, recover
+from mea.train.recovery.data import overlaps, windows
+from mea.train.recovery.settings import Recovery
+from mea.train.recovery.trainer import Progress
+
+KIND = "recovery"
+TESTED = ("wikitext-2-test", "wikitext-2-valid", "technical")
+MEASURED_TEXT, MEASURED_WINDOW = "wikitext-2-test", 1024
+OF_PEAK = 0.4  # of the speed of one large product: what a step of a small model comes to
+
+
+def recover_to_folder(
+    source: str,
+    out: str | Path,
+    stages: Sequence[Recovery],
+    texts: Sequence[str],
+    *,
+    original: str | None = None,
+    sharded: bool = False,
+    measure_tokens: int = 4096,
+    progress: Progress | None = None,
+) -> Record:
+    """Train a compressed model's folder, stage by stage, and save the best state as an ordinary model folder.
+
+    The folder appears when everything in it is complete. A run that was interrupted, started again with the same
+    arguments, goes on from its last checkpoint, which is in ``<out>.partial``.
+
+    Parameters
+    ----------
+    source
+        What `mea compress` wrote.
+    out
+        A folder that does not exist or is empty.
+    stages
+        One after the other; each begins with the best state of the one before, on text that none before has seen.
+    texts
+        Packaged names or files.
+    original
+        The uncompressed model; not needed for plain pretraining.
+    measure_tokens
+        Of WikiText-2 test, for the card; 0 for none. Nothing is chosen by it.
+
+    Raises
+    ------
+    ValueError
+        For anything that the user can put right; before weights are loaded wherever it can be known by then.
+    DivergedError
+        The loss stopped being a number.
+    """
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
+    if not texts:
+        raise ValueError("no text to train on: give at least one (--text FILE)")
+    first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    config, other = load_config(source), load_config(original) if original else None
+    drawn, before = [], 0
+    tokenizer = load_tokenizer(source)
+    # Before the work, because more tokens than there are are refused.
+    scored = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
+    for settings in stages:
+        check_pair(config, other, settings)
+        drawn.append(windows(tokenizer, texts, settings, skip=before))
+        before += settings.steps * settings.step_tokens
+    work = out.with_name(out.name + ".partial")
+    marks = [weights_mark(source), weights_mark(original) if original else None]
+    tokens = [hashlib.sha256(rows.numpy().tobytes()).hexdigest() for rows, _ in drawn]
+    _same_run(work, {"weights": marks, "stages": [describe(settings) for settings in stages], "tokens": tokens})
+    shared = overlaps(texts, TESTED)
+
+    student = current = load(source, "float32")[0]
+    teacher = load(original, "float32")[0] if original else None
+    results: list[Recovered] = []
+    for number, (settings, (rows, held_out)) in enumerate(zip(stages, drawn, strict=True), start=1):
+        result = recover(
+            current, teacher, rows, held_out, settings, work / f"stage-{number}", sharded=sharded, progress=progress
+        )
+        results.append(result)
+        current = result.model
+        if sharded and number < len(stages):
+            raise ValueError("sharded recovery does one stage at a time: run the next one on the folder of this one")
+    record: Record = {}
+    if first:
+        measured = _measured(source, original, current, tokenizer, scored, progress)
+        record = _record(source, original, config, stages, texts, results, shared, measured, measure_tokens)
+        _write(source, out, work, current.to(student.config.dtype or torch.float32), tokenizer, record)
+    if dist.is_initialized():
+        dist.barrier()
+    return record
+
+
+def recovery_seconds(source: str, settings: Recovery) -> float:
+    """Time that a stage takes in one process of this machine, if it is quiet; no weights are read.
+
+    Every token costs a product with every weight, thrice as much with its gradients, and one more of the original's.
+    """
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(load_config(source))
+    looked_up = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    original = settings.objective != "text"
+    trained = settings.steps * settings.step_tokens * (3 + original + settings.less_memory)
+    scored = (1 + settings.evaluations) * settings.held_out * (1 + original)
+    peak = peak_flops("cuda" if torch.cuda.is_available() else "cpu", settings.precision)
+    return 2 * (model.num_parameters() - looked_up) * (trained + scored) / (OF_PEAK * peak)
+
+
+def _same_run(work: Path, settings: dict[str, Any]) -> None:
+    mark = work / "run.json"
+    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
+        raise ValueError(
+            f"{work} holds an interrupted run of another model, text or settings; remove it, or repeat its settings"
+        )
+    work.mkdir(parents=True, exist_ok=True)
+    part = work / f"run.json.{PartialState().process_index}"
+    part.write_text(json.dumps(settings), encoding="utf-8")
+    part.replace(mark)
+
+
+def _measured(
+    source: str,
+    original: str | None,
+    model: Any,
+    tokenizer: Any,
+    tokens: Int[Tensor, " n"] | None,
+    progress: Progress | None,
+) -> dict[str, float]:
+    if tokens is None:
+        return {}
+    window = min(MEASURED_WINDOW, model.config.max_position_embeddings)
+
+    def losses(measured: Any, what: str) -> Tensor:
+        return text_losses(measured, tokenizer, tokens, window, what=f"measuring {what}", progress=progress)
+
+    own, start = losses(model, "the result"), losses(load(source, "float32")[0], "the start")
+    found = {"perplexity": perplexity(own).value, "perplexity_start": perplexity(start).value}
+    if original:
+        reference = losses(load(original, "float32")[0], "the original")
+        found["perplexity_original"] = perplexity(reference).value
+        for name, values in (("ratio", own), ("ratio_start", start)):
+            estimate = ratio(values, reference)
+            found |= {name: estimate.value, f"{name}_error": estimate.standard_error}
+    return found
+
+
+def _record(
+    source: str,
+    original: str | None,
+    config: Any,
+    stages: Sequence[Recovery],
+    texts: Sequence[str],
+    results: Sequence[Recovered],
+    shared: int,
+    measured: dict[str, float],
+    count: int,
+) -> Record:
+    first, best = results[0].curve[0], results[-1].best
+    return make_record(
+        KIND,
+        {
+            "model": Path(source).name,
+            "original": Path(original).name if original else None,
+            "texts": [Path(text).name for text in texts],
+            "stages": [describe(settings) for settings in stages],
+            "compression": config.compression,
+            "measured_text": MEASURED_TEXT,
+            "measured_tokens": count,
+        },
+        seeds={"windows": stages[0].seed},
+        results={
+            "held_out_start": first,
+            "held_out": best,
+            "shared_13_word_runs": shared,
+            "seconds": sum(result.seconds for result in results),
+            **measured,
+        },
+        samples={"curves": [r.curve for r in results], "losses": [r.losses for r in results]},
+    )
+
+
+def card(record: Record) -> str:
+    """The model card."""
+    config, results = record["config"], record["results"]
+    tokens = sum(stage["tokens"] for stage in config["stages"])
+    start, end = results["held_out_start"], results["held_out"]
+    lines = [
+        "---",
+        "library_name: transformers",
+        "tags: [mea, kv-cache-compression]",
+        "---",
+        "",
+        f"# {config['model']}, recovered",
+        "",
+        f"A model with a compressed KV cache, trained for {tokens:,} tokens of {', '.join(config['texts'])}; its state "
+        "was chosen by text held out from these.",
+        "",
+        "| measured | before training | now |",
+        "|---|---|---|",
+        f"| cross-entropy of held-out text, nats per token | {start['ce']:.4f} | {end['ce']:.4f} |",
+    ]
+    if "perplexity" in results:
+        what = f"perplexity, {config['measured_text']}, first {config['measured_tokens']:,} tokens"
+        lines.append(f"| {what} | {results['perplexity_start']:.2f} | {results['perplexity']:.2f} |")
+    if "ratio" in results:
+        lines.append(f"| relative to the original | {results['ratio_start']:.3f} | {results['ratio']:.3f} |")
+    lines += ["", "The licence of the original model holds for this one. `recovery.json` holds the record.", ""]
+    return "\n".join(lines)
+
+
+def _write(source: str, out: Path, work: Path, model: Any, tokenizer: Any, record: Record) -> None:
+    filling = work / "model"
+    shutil.rmtree(filling, ignore_errors=True)
+    model.save_pretrained(filling)
+    tokenizer.save_pretrained(filling)
+    (filling / "README.md").write_text(card(record), encoding="utf-8")
+    write_record(filling / "recovery.json", record)
+    earlier = Path(source, "compression.json")
+    if earlier.is_file():
+        shutil.copy(earlier, filling)
+    if out.exists():
+        out.rmdir()
+    filling.replace(out)
+    shutil.rmtree(work, ignore_errors=True)

@@ -1,0 +1,180 @@
+"""The side-by-side comparison behind the demo, on a tiny model."""
+
+import copy
+import dataclasses
+import math
+import re
+import sys
+
+import pytest
+import torch
+
+from mea.comparison import peers
+from mea.comparison import run as comparison
+from mea.comparison.configs import Contender, contenders_of
+from mea.comparison.run import Protocol, Training, compare, cost_in_words
+from mea.compression import cost
+from mea.models.loading import load_config
+from mea.report import make_sections, rows
+
+CONTENDERS = [Contender("position", "position"), Contender("svd", "svd"), Contender("svd, less", "svd", keep=0.25)]
+PROTOCOL = Protocol(
+    texts=(("technical", 512),), window=128, position_text="technical", positions=(0, 128, 256),
+    prompt="The", new_tokens=4, decode_context=256, decode_steps=3, decode_dtype="float32",
+)  # fmt: skip
+
+
+@pytest.fixture
+def records(saved, calibration, tmp_path):
+    return compare(str(saved), tmp_path / "records", CONTENDERS, protocol=PROTOCOL, calibration=calibration)
+
+
+def test_every_contender_is_measured_on_the_same_tokens(records):
+    original, *compressed = records
+    assert rows(records)[0].name == "uncompressed"
+    for record, contender in zip(compressed, CONTENDERS, strict=True):
+        size = record["results"]["cache"]["bytes_per_token"] / original["results"]["cache"]["bytes_per_token"]
+        assert size == contender.keep
+        text, reference = (r["results"]["texts"]["technical"] for r in (record, original))
+        assert text["tokens"] == reference["tokens"]
+        assert text["ratio"] == pytest.approx(text["perplexity"] / reference["perplexity"], rel=1e-6)
+        assert len(record["samples"]["decode_seconds"]["uncompressed"]) == PROTOCOL.decode_steps
+
+
+def test_second_run_reuses_the_records_and_a_changed_one_does_not(records, saved, calibration, tmp_path, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(comparison, "load", fail)
+    again = compare(str(saved), tmp_path / "records", CONTENDERS, protocol=PROTOCOL, calibration=calibration)
+    assert again == records
+    other = dataclasses.replace(PROTOCOL, window=64)
+    with pytest.raises(AssertionError, match="loaded"):
+        compare(str(saved), tmp_path / "records", CONTENDERS, protocol=other, calibration=calibration)
+
+
+CONTINUED = dataclasses.replace(PROTOCOL, context=96, positions=(), prompt="", decode_steps=0)
+
+
+def all_kinds(saved, calibration, folder, **options):
+    contenders = contenders_of(["position"], [0.5, 0.75], bits=(8, 4), presses=("SnapKVPress",))
+    return compare(str(saved), folder, contenders, protocol=CONTINUED, calibration=calibration, **options)
+
+
+@pytest.fixture
+def several(saved, calibration, tmp_path):
+    return all_kinds(saved, calibration, tmp_path / "several")
+
+
+def test_few_bits_and_widths_are_measured_in_one_protocol(several):
+    found = {record["config"]["label"]: record["results"] for record in several}
+    size = {label: results["cache"]["bytes_per_token"] for label, results in found.items() if "cache" in results}
+    assert size["position 0.5"] == size["uncompressed"] / 2
+    assert size["position 0.5, 8 bits"] < size["position 0.5"]
+    assert size["4 bits"] < size["8 bits"] < size["uncompressed"]
+    for results in found.values():
+        for text in results.get("continuations", {}).values():
+            assert text["tokens"] == 4 * 31
+    error = {label: abs(found[label]["continuations"]["technical"]["ratio"] - 1) for label in ("8 bits", "4 bits")}
+    assert error["8 bits"] < error["4 bits"]
+
+
+def test_a_peer_that_is_not_there_is_a_note_and_not_a_failure(several):
+    absent = [record for record in several if "not_run" in record["results"]]
+    assert [record["config"]["label"] for record in absent] == ["kvpress SnapKVPress 0.5", "kvpress SnapKVPress 0.75"]
+    (section,) = make_sections(several)
+    table = next(part.table for part in section.parts if part.table)
+    assert "Not run: kvpress SnapKVPress 0.5 (no environment with it was given)" in table.note
+    assert {"pareto-texts", "pareto-continuations"} <= {f.name for part in section.parts for f in part.figures}
+
+
+def test_a_peer_exchanges_tokens_and_losses_with_its_environment(saved, calibration, tmp_path, monkeypatch):
+    """The peer's script is stood in for by one that scores every token alike, run by a Python of its own."""
+    script = tmp_path / "peer.py"
+    script.write_text(
+        "import json, pathlib, sys, torch\n"
+        "from safetensors.torch import load_file, save_file\n"
+        "folder = pathlib.Path(sys.argv[1])\n"
+        "request = json.loads((folder / 'request.json').read_text())\n"
+        "tokens = load_file(folder / 'tokens.safetensors')['tokens']\n"
+        "assert (pathlib.Path(request['model']) / 'config.json').is_file()\n"
+        "assert request['calibration'][0] and request['calibration_window'] > 0\n"
+        "losses = torch.ones(len(tokens), tokens.shape[1] - request['context'] - 1)\n"
+        "save_file({'losses': losses}, folder / '0.safetensors')\n"
+        "(folder / '0.json').write_text(json.dumps({'bytes_per_token': 7.0, 'versions': {}}))\n"
+        "(folder / '1.json').write_text(json.dumps({'error': 'TypeError: no such press'}))\n"
+    )
+    monkeypatch.setitem(peers.SCRIPTS, "json", script)
+    contenders = [Contender("one", "json One", 0.5), Contender("two", "json Two", 0.25)]
+    options = {"protocol": CONTINUED, "calibration": calibration, "peers": {"json": sys.executable}}
+    _, one, two = compare(str(saved), tmp_path / "r", contenders, **options)
+    assert one["results"]["cache"]["bytes_per_token"] == 7.0
+    assert one["results"]["continuations"]["technical"]["perplexity"] == pytest.approx(math.e)
+    assert two["results"]["not_run"] == "TypeError: no such press"
+
+
+def test_recovered_contenders_are_measured_as_the_training_leaves_them(saved, calibration, tmp_path):
+    def silenced(student, original, name):
+        assert student is not original
+        names.append(name)
+        model = copy.deepcopy(student)
+        torch.nn.init.zeros_(model.get_output_embeddings().weight)
+        return model
+
+    names = []
+    contenders = contenders_of(["position", "svd"], [0.5], bits=(), recovered=True)
+    options = {"protocol": CONTINUED, "calibration": calibration, "training": Training(silenced, {"how": "zeros"})}
+    records = compare(str(saved), tmp_path / "r", contenders, **options)
+    found = {record["config"]["label"]: record for record in records}
+    assert names == ["position-0-5--recovered", "svd-0-5--recovered"]
+    vocabulary = load_config(str(saved)).vocab_size
+    for method in ("position", "svd"):
+        before, after = (found[f"{method} 0.5{end}"] for end in ("", ", recovered"))
+        assert after["config"]["recovery"] == {"how": "zeros"}
+        assert "recovery" not in before["config"]
+        assert after["results"]["cache"] == before["results"]["cache"]
+        assert after["results"]["texts"]["technical"]["perplexity"] == pytest.approx(vocabulary)
+        assert before["results"]["texts"]["technical"]["perplexity"] != pytest.approx(vocabulary)
+    with pytest.raises(ValueError, match="no training is given"):
+        compare(str(saved), tmp_path / "r", contenders, **options | {"training": None})
+
+
+def test_an_environment_without_the_peer_says_so(tmp_path):
+    tokens = torch.zeros(1, 8, dtype=torch.long)
+    runs = [{"name": "X", "ratio": 0.5}]
+    for python, words in ((str(tmp_path / "none"), "could not be run"), (sys.executable, "is not installed")):
+        (found,) = peers.run_peer("kvpress", python, tmp_path, tmp_path, tokens, runs, context=4, dtype="float32")
+        assert found.losses is None
+        assert words in found.error
+
+
+def test_a_backend_that_is_not_installed_is_a_note(saved, calibration, tmp_path):
+    contenders = [Contender("theirs", "none", 1.0, bits=4, backend="unheard-of")]
+    _, theirs = compare(str(saved), tmp_path, contenders, protocol=CONTINUED, calibration=calibration)
+    assert "unheard-of" in theirs["results"]["not_run"]
+
+
+def test_contenders_with_one_label_are_refused(saved, calibration, tmp_path):
+    with pytest.raises(ValueError, match="labels of their own"):
+        compare(str(saved), tmp_path, [CONTENDERS[0]] * 2, protocol=PROTOCOL, calibration=calibration)
+
+
+def test_what_a_comparison_costs_is_said_before_any_weight_is_read(saved, calibration, monkeypatch):
+    monkeypatch.setattr(comparison, "load", None)
+    monkeypatch.setattr(cost, "_speed", lambda: 1e5)
+    one, more = [Contender("1", "svd")], [Contender(str(i), "svd", keep=i / 4) for i in (1, 2, 3)]
+    few, many = (cost_in_words(str(saved), contenders, PROTOCOL, calibration) for contenders in (one, more))
+    minutes = [int(re.search(r"about (\d+) minutes on this machine", words)[1]) for words in (few, many)]
+    assert few.startswith("1 way to")
+    assert many.startswith("3 ways to")
+    assert 1 < minutes[0] < minutes[1]
+
+
+def test_what_no_calibration_text_made_is_not_measured_again_for_another(saved, calibration, tmp_path):
+    contenders = contenders_of(["position"], [0.5], bits=[8])
+    for seed in (0, 1):
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("r/*.json")}
+        seeded = dataclasses.replace(calibration, seed=seed)
+        compare(str(saved), tmp_path / "r", contenders, protocol=CONTINUED, calibration=seeded)
+    kept = [path.stem for path, written in before.items() if path.stat().st_mtime_ns == written]
+    assert kept == ["8-bits"]  # the uncompressed model is measured anew because ratios are to it

@@ -1,0 +1,194 @@
+"""Interrupted runs go on where they stopped, and a folder is there complete or not at all."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compression.small import tiny
+from mea.compression import Calibration, fit
+from mea.compression.save import compress_to_folder
+
+
+def arguments(calibration: Calibration, **changes: Any) -> dict[str, Any]:
+    return {"calibration": calibration, "measure_tokens": 0, **changes}
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything but the record and the card, which hold times."""
+    found = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert {"README.md", "compression.json", "model.safetensors", "config.json", "tokenizer.json"} <= set(found)
+    return {name: content for name, content in found.items() if name not in ("README.md", "compression.json")}
+
+
+def in_a_process(code: str, *values: object) -> subprocess.CompletedProcess:
+    """Run code in another Python, with `saved`, `out`, `text` given as its arguments."""
+    head = f"""
+        import os, resource, signal, sys, torch
+        torch.set_num_threads({torch.get_num_threads()})
+        from mea.compression import Calibration
+        from mea.compression.save import compress_to_folder
+        saved, out, text = sys.argv[1:4]
+        calibration = Calibration(text, tokens=256, window=64, reread=0.0)  # as the fixture
+    """
+    code = textwrap.dedent(head) + textwrap.dedent(code)
+    command = [sys.executable, "-c", code, *map(str, values)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Lists the layers' fits from now on."""
+    calls: list[int] = []
+    original = fit._fit
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return original(*args)
+
+    monkeypatch.setattr(fit, "_fit", counted)
+    return calls
+
+
+def test_a_killed_run_goes_on_from_its_finished_layers(
+    saved: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    killed = in_a_process(
+        """
+        def kill(what, done, of):
+            if (what, done) == ("compressing", 2):
+                os.kill(os.getpid(), signal.SIGKILL)
+        compress_to_folder(saved, out, calibration=calibration, measure_tokens=0, progress=kill)
+        """,
+        saved, out, calibration.text,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert not out.exists()
+    assert len(list((tmp_path / "out.partial" / "layers").glob("*.safetensors"))) == 2
+
+    calls = fits(monkeypatch)
+    compress_to_folder(str(saved), out, **arguments(calibration))
+    assert len(calls) == 1, "the finished layers were fitted again"
+    assert not (tmp_path / "out.partial").exists()
+    compress_to_folder(str(saved), tmp_path / "whole", **arguments(calibration))
+    assert len(calls) == 4
+    assert files(out) == files(tmp_path / "whole")
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(saved: Path, out: Path, calibration: Calibration, after: int = 1, **changes: Any) -> None:
+    def stop(what: str, done: int, of: int) -> None:
+        if done == after:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        compress_to_folder(str(saved), out, **arguments(calibration, progress=stop, **changes))
+    assert not out.exists()
+
+
+def test_an_exception_leaves_the_finished_layers(saved: Path, calibration: Calibration, tmp_path: Path) -> None:
+    for layers in (1, 2, 3):  # again and again, the last time after all of them
+        interrupt(saved, tmp_path / "out", calibration, after=layers)
+    compress_to_folder(str(saved), tmp_path / "out", **arguments(calibration))
+    compress_to_folder(str(saved), tmp_path / "whole", **arguments(calibration))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("method", ["latent", "joint"])
+def test_finished_layers_remember_the_form_of_their_latents(
+    method: str, saved: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    interrupt(saved, tmp_path / "out", calibration, after=2, method=method)
+    for out in ("out", "whole"):
+        compress_to_folder(str(saved), tmp_path / out, **arguments(calibration, method=method))
+    assert files(tmp_path / "out") == files(tmp_path / "whole")
+
+
+def test_a_file_cut_short_by_a_crash_does_not_count(saved: Path, calibration: Calibration, tmp_path: Path) -> None:
+    interrupt(saved, tmp_path / "out", calibration)
+    layers = tmp_path / "out.partial" / "layers"
+    content = (layers / "00000.safetensors").read_bytes()
+    (layers / "00001.safetensors.part").write_bytes(content[:100])
+    compress_to_folder(str(saved), tmp_path / "out", **arguments(calibration))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"keep": 0.75}, {"method": "frequency"}, {"dtype": "bfloat16"}, {"odd": "keys", "method": "svd"}]
+)
+def test_an_interrupted_run_of_other_settings_is_refused(
+    changes: dict[str, Any], saved: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    interrupt(saved, tmp_path / "out", calibration)
+    with pytest.raises(ValueError, match=r"out\.partial holds an interrupted run .* remove that folder, or repeat"):
+        compress_to_folder(str(saved), tmp_path / "out", **arguments(calibration, **changes))
+    assert len(list((tmp_path / "out.partial" / "layers").glob("*.safetensors"))) == 1
+
+
+def test_an_interrupted_run_of_other_calibration_text_is_refused(
+    saved: Path, calibration: Calibration, tmp_path: Path
+) -> None:
+    interrupt(saved, tmp_path / "out", calibration)
+    (tmp_path / "other.txt").write_text(Path(calibration.text).read_text()[::-1])
+    other = Calibration(str(tmp_path / "other.txt"), tokens=256, window=64)
+    with pytest.raises(ValueError, match="holds an interrupted run"):
+        compress_to_folder(str(saved), tmp_path / "out", **arguments(other))
+
+
+def test_an_interrupted_run_of_other_weights_is_refused(saved: Path, calibration: Calibration, tmp_path: Path) -> None:
+    """The configuration alone does not tell a model from its fine-tuned sister."""
+    interrupt(saved, tmp_path / "out", calibration)
+    model = tiny()
+    model.model.norm.weight.data *= 2
+    model.save_pretrained(saved)
+    with pytest.raises(ValueError, match="holds an interrupted run of another model"):
+        compress_to_folder(str(saved), tmp_path / "out", **arguments(calibration))
+
+
+LIMITED = """
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing on then fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
+    try:
+        compress_to_folder(saved, out, calibration=calibration, measure_tokens=0)
+    except OSError as error:
+        print(error)
+        sys.exit(7)
+"""
+
+
+@pytest.mark.parametrize("limit", [100_000, 4096])  # the model does not fit; not even a layer's factors do
+def test_disk_full_while_saving(limit: int, saved: Path, calibration: Calibration, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert (saved / "model.safetensors").stat().st_size > 100_000
+    full = in_a_process(LIMITED, saved, out, calibration.text, limit)
+    assert full.returncode == 7, full.stderr
+    assert "could not be written" in full.stdout
+    assert "make room and start again" in full.stdout
+    assert not out.exists()
+    left = sorted(path.name for path in (tmp_path / "out.partial").rglob("*") if path.is_file())
+    expected = [f"{layer:05d}.safetensors" for layer in range(3)] if limit == 100_000 else []
+    assert left == [*expected, "run.json"], "something half written remains"
+    for name in expected:
+        load_file(tmp_path / "out.partial" / "layers" / name)
+    # With room again, the same command ends as if nothing had been.
+    compress_to_folder(str(saved), out, **arguments(calibration))
+    compress_to_folder(str(saved), tmp_path / "whole", **arguments(calibration))
+    assert files(out) == files(tmp_path / "whole")
+
+
+def test_the_folder_can_be_there_if_it_is_empty(saved: Path, calibration: Calibration, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    compress_to_folder(str(saved), tmp_path / "out", **arguments(calibration))
+    files(tmp_path / "out")
+    assert sorted(os.listdir(tmp_path)) == ["original", "out"]
+    shutil.rmtree(tmp_path / "out")

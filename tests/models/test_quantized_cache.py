@@ -1,0 +1,155 @@
+"""Caches in few bits: the error that the codes allow, the bytes promised, and the same tokens however they come."""
+
+import pytest
+import torch
+
+from mea.evaluate.through_cache import ThroughCache, reading_in
+from mea.models.latent_attention import FORMS
+from mea.models.quantized_cache import BITS, CacheFormat, QuantisedCache, QuantisedLayer, pack, unpack
+from mea.ops import cpu
+from tiny_models import EVEN, compress, stock
+
+ALONG = ("channel", "token")
+TOKENS = 100
+
+
+def given(widths=(24, 40), heads=1, batch=2):
+    return [torch.randn(batch, heads, TOKENS, width) * 3 + 5 for width in widths]
+
+
+def filled(form, states, sizes=(37, 1, 1, 61)):
+    layer, done = QuantisedLayer(form), 0
+    for size in sizes:
+        layer.update(*(x[:, :, done : done + size] for x in states))
+        done += size
+    nothing = [x[:, :, :0] for x in states]
+    return layer, layer.update(*nothing)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("width", [1, 7, 8, 24])
+def test_packing_is_lossless(bits, width):
+    codes = torch.randint(2**bits, (3, 2, width)).to(torch.uint8)
+    packed = pack(codes, bits)
+    assert packed.shape[-1] == -(-width * bits // 8)
+    assert torch.equal(unpack(packed, bits, width), codes)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("along", ALONG)
+@pytest.mark.parametrize(("widths", "heads"), [((24, 40), 1), ((36, 7), 1), ((8, 8), 3)])
+def test_error_is_at_most_half_a_step_and_new_tokens_are_exact(bits, along, widths, heads):
+    """A step is the range of a group over its codes; 16-bit scales add 2^-10 of it and of the lowest number."""
+    form = CacheFormat(bits, along, along, block=16, first=3, group=12)
+    states = given(widths, heads)
+    layer, read = filled(form, states)
+    for x, y in zip(states, read, strict=True):
+        span, largest = (x.amax() - x.amin()).item(), x.abs().amax().item()
+        bound = 0.51 * span * (1 + 2**-9) / (2**bits - 1) + 2**-10 * largest
+        assert (x - y).abs().max() <= bound
+        exact = (TOKENS - form.first) % form.block
+        assert torch.equal(y[:, :, : form.first], x[:, :, : form.first])
+        assert torch.equal(y[:, :, -exact:], x[:, :, -exact:])
+        assert not torch.equal(y[:, :, form.first : -exact], x[:, :, form.first : -exact])
+    assert layer.get_seq_length() == TOKENS
+
+
+def test_blocks_are_quantised_once_however_the_tokens_come():
+    form, states = CacheFormat(4, block=16, first=3), given()
+    _, at_once = filled(form, states, (TOKENS,))
+    _, one_by_one = filled(form, states, (1,) * TOKENS)
+    for a, b in zip(at_once, one_by_one, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_bytes_are_codes_scales_and_exact_tokens(bits):
+    form = CacheFormat(bits, "channel", "token", block=16, first=4, group=8)
+    layer, _ = filled(form, given((24, 40), batch=1))
+    quantised = 96  # of 100 tokens: 4 first ones, then 6 full blocks
+    scales = 2 * 2 * (quantised // 16 * 24 + quantised * 40 // 8)
+    assert sum(x.nbytes for x in layer.stored()) == quantised * 64 * bits // 8 + scales + 4 * 64 * 4
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("bits", BITS)
+def test_the_kernel_reads_what_pytorch_reads(bits, monkeypatch):
+    states = [x.bfloat16() for x in given((96, 24), heads=2)]  # where there is no kernel, one thing twice
+    form = CacheFormat(bits, block=16)
+    found = filled(form, states)[1]
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    for x, y in zip(found, filled(form, states)[1], strict=True):
+        torch.testing.assert_close(x, y, rtol=2**-7, atol=0)  # the neighbour in bf16: fp32 is rounded once less
+
+
+def test_constant_groups_and_zeros_are_exact():
+    form = CacheFormat(2, block=8, first=0)
+    states = [torch.full((1, 1, 8, 4), 3.0), torch.zeros(1, 1, 8, 4)]
+    layer = QuantisedLayer(form)
+    layer.update(*states)
+    for x, y in zip(states, layer.update(*(x[:, :, :0] for x in states)), strict=True):
+        torch.testing.assert_close(y, x, rtol=0, atol=1e-4)
+
+
+def test_batches_can_be_reordered_repeated_and_chosen():
+    form, states = CacheFormat(4, block=16), given()
+    layer, read = filled(form, states)
+    layer.reorder_cache(torch.tensor([1, 0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([0, 3]))
+    for x, y in zip(read, layer.update(*(x[:, :, :0] for x in states)), strict=True):
+        assert torch.equal(y, x[[1, 0]])
+    with pytest.raises(NotImplementedError, match="taken back"):
+        layer.crop(-1)
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    assert not layer.stored()
+
+
+@pytest.mark.parametrize(
+    "options", [{"bits": 3}, {"keys": "head"}, {"values": ""}, {"block": 4}, {"first": -1}, {"group": 0}]
+)
+def test_impossible_formats_are_refused(options):
+    with pytest.raises(ValueError, match="not"):
+        CacheFormat(**options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
+def test_a_compressed_model_decodes_over_few_bits(kind, form):
+    """Eight bits move the logits of a random model little, two bits more; sliding layers stay as they are."""
+    model = compress(stock(kind), EVEN, form)
+    ids = torch.randint(3, 99, (1, 60))
+    expected = model(input_ids=ids).logits
+    errors = []
+    for bits in (8, 2):
+        cache = QuantisedCache(model.config, CacheFormat(bits, block=8, first=2))
+        parts = [model(input_ids=part, past_key_values=cache).logits for part in ids.split(7, dim=1)]
+        errors.append((torch.cat(parts, 1) - expected).abs().mean().item())
+    scale = expected.abs().mean().item()
+    assert errors[0] < 0.02 * scale
+    assert errors[0] < errors[1]
+    assert any(isinstance(layer, QuantisedLayer) for layer in cache.layers)
+
+
+@torch.no_grad()
+def test_generate_takes_the_cache_also_with_beams():
+    model = compress(stock("llama"))
+    ids = torch.randint(3, 99, (2, 20))
+    for options in ({}, {"num_beams": 2}):
+        cache = QuantisedCache(model.config, CacheFormat(8, block=8))
+        output = model.generate(ids, max_new_tokens=12, do_sample=False, past_key_values=cache, **options)
+        assert output.shape == (2, 32)
+        assert cache.get_seq_length() == 31
+
+
+def test_reading_in_blocks_equals_decoding_token_by_token():
+    model = compress(stock("llama"))
+    row = torch.randint(3, 99, (50,))
+    form = CacheFormat(2, block=8, first=3)
+    read = reading_in(form)
+    assert read is not None
+    slowly = ThroughCache(lambda config: QuantisedCache(config, form), block=1)
+    torch.testing.assert_close(read(model, row), slowly(model, row), rtol=1e-4, atol=1e-4)
+    at_once = ThroughCache(lambda config: QuantisedCache(config, form), block=50)
+    assert (read(model, row) - at_once(model, row)).abs().max() > 1e-2

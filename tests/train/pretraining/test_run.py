@@ -1,0 +1,218 @@
+"""Runs of a second: what they record, that they go on to the same losses, and what is said when something is wrong."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mea.models.decoder import MeaForCausalLM
+from mea.records import read_record
+from mea.train.checkpoints import MARK
+from mea.train.pretraining import run as pretraining
+from mea.train.pretraining.run import build_model, divergence_message, pretrain
+from mea.train.pretraining.trainer import parameter_groups
+
+
+def losses(record) -> dict:
+    assert {"train_loss", "grad_norm", "validation_loss", "largest_logit", "value_mixing"} <= set(record["samples"])
+    return record["samples"]
+
+
+@pytest.fixture(scope="module")
+def alone(settings, cache, tmp_path_factory):
+    """A run that nothing disturbs, with its folder."""
+    out = tmp_path_factory.mktemp("alone")
+    return pretrain(settings(), out, cache=cache), out
+
+
+def test_a_run_learns_and_records_every_step(alone):
+    record, out = alone
+    samples = record["samples"]
+    assert len(samples["train_loss"]) == len(samples["grad_norm"]) == 20
+    assert samples["validation_tokens"] == [0, 640, 1280, 1920, 2560]
+    assert samples["train_loss"][-1] < samples["train_loss"][0]
+    assert record["results"]["validation_loss"] == pytest.approx(samples["validation_loss"][-1], rel=1e-5)
+    assert record["results"]["validation_loss"] < record["results"]["initial_loss"]
+    assert read_record(out / "record.json") == record
+    assert MeaForCausalLM.from_pretrained(out / "model").config.attention == "mea"
+
+
+def test_resuming_from_any_checkpoint_gives_the_same_losses(alone, settings, cache, tmp_path):
+    """Stopped in the middle by an exception, and the newest checkpoint damaged: it goes on from the one before."""
+    record, _ = alone
+
+    class Stop(Exception):
+        pass
+
+    def stop(what: str, done: int, total: int) -> None:
+        if what.startswith("steps") and done == 14:
+            raise Stop
+
+    with pytest.raises(Stop):
+        pretrain(settings(), tmp_path, cache=cache, progress=stop)
+    assert sorted(p.name for p in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-8"]
+    weights = tmp_path / "checkpoint-12" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-10] + b"0123456789")
+    with pytest.warns(UserWarning, match="checkpoint-12 of .* damaged"):
+        again = pretrain(settings(), tmp_path, cache=cache)
+    assert losses(again) == losses(record)
+    assert again["results"]["incomplete_checkpoints"] == 1
+
+
+def test_killed_at_a_random_moment_it_ends_the_same(alone, tables, cache, tmp_path):
+    kill_and_compare(alone[0], tables, cache, tmp_path, kills=1)
+
+
+@pytest.mark.slow
+def test_killed_ten_times_it_ends_the_same(alone, tables, cache, tmp_path):
+    kill_and_compare(alone[0], tables, cache, tmp_path, kills=10)
+
+
+def kill_and_compare(record, tables, cache, tmp_path: Path, kills: int) -> None:
+    """Kill the run between the first sign of training and its end, `kills` times in all, then let it finish."""
+    command = [sys.executable, "-c", "from mea.train.pretraining.sweep import work; import sys; work(*sys.argv[1:])"]
+    out, target = tmp_path / "run", tmp_path / "record.json"
+    command += [json.dumps(tables), str(out), str(cache), str(target)]
+    environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
+    generator = torch.Generator().manual_seed(kills)
+    for _ in range(kills):
+        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        before = {p: p.stat().st_mtime_ns for p in out.rglob("*")} if out.exists() else {}
+        while (
+            process.poll() is None
+            and ({p: p.stat().st_mtime_ns for p in list(out.rglob("*")) if p.exists()} if out.exists() else {})
+            == before
+        ):
+            time.sleep(0.01)
+        time.sleep(0.3 * torch.rand(1, generator=generator).item())
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    subprocess.run(command, env=environment, check=True)
+    assert losses(read_record(target)) == losses(record)
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding(alone, settings, cache, tmp_path):
+    record = pretrain(settings(run={"micro_batch_rows": 1}), tmp_path, cache=cache)
+    for name in ("train_loss", "validation_loss"):
+        assert record["samples"][name] == pytest.approx(alone[0]["samples"][name], rel=1e-4)
+
+
+def test_other_settings_do_not_go_on_with_a_run(alone, settings, cache):
+    with pytest.raises(ValueError, match=r"other settings \(optim.learning_rate\)"):
+        pretrain(settings(optim={"learning_rate": 1.0}), alone[1], cache=cache)
+
+
+def test_a_diverged_run_stops_and_says_so(settings, cache, tmp_path, monkeypatch):
+    original = MeaForCausalLM.forward
+
+    def broken(self, *args, **kwargs):
+        out: Any = original(self, *args, **kwargs)
+        if self.training and (tmp_path / "checkpoint-8" / MARK).exists():
+            out.loss = out.loss * torch.nan
+        return out
+
+    monkeypatch.setattr(MeaForCausalLM, "forward", broken)
+    record = pretrain(settings(), tmp_path, cache=cache)
+    assert record["results"]["diverged"]
+    assert record["results"]["validation_loss"] is None
+    assert len(record["samples"]["train_loss"]) == 9
+    assert record["samples"]["train_loss"][-1] is None
+    assert (tmp_path / "checkpoint-8" / MARK).exists()
+    assert "at step 9" in (divergence_message(record) or "")
+
+
+def test_a_full_disk_leaves_the_last_whole_checkpoint(settings, cache, tmp_path, monkeypatch):
+    original = pretraining.PretrainTrainer._save_optimizer_and_scheduler
+
+    def full(self, folder):
+        if self.state.global_step > 4:
+            raise OSError(28, "No space left on device")
+        original(self, folder)
+
+    monkeypatch.setattr(pretraining.PretrainTrainer, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="checkpoint-4 is whole"):
+        pretrain(settings(), tmp_path, cache=cache)
+    assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
+
+
+def test_text_shorter_than_a_batch_is_refused(settings, cache, tmp_path):
+    with pytest.raises(ValueError, match="less than one batch of 4096 rows"):
+        pretrain(settings(optim={"batch_tokens": 1 << 17, "tokens": 1 << 18}), tmp_path, cache=cache)
+
+
+def test_decay_is_for_matrices_alone(settings):
+    model = build_model(settings(), 300, 0)
+    groups = parameter_groups(model, 1.0, 0.1, 0.25)
+    names = {id(p): name for name, p in model.named_parameters()}
+    found = {(g["lr"], g["weight_decay"]): {names[id(p)] for p in g["params"]} for g in groups}
+    assert set(found) == {(1.0, 0.1), (1.0, 0.0), (0.25, 0.0)}
+    assert all("_mixing" in name for name in found[0.25, 0.0])
+    assert len(found[0.25, 0.0]) == 4
+    assert all("norm" in name for name in found[1.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "end"), [("constant", 1.0), ("linear", 1 / 18), ("cosine", 0.1068), ("wsd", 0.325)]
+)
+def test_schedules(settings, cache, tmp_path, schedule, end):
+    """The rate of the last step; 20 steps, 2 of warm-up, 4 of decay, to a tenth."""
+    run = settings(optim={"schedule": schedule, "learning_rate": 1e-3}, run={"validations": 1, "checkpoints": 1})
+    pretrain(run, tmp_path, cache=cache)
+    state = json.loads((tmp_path / "checkpoint-20" / "trainer_state.json").read_text(encoding="utf-8"))
+    rates = [entry["learning_rate"] for entry in state["log_history"] if "loss" in entry]
+    start = 0.1 if schedule == "wsd" else 0.0
+    assert rates[:2] == pytest.approx([start * 1e-3, (start + 1) / 2 * 1e-3])
+    assert max(rates) == pytest.approx(1e-3)
+    assert rates[-1] == pytest.approx(end * 1e-3, rel=1e-3)
+
+
+def test_frozen_mixing_stays_and_folding_keeps_the_function(settings, cache, tmp_path):
+    frozen = settings(model={"freeze_mixing": "random"}, run={"validations": 1, "checkpoints": 1})
+    pretrain(frozen, tmp_path / "frozen", cache=cache)
+    torch.manual_seed(0)
+    start = build_model(frozen, 300, 0).state_dict()
+    end = MeaForCausalLM.from_pretrained(tmp_path / "frozen" / "model").state_dict()
+    mixing = [name for name in end if "_mixing" in name]
+    assert mixing
+    assert all(torch.equal(start[name], end[name]) for name in mixing)
+
+    folded = settings(run={"fold_at": 0.5, "validations": 1, "checkpoints": 1})
+    record = pretrain(folded, tmp_path / "folded", cache=cache)
+    end = MeaForCausalLM.from_pretrained(tmp_path / "folded" / "model").state_dict()
+    assert all(torch.equal(end[name], torch.eye(4)) for name in mixing)
+    assert record["samples"]["train_loss"][-1] < record["samples"]["train_loss"][0]
+
+
+def test_tensorboard_gets_the_losses(settings, cache, tmp_path, monkeypatch):
+    """The Trainer's reporter by its name; what it wrote is read back."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "events"))
+    run = settings(optim={"tokens": 4 * 128}, run={"report_to": ["tensorboard"], "validations": 1, "checkpoints": 1})
+    record = pretrain(run, tmp_path / "run", cache=cache)
+    (events,) = {path.parent for path in (tmp_path / "events").rglob("events.*")}
+    found = EventAccumulator(str(events)).Reload()
+    for tag, name in (("train/loss", "train_loss"), ("train/grad_norm", "grad_norm"), ("eval/loss", "validation_loss")):
+        values = {event.step: event.value for event in found.Scalars(tag)}
+        assert list(values.values()) == pytest.approx(record["samples"][name], rel=1e-3)  # of 4 digits
+
+
+@pytest.mark.slow
+@pytest.mark.compile
+def test_a_compiled_run_has_the_same_losses(settings, cache, tmp_path):
+    """In fp32 another order of sums is all that compiling changes, over 4 steps."""
+    short = {"optim": {"tokens": 4 * 128}, "run": {"validations": 1, "checkpoints": 1}}
+    plain = pretrain(settings(**short), tmp_path / "plain", cache=cache)
+    short["run"] |= {"compile": True}
+    compiled = pretrain(settings(**short), tmp_path / "compiled", cache=cache)
+    for name in ("train_loss", "validation_loss", "grad_norm"):
+        assert compiled["samples"][name] == pytest.approx(plain["samples"][name], rel=1e-4)
+    weights = MeaForCausalLM.from_pretrained(tmp_path / "compiled" / "model")  # names without the compiler's prefix
+    assert weights.num_parameters() == plain["results"]["parameters"]

@@ -1,0 +1,241 @@
+"""A sweep skips what is finished, tries again what crashed, and keeps what diverged."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from mea.records import make_record, write_record
+from mea.train.pretraining import sweep as sweeps
+from mea.train.pretraining.settings import settings_from
+from mea.train.pretraining.sweep import on_ray, run_command, sweep
+from mea.train.pretraining.sweep_file import read_jobs
+from tiny_corpus import SEPARATOR, some_documents
+
+SWEEP = """
+[data]
+files = ["elsewhere"]
+separator = "{separator}"
+vocabulary = 300
+
+[arms.frozen]
+model = {{ variant = "mea", freeze_mixing = "random" }}
+
+[[stage]]
+arms = ["mea", "frozen"]
+rates = [1e-3, 1]
+seeds = [0]
+
+[[stage]]
+arms = ["mea"]
+rates = [1e-3]
+seeds = [0, 1]
+
+[[stage]]
+arms = ["mea"]
+rates = [1e-3]
+seeds = [0]
+branch = 0.8
+change = {{ optim = {{ schedule = "cosine" }} }}
+"""
+
+
+@pytest.fixture
+def jobs(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_text(SEPARATOR.join(some_documents()), encoding="utf-8")
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP.format(separator=SEPARATOR.replace("\n", "\\n")), encoding="utf-8")
+    return read_jobs(path, [str(text)])
+
+
+def fake(outcomes: dict[str, list[str]], calls: list[str]):
+    """A launcher that plays what should happen to a run, attempt after attempt, and notes what it was asked."""
+
+    def launch(command: list[str], log: str) -> int:
+        tables, folder, _cache, record = command[-4:]
+        name = record.rpartition("/")[2].removesuffix(".json")
+        calls.append(name)
+        outcome = outcomes.get(name, ["good"])[calls.count(name) - 1]
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(f"{outcome} in {folder}\n")
+        if outcome == "crash":
+            return -9
+        if outcome == "interrupt":
+            raise KeyboardInterrupt
+        loss = {"validation_loss": None if outcome == "diverged" else 2.0}
+        results = {"diverged": outcome == "diverged", "reason": "loss nan", "seconds_of_last_start": 1.0, **loss}
+        write_record(record, make_record("pretraining", json.loads(tables), results=results))
+        return 0
+
+    return launch
+
+
+def test_the_order_is_that_of_the_stages_and_nothing_comes_twice(jobs):
+    assert [job.name for job in jobs] == [
+        "mea-0.001-0",
+        "frozen-0.001-0",
+        "mea-1-0",
+        "frozen-1-0",
+        "mea-0.001-1",
+        "mea-0.001-0-cosine",
+    ]
+    frozen = jobs[1].tables
+    assert frozen["model"] == {"variant": "mea", "freeze_mixing": "random"}
+    assert (frozen["labels"], frozen["run"]) == ({"arm": "frozen"}, {"seed": 0})
+    assert jobs[-1].tables["optim"] == {"schedule": "cosine", "learning_rate": 1e-3}
+    assert (jobs[-1].base, jobs[-1].branch) == ("mea-0.001-0", 0.8)
+
+
+def test_finished_runs_are_skipped_crashed_ones_tried_again(jobs, tmp_path):
+    calls, notes = [], []
+    outcomes = {
+        "frozen-0.001-0": ["crash", "good"],
+        "mea-1-0": ["diverged"],
+        "frozen-1-0": ["crash", "crash", "crash", "good"],
+    }
+    launch = fake(outcomes, calls)
+    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=launch, note=notes.append)
+    assert counts == {"finished": 5, "diverged": 1, "failed": 1, "left": 0}
+    assert calls.count("frozen-0.001-0") == 2
+    assert calls.count("frozen-1-0") == 3
+    assert any("frozen-1-0 failed 3 times: crash in" in note and "exit code -9" in note for note in notes)
+    assert any("mea-1-0: diverged (loss nan)" in note for note in notes)
+    assert [p.name for p in (tmp_path / "work" / "runs").iterdir()] == ["frozen-1-0"]
+
+    calls.clear()
+    outcomes["frozen-1-0"] = ["good"]
+    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=launch, note=notes.append)
+    assert calls == ["frozen-1-0"]
+    assert counts["finished"] == 6
+
+
+def test_an_interruption_starts_nothing_more(jobs, tmp_path):
+    calls = []
+    launch = fake({"frozen-0.001-0": ["interrupt"]}, calls)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(jobs, tmp_path / "records", tmp_path / "work", launch=launch, note=lambda _: None)
+    assert len(calls) < 4
+    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=fake({}, []), note=lambda _: None)
+    assert counts["finished"] == 6
+
+
+def test_after_the_time_is_over_no_run_is_started(jobs, tmp_path):
+    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", minutes=0.0, launch=fake({}, []))
+    assert counts == {"finished": 0, "diverged": 0, "failed": 0, "left": 6}
+
+
+def test_a_branch_waits_for_the_run_that_it_goes_on_from(jobs, tmp_path):
+    """With two workers it began beside that run, found nothing kept, and was trained whole in five times the time."""
+    happened = []
+
+    def launch(command: list[str], log: str) -> int:
+        branch = "cosine" in command[3]
+        happened.append(branch)
+        time.sleep(0 if branch else 0.5)
+        happened.append(branch)
+        return fake({}, [])(command, log)
+
+    sweep([jobs[0], jobs[-1]], tmp_path / "records", tmp_path / "work", workers=2, launch=launch, note=lambda _: None)
+    assert happened == [False, False, True, True]
+
+
+def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, jobs, tmp_path):
+    """A run takes minutes to days: a bar that moved only when one ends would say nothing for as long."""
+    monkeypatch.setattr(sweeps, "LOOK", 0.01)
+    told, seen = [], threading.Event()
+
+    def launch(command: list[str], log: str) -> int:
+        Path(command[-3], sweeps.STEPS).write_text("7")
+        assert seen.wait(60)
+        return fake({}, [])(command, log)
+
+    def progress(what: str, done: int, total: int) -> None:
+        told.append((what, done, total))
+        if done == 7:
+            seen.set()
+
+    sweep(jobs[:2], tmp_path / "records", tmp_path / "work", launch=launch, progress=progress, note=lambda _: None)
+    steps = [settings_from(job.tables).optim.steps for job in jobs[:2]]
+    told = [entry for entry in told if entry[0].startswith("steps")]
+    assert ("steps (0 of 2 runs have a record)", 7, sum(steps)) in told
+    assert told[-1] == ("steps (2 of 2 runs have a record)", sum(steps), sum(steps))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("rates = [1e-3, 1]", ""), "stage 1 lacks rates"),
+        (('arms = ["mea", "frozen"]', 'arms = ["mae"]'), "run mae-0.001-0: no variant is called 'mae'"),
+        (("[[stage]]", "[[stages]]"), r"has no \[\[stage\]\]"),
+    ],
+)
+def test_a_sweep_file_that_is_wrong(tmp_path, change, message):
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP.format(separator="x").replace(*change), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        read_jobs(path)
+
+
+def test_a_command_adds_to_its_log(tmp_path):
+    log = tmp_path / "log.txt"
+    log.write_text("before\n")
+    assert run_command([sys.executable, "-c", "print('out'); raise SystemExit(3)"], str(log)) == 3
+    assert log.read_text() == "before\nout\n"
+
+
+def test_runs_at_a_time_share_the_threads(monkeypatch, jobs, tmp_path):
+    monkeypatch.setattr(sweeps.torch, "get_num_threads", lambda: 6)
+    monkeypatch.setattr(sweeps, "WORKER", "import os; raise SystemExit('threads ' + os.environ['OMP_NUM_THREADS'])")
+    notes = []
+    sweep(jobs[:1], tmp_path / "records", tmp_path / "work", workers=2, attempts=1, note=notes.append)
+    assert "threads 3" in notes[0]
+
+
+def test_ray_is_asked_for_by_name_if_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match="pip install ray"):
+        on_ray(1.0)
+
+
+class StandInForRay(SimpleNamespace):
+    """What is asked of Ray's interface; each task is run here and now, or its worker dies."""
+
+    class exceptions:
+        class RayError(Exception):
+            pass
+
+    def __init__(self, dies: bool = False) -> None:
+        super().__init__(asked=[], dies=dies)
+
+    def init(self, **_) -> None:
+        pass
+
+    def remote(self, **options):
+        self.asked.append(options)
+        return lambda function: SimpleNamespace(remote=lambda *arguments: (function, arguments))
+
+    def get(self, task):
+        if self.dies:
+            raise self.exceptions.RayError("the worker died")
+        return task[0](*task[1])
+
+
+def test_ray_is_given_the_same_command(monkeypatch, tmp_path):
+    ray = StandInForRay()
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    assert on_ray(0.5)([sys.executable, "-c", "print(1)"], str(tmp_path / "log.txt")) == 0
+    assert ray.asked == [{"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}]
+
+
+def test_a_node_of_the_cluster_that_dies_is_a_crash_of_its_run(monkeypatch, jobs, tmp_path):
+    """Ray raises then, which ended the whole sweep; the run is to be tried again, as after any crash."""
+    monkeypatch.setitem(sys.modules, "ray", StandInForRay(dies=True))
+    notes = []
+    counts = sweep(jobs[:2], tmp_path / "records", tmp_path / "work", launch=on_ray(0.0), note=notes.append)
+    assert counts["failed"] == 2
+    assert all("failed 3 times: the worker died" in note for note in notes)
