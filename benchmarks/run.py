@@ -20,7 +20,7 @@ from rich.table import Table
 from timing import limits
 from transformers import AutoModelForCausalLM
 
-from mea.evaluate.fastest import in_fastest_form
+from mea.evaluate.fastest import use_packed_decode
 from mea.models.loading import load, packaged_model
 from mea.records import make_record, write_record
 
@@ -52,9 +52,9 @@ def model_part(args: argparse.Namespace) -> dict[str, Any]:
         compressed = AutoModelForCausalLM.from_pretrained(args.compressed, dtype=model.dtype).eval()
     else:
         compressed = decode_model.truncated(model, config["keep"])
-    models = {"uncompressed": in_fastest_form(model), "compressed": compressed}
+    models = {"uncompressed": use_packed_decode(model), "compressed": compressed}
     names = {"source": Path(source).name, "compressed": args.compressed and Path(args.compressed).name}
-    config = {**config, **names, "widths": compressed.config.latent_widths}
+    config = {**config, **names, "ranks": compressed.config.latent_ranks}
     return {"config": config, **decode_model.measure(models, config, args.seed)}
 
 

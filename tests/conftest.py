@@ -54,7 +54,7 @@ def calibration(tmp_path_factory: pytest.TempPathFactory) -> Calibration:
     """As little text as is allowed, none of it twice."""
     path = tmp_path_factory.mktemp("text") / "calibration.txt"
     path.write_text(load_text("calibration")[:4000], encoding="utf-8")
-    return Calibration(str(path), tokens=256, window=64, reread=0.0)
+    return Calibration(str(path), tokens=256, window=64, copy_fraction=0.0)
 
 
 @pytest.fixture

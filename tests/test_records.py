@@ -12,7 +12,7 @@ from mea.records import make_record, read_record, read_records, write_record
 
 
 def example(**changes):
-    config = {"model": "tiny", "keep": 0.5, "widths": (96, 96)}
+    config = {"model": "tiny", "keep": 0.5, "ranks": (96, 96)}
     return (
         make_record("test", config, results={"ratio": 1.5}, samples={"seconds": [0.1, 0.2]}, seeds={"data": 3})
         | changes
@@ -22,7 +22,7 @@ def example(**changes):
 def test_round_trip(tmp_path):
     record = example()
     assert read_record(write_record(tmp_path / "deep" / "a.json", record)) == record
-    assert record["config"]["widths"] == [96, 96]
+    assert record["config"]["ranks"] == [96, 96]
     assert record["samples"] == {"seconds": [0.1, 0.2]}
     assert record["versions"]["torch"]
     assert record["machine"]["cores"] == os.cpu_count()

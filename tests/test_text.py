@@ -9,7 +9,7 @@ from importlib.resources import files
 import pytest
 import torch
 
-from mea.text import NAMES, STRETCH, load_text, read_again
+from mea.text import NAMES, STRETCH, load_text, repeat_spans
 
 DATA = files("mea") / "data"
 
@@ -106,7 +106,7 @@ def test_missing_file(tmp_path):
 @pytest.mark.parametrize("length", [8, 64, STRETCH, 2 * STRETCH, 2 * STRETCH + 5])
 def test_stretches_end_with_a_copy_of_their_own_tokens(length):
     rows = torch.arange(40 * length).view(40, length)  # no token twice: what occurs twice has been copied
-    made = read_again(rows, 0.5)
+    made = repeat_spans(rows, 0.5)
     changed = (made != rows).any(1)
     assert changed.sum() == 20
     for before, after in zip(rows[changed], made[changed], strict=True):
@@ -124,7 +124,7 @@ def test_stretches_end_with_a_copy_of_their_own_tokens(length):
 
 def test_rereading_leaves_what_it_is_given_and_repeats_itself():
     rows = torch.arange(640).view(10, 64)
-    assert torch.equal(read_again(rows, 0.0), rows)
-    assert torch.equal(read_again(rows, 1.0, seed=3), read_again(rows, 1.0, seed=3))
-    assert not torch.equal(read_again(rows, 1.0, seed=3), read_again(rows, 1.0, seed=4))
+    assert torch.equal(repeat_spans(rows, 0.0), rows)
+    assert torch.equal(repeat_spans(rows, 1.0, seed=3), repeat_spans(rows, 1.0, seed=3))
+    assert not torch.equal(repeat_spans(rows, 1.0, seed=3), repeat_spans(rows, 1.0, seed=4))
     assert torch.equal(rows, torch.arange(640).view(10, 64))

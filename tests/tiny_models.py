@@ -76,15 +76,15 @@ def joint_factors(width: int) -> tuple[Factors, Factors]:
     return Factors(keys, keys.T), Factors(values, values.T)
 
 
-def compress(model: Any, widths: tuple = REDUCED, form: str = "rotated") -> Any:
-    """The same model with latents of these widths; it shares no tensor with the original."""
+def compress(model: Any, ranks: tuple = REDUCED, form: str = "post_rope") -> Any:
+    """The same model with latents of these ranks; it shares no tensor with the original."""
 
     def factors(pair: tuple[int, int]) -> LayerFactors:
         both = joint_factors(sum(pair)) if form == "joint" else map(random_factors, pair)
         return LayerFactors(*both, form=form)
 
-    config = latent_config(model.config, Layout(tuple(widths)), {}, form)
-    return assemble(copy.deepcopy(model), [None if pair is None else factors(pair) for pair in widths], config)
+    config = latent_config(model.config, Layout(tuple(ranks)), {}, form)
+    return assemble(copy.deepcopy(model), [None if pair is None else factors(pair) for pair in ranks], config)
 
 
 def tokens(batch: int = 2, length: int = 13) -> torch.Tensor:

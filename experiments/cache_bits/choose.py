@@ -22,7 +22,7 @@ from mea.models.quantized_cache import CacheFormat, QuantisedCache
 from mea.records import make_record, read_record, write_record
 from mea.text import encode_text, load_text, start_token
 
-BASES = ("given", "rotated", "balanced")
+BASES = ("given", "post_rope", "balanced")
 FOUR = CacheFormat(4)
 
 
@@ -56,7 +56,7 @@ def main() -> None:
     options = parser.parse_args()
     model, tokenizer = load(options.model, "float32")
     tokens, start = encode_text(tokenizer, load_text(options.text), options.tokens), start_token(tokenizer)
-    windows = calibration_tokens(tokenizer, Calibration(tokens=8192, reread=0.0))
+    windows = calibration_tokens(tokenizer, Calibration(tokens=8192, copy_fraction=0.0))
     models = {}
     for basis in BASES:
         models[basis] = copy.deepcopy(model)

@@ -37,7 +37,7 @@ def main() -> None:
 
     model, tokenizer = load(str(options.model))
     assert model.config.num_key_value_heads == 4
-    calibration = Calibration(str(options.model / "seen.txt"), options.calibration, options.window, reread=0.0)
+    calibration = Calibration(str(options.model / "seen.txt"), options.calibration, options.window, copy_fraction=0.0)
     tokens = calibration_tokens(tokenizer, calibration)
     texts = {name: load_text(packaged or options.model / f"{name}.txt") for name, packaged in TEXTS.items()}
     tests = {name: encode_text(tokenizer, text)[: options.tokens] for name, text in texts.items()}
@@ -70,7 +70,7 @@ def main() -> None:
             "cache_bytes_per_token": size.bytes_per_token,
             "full_rank_error": same,
             "self_check": half.errors,
-            "layer_lost": half.lost,
+            "layer_relative_output_error": half.lost,
             "perplexity": {text: perplexity(loss).value for text, loss in measured.items()},
             "ratio": {text: ratio(loss, original[text]).value for text, loss in measured.items()},
             "ratio_error": {text: ratio(loss, original[text]).standard_error for text, loss in measured.items()},

@@ -18,29 +18,29 @@ from mea.train.recovery.settings import Recovery, recovery
 
 HERE = Path(__file__).parent
 SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600
-SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "other_rate": 5e-4}
-LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "other_rate": 7e-4}
+SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "base_lr": 5e-4}
+LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "base_lr": 7e-4}
 
 
 def stage(preset: str, tokens: int, **changes: Any) -> Recovery:
     """A stage on the scale of these experiments; parts of windows are read again only where a row says so."""
-    scale: dict[str, Any] = {"reread": 0.0, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
+    scale: dict[str, Any] = {"copy_fraction": 0.0, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
     return recovery(preset, tokens=tokens, **scale | changes)
 
 
 def like_default(tokens: int, **changes: Any) -> Recovery:
     """The distillation by which starts are compared."""
-    return stage("distil", tokens, reread=0.5, **SMALL_STEPS | changes)
+    return stage("distil", tokens, copy_fraction=0.5, **SMALL_STEPS | changes)
 
 
 def cpt(tokens: int, rate: float, **changes: Any) -> Recovery:
     """Continued pretraining in steps like those, at one rate relative to each tensor."""
-    return stage("cpt", tokens, relative=True, batch=1, micro_batch=1, rate=rate, other_rate=rate, **changes)
+    return stage("cpt", tokens, relative=True, batch=1, micro_batch=1, rate=rate, base_lr=rate, **changes)
 
 
 def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
     """Fitted on windows of which no part is read again, as when the rows that say so were begun."""
-    return {"method": method, "calibration": Calibration(tokens=tokens, reread=0.0), **options}
+    return {"method": method, "calibration": Calibration(tokens=tokens, copy_fraction=0.0), **options}
 
 
 SVD = {"method": "svd"}

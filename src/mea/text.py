@@ -71,7 +71,7 @@ def windows(tokens: Int[Tensor, " n"], window: int, start: int | None) -> Int[Te
     return rows if start is None else torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)
 
 
-def read_again(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[Tensor, "n t"]:
+def repeat_spans(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[Tensor, "n t"]:
     """Windows of which a share looks back: there, every stretch ends with a copy of a run of its own tokens.
 
     Running prose seldom repeats what stands far back word for word, so that hardly anything in it depends on finding
@@ -102,10 +102,10 @@ def read_again(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[Ten
     return rows
 
 
-def check_share(share: float) -> None:
+def check_fraction(share: float) -> None:
     """Raise ValueError if that is no share of windows."""
     if not 0 <= share <= 1:
-        raise ValueError(f"reread is a share of the windows, 0 to 1, not {share}")
+        raise ValueError(f"copy_fraction is a share of the windows, 0 to 1, not {share}")
 
 
 def _read(path: Path) -> str:

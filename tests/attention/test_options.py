@@ -58,7 +58,7 @@ def test_scaled_random_keeps_the_variance_of_a_head():
 
 
 @pytest.mark.parametrize(
-    ("options", "widths"),
+    ("options", "ranks"),
     [
         ({}, (4 * 12, 4 * 12)),
         ({"num_component_heads": 2}, (2 * 12, 2 * 12)),
@@ -67,11 +67,11 @@ def test_scaled_random_keeps_the_variance_of_a_head():
         ({"num_component_heads": 3, "key_mixing": "frequency"}, (3 * 12, 3 * 12)),
     ],
 )
-def test_the_cache_holds_components_only(options, widths):
+def test_the_cache_holds_components_only(options, ranks):
     module, cache = MultiheadExplicitAttention(48, 4, 4, **options), KVCache()
     module(torch.randn(2, 5, 48), cache=cache)
     module(torch.randn(2, 1, 48), cache=cache)
-    assert tuple(x[0, :, 0].numel() for x in cache.layers[0]) == widths
+    assert tuple(x[0, :, 0].numel() for x in cache.layers[0]) == ranks
 
 
 @pytest.mark.parametrize("fold", ["always", "never"])

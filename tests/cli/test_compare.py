@@ -40,7 +40,7 @@ def test_compare_measures_before_and_after_the_same_training(mea, models_, text,
     result = mea("compare", models_["a"], tmp_path, *options, "--recover-text", text)
     assert result.exit_code == 0, result.output
     records = {record["config"]["label"]: record for record in read_records(tmp_path / "records")}
-    assert rates == {"rotated": 5e-4, "joint": 1.5e-4}
+    assert rates == {"post_rope": 5e-4, "joint": 1.5e-4}
     for method in ("position", "joint"):
         before, after = records[f"{method} 0.5"], records[f"{method} 0.5, recovered"]
         assert after["config"]["recovery"]["steps"] == 2
@@ -66,7 +66,7 @@ def test_compress_allocates(mea, models_, tmp_path):
     assert result.exit_code == 0, result.output
     config = json.loads((out / "config.json").read_text())
     assert config["compression"]["allocation"]["equal"]
-    assert sum(map(sum, config["latent_widths"])) <= 32
+    assert sum(map(sum, config["latent_ranks"])) <= 32
 
 
 @pytest.mark.parametrize(

@@ -86,7 +86,7 @@ def test_help_names_every_method(mea):
     for command in (compress, profile):
         assert inspect.signature(command).parameters["method"].default == DEFAULT_METHOD
     for command in (compress, profile, compare):
-        assert inspect.signature(command).parameters["reread"].default == Calibration().reread
+        assert inspect.signature(command).parameters["copy_fraction"].default == Calibration().copy_fraction
 
 
 def test_over_a_cache_in_few_bits(mea, models_):

@@ -39,7 +39,7 @@ def test_a_compressed_folder_is_trained_into_one_that_loads(models_, text, tmp_p
     record = json.loads((tmp_path / "out" / "recovery.json").read_text())
     assert record["results"]["held_out"]["ce"] <= record["results"]["held_out_start"]["ce"]
     assert record["config"]["texts"] == ["text.txt"]
-    assert load(str(tmp_path / "out"))[0].config.latent_widths == [[8, 8], [8, 8]]
+    assert load(str(tmp_path / "out"))[0].config.latent_ranks == [[8, 8], [8, 8]]
     assert not (tmp_path / "out.partial").exists()
 
     assert "not an empty folder" in mea(*arguments).stderr

@@ -11,13 +11,17 @@ import torch
 
 from mea.comparison import peers
 from mea.comparison import run as comparison
-from mea.comparison.configs import Contender, contenders_of
-from mea.comparison.run import Protocol, Training, compare, cost_in_words
+from mea.comparison.configs import MethodConfig, method_configs
+from mea.comparison.run import Protocol, Training, compare, describe_cost
 from mea.compression import cost
 from mea.models.loading import load_config
 from mea.report import make_sections, rows
 
-CONTENDERS = [Contender("position", "position"), Contender("svd", "svd"), Contender("svd, less", "svd", keep=0.25)]
+METHOD_CONFIGS = [
+    MethodConfig("position", "position"),
+    MethodConfig("svd", "svd"),
+    MethodConfig("svd, less", "svd", keep=0.25),
+]
 PROTOCOL = Protocol(
     texts=(("technical", 512),), window=128, position_text="technical", positions=(0, 128, 256),
     prompt="The", new_tokens=4, decode_context=256, decode_steps=3, decode_dtype="float32",
@@ -26,15 +30,15 @@ PROTOCOL = Protocol(
 
 @pytest.fixture
 def records(saved, calibration, tmp_path):
-    return compare(str(saved), tmp_path / "records", CONTENDERS, protocol=PROTOCOL, calibration=calibration)
+    return compare(str(saved), tmp_path / "records", METHOD_CONFIGS, protocol=PROTOCOL, calibration=calibration)
 
 
 def test_every_contender_is_measured_on_the_same_tokens(records):
     original, *compressed = records
     assert rows(records)[0].name == "uncompressed"
-    for record, contender in zip(compressed, CONTENDERS, strict=True):
+    for record, method_config in zip(compressed, METHOD_CONFIGS, strict=True):
         size = record["results"]["cache"]["bytes_per_token"] / original["results"]["cache"]["bytes_per_token"]
-        assert size == contender.keep
+        assert size == method_config.keep
         text, reference = (r["results"]["texts"]["technical"] for r in (record, original))
         assert text["tokens"] == reference["tokens"]
         assert text["ratio"] == pytest.approx(text["perplexity"] / reference["perplexity"], rel=1e-6)
@@ -46,19 +50,19 @@ def test_second_run_reuses_the_records_and_a_changed_one_does_not(records, saved
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(comparison, "load", fail)
-    again = compare(str(saved), tmp_path / "records", CONTENDERS, protocol=PROTOCOL, calibration=calibration)
+    again = compare(str(saved), tmp_path / "records", METHOD_CONFIGS, protocol=PROTOCOL, calibration=calibration)
     assert again == records
     other = dataclasses.replace(PROTOCOL, window=64)
     with pytest.raises(AssertionError, match="loaded"):
-        compare(str(saved), tmp_path / "records", CONTENDERS, protocol=other, calibration=calibration)
+        compare(str(saved), tmp_path / "records", METHOD_CONFIGS, protocol=other, calibration=calibration)
 
 
 CONTINUED = dataclasses.replace(PROTOCOL, context=96, positions=(), prompt="", decode_steps=0)
 
 
 def all_kinds(saved, calibration, folder, **options):
-    contenders = contenders_of(["position"], [0.5, 0.75], bits=(8, 4), presses=("SnapKVPress",))
-    return compare(str(saved), folder, contenders, protocol=CONTINUED, calibration=calibration, **options)
+    configs = method_configs(["position"], [0.5, 0.75], bits=(8, 4), presses=("SnapKVPress",))
+    return compare(str(saved), folder, configs, protocol=CONTINUED, calibration=calibration, **options)
 
 
 @pytest.fixture
@@ -105,9 +109,9 @@ def test_a_peer_exchanges_tokens_and_losses_with_its_environment(saved, calibrat
         "(folder / '1.json').write_text(json.dumps({'error': 'TypeError: no such press'}))\n"
     )
     monkeypatch.setitem(peers.SCRIPTS, "json", script)
-    contenders = [Contender("one", "json One", 0.5), Contender("two", "json Two", 0.25)]
+    configs = [MethodConfig("one", "json One", 0.5), MethodConfig("two", "json Two", 0.25)]
     options = {"protocol": CONTINUED, "calibration": calibration, "peers": {"json": sys.executable}}
-    _, one, two = compare(str(saved), tmp_path / "r", contenders, **options)
+    _, one, two = compare(str(saved), tmp_path / "r", configs, **options)
     assert one["results"]["cache"]["bytes_per_token"] == 7.0
     assert one["results"]["continuations"]["technical"]["perplexity"] == pytest.approx(math.e)
     assert two["results"]["not_run"] == "TypeError: no such press"
@@ -122,9 +126,9 @@ def test_recovered_contenders_are_measured_as_the_training_leaves_them(saved, ca
         return model
 
     names = []
-    contenders = contenders_of(["position", "svd"], [0.5], bits=(), recovered=True)
+    configs = method_configs(["position", "svd"], [0.5], bits=(), recovered=True)
     options = {"protocol": CONTINUED, "calibration": calibration, "training": Training(silenced, {"how": "zeros"})}
-    records = compare(str(saved), tmp_path / "r", contenders, **options)
+    records = compare(str(saved), tmp_path / "r", configs, **options)
     found = {record["config"]["label"]: record for record in records}
     assert names == ["position-0-5--recovered", "svd-0-5--recovered"]
     vocabulary = load_config(str(saved)).vocab_size
@@ -136,7 +140,7 @@ def test_recovered_contenders_are_measured_as_the_training_leaves_them(saved, ca
         assert after["results"]["texts"]["technical"]["perplexity"] == pytest.approx(vocabulary)
         assert before["results"]["texts"]["technical"]["perplexity"] != pytest.approx(vocabulary)
     with pytest.raises(ValueError, match="no training is given"):
-        compare(str(saved), tmp_path / "r", contenders, **options | {"training": None})
+        compare(str(saved), tmp_path / "r", configs, **options | {"training": None})
 
 
 def test_an_environment_without_the_peer_says_so(tmp_path):
@@ -149,21 +153,21 @@ def test_an_environment_without_the_peer_says_so(tmp_path):
 
 
 def test_a_backend_that_is_not_installed_is_a_note(saved, calibration, tmp_path):
-    contenders = [Contender("theirs", "none", 1.0, bits=4, backend="unheard-of")]
-    _, theirs = compare(str(saved), tmp_path, contenders, protocol=CONTINUED, calibration=calibration)
+    configs = [MethodConfig("theirs", "none", 1.0, bits=4, backend="unheard-of")]
+    _, theirs = compare(str(saved), tmp_path, configs, protocol=CONTINUED, calibration=calibration)
     assert "unheard-of" in theirs["results"]["not_run"]
 
 
 def test_contenders_with_one_label_are_refused(saved, calibration, tmp_path):
     with pytest.raises(ValueError, match="labels of their own"):
-        compare(str(saved), tmp_path, [CONTENDERS[0]] * 2, protocol=PROTOCOL, calibration=calibration)
+        compare(str(saved), tmp_path, [METHOD_CONFIGS[0]] * 2, protocol=PROTOCOL, calibration=calibration)
 
 
 def test_what_a_comparison_costs_is_said_before_any_weight_is_read(saved, calibration, monkeypatch):
     monkeypatch.setattr(comparison, "load", None)
     monkeypatch.setattr(cost, "_speed", lambda: 1e5)
-    one, more = [Contender("1", "svd")], [Contender(str(i), "svd", keep=i / 4) for i in (1, 2, 3)]
-    few, many = (cost_in_words(str(saved), contenders, PROTOCOL, calibration) for contenders in (one, more))
+    one, more = [MethodConfig("1", "svd")], [MethodConfig(str(i), "svd", keep=i / 4) for i in (1, 2, 3)]
+    few, many = (describe_cost(str(saved), configs, PROTOCOL, calibration) for configs in (one, more))
     minutes = [int(re.search(r"about (\d+) minutes on this machine", words)[1]) for words in (few, many)]
     assert few.startswith("1 way to")
     assert many.startswith("3 ways to")
@@ -171,10 +175,10 @@ def test_what_a_comparison_costs_is_said_before_any_weight_is_read(saved, calibr
 
 
 def test_what_no_calibration_text_made_is_not_measured_again_for_another(saved, calibration, tmp_path):
-    contenders = contenders_of(["position"], [0.5], bits=[8])
+    configs = method_configs(["position"], [0.5], bits=[8])
     for seed in (0, 1):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("r/*.json")}
         seeded = dataclasses.replace(calibration, seed=seed)
-        compare(str(saved), tmp_path / "r", contenders, protocol=CONTINUED, calibration=seeded)
+        compare(str(saved), tmp_path / "r", configs, protocol=CONTINUED, calibration=seeded)
     kept = [path.stem for path, written in before.items() if path.stat().st_mtime_ns == written]
     assert kept == ["8-bits"]  # the uncompressed model is measured anew because ratios are to it

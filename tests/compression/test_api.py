@@ -41,7 +41,7 @@ def test_end_to_end(method: str, tokenizer: Any, calibration: Calibration) -> No
 
     assert cache_size(compressed, 50).bytes * 2 == cache_size(model, 50).bytes
     assert compressed.config.model_type == "mea_llama"
-    assert compressed.config.latent_widths == [[16, 16]] * 3
+    assert compressed.config.latent_ranks == [[16, 16]] * 3
     assert compressed.config.compression["method"] == method
     # The original is untouched: class, weights bit by bit, and what it computes.
     assert type(model) is kind
@@ -240,5 +240,5 @@ def test_by_default_half_of_the_calibration_windows_look_back(tokenizer: Any, ca
     default = Calibration(calibration.text, calibration.tokens, calibration.window)
     changed = calibration_tokens(tokenizer, default) != prose
     assert changed.any(1).sum() == len(prose) // 2
-    assert make_plan(tiny().config, 4, keep=0.5, calibration=default).describe()["calibration_reread"] == 0.5
-    assert "calibration_reread" not in make_plan(tiny().config, 4, keep=0.5, calibration=calibration).describe()
+    assert make_plan(tiny().config, 4, keep=0.5, calibration=default).describe()["calibration_copy_fraction"] == 0.5
+    assert "calibration_copy_fraction" not in make_plan(tiny().config, 4, keep=0.5, calibration=calibration).describe()

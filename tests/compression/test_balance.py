@@ -18,7 +18,7 @@ def test_balancing_solves_its_equation() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
-@pytest.mark.parametrize(("scale", "form"), [(False, "rotated"), (True, "rotated"), (True, "unrotated")])
+@pytest.mark.parametrize(("scale", "form"), [(False, "post_rope"), (True, "post_rope"), (True, "pre_rope")])
 @torch.no_grad()
 def test_the_model_computes_the_same(kind: str, scale: bool, form: str) -> None:
     model = compress(stock(kind), form=form)

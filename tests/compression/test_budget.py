@@ -1,4 +1,4 @@
-"""Budgets become widths: never above the budget, and less than one step under it."""
+"""Budgets become ranks: never above the budget, and less than one step under it."""
 
 import json
 import re
@@ -64,7 +64,7 @@ def steps_of(shape: CacheShape, whole_heads: bool, odd: str) -> Step:
 
 
 def smallest(shape: CacheShape, step: Step) -> Layout:
-    return Layout((step.widths(1 if step.paired else 2),) * len(shape.windows))
+    return Layout((step.ranks(1 if step.paired else 2),) * len(shape.windows))
 
 
 @given(SHAPES, st.integers(1, 200), st.floats(0.01, 1.2), st.booleans(), st.sampled_from(["keys", "values"]))
@@ -83,8 +83,8 @@ def test_bytes_are_never_above_a_byte_budget_and_less_than_one_step_under_it(
     assert promise <= budget
     wider = [
         step.numbers * shape.tokens(layer, context) * shape.itemsize
-        for layer, widths in enumerate(layout.widths)
-        if widths is not None and sum(widths) + step.numbers <= 2 * shape.width
+        for layer, ranks in enumerate(layout.ranks)
+        if ranks is not None and sum(ranks) + step.numbers <= 2 * shape.width
     ]
     assert not wider or budget - promise < min(wider)
 
@@ -113,8 +113,8 @@ def test_widths_of_a_fraction_differ_by_one_step_at_most(sizes: tuple, keep: flo
     shape = CacheShape(*sizes)
     assume(smallest(shape, FINE).keep(shape) <= keep)
     layout = layout_for_keep(shape, keep, FINE)
-    keys = [widths[0] for widths in layout.widths if widths]
-    assert all(widths and widths[0] == widths[1] for widths in layout.widths)
+    keys = [ranks[0] for ranks in layout.ranks if ranks]
+    assert all(ranks and ranks[0] == ranks[1] for ranks in layout.ranks)
     assert max(keys) - min(keys) <= FINE.size
 
 
@@ -125,14 +125,14 @@ def test_widths_of_a_fraction_differ_by_one_step_at_most(sizes: tuple, keep: flo
 def test_presets_are_the_papers(name: str, first: int, last: int, method: str) -> None:
     layout = preset_layout(QWEN3_30B, name, METHODS[method].step(128))
     expected = [(256, 256) if first <= layer <= last else None for layer in range(1, 49)]
-    assert list(layout.widths) == expected
+    assert list(layout.ranks) == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 30])
 def test_presets_of_other_depths_compress_something(count: int) -> None:
     shape = CacheShape(2, 16, (None,) * count, 2)
     for name in ("full", "deep", *(["half"] if count > 1 else [])):
-        assert any(preset_layout(shape, name, FINE).widths), name
+        assert any(preset_layout(shape, name, FINE).ranks), name
 
 
 def test_unknown_preset_lists_the_known() -> None:
@@ -140,11 +140,11 @@ def test_unknown_preset_lists_the_known() -> None:
         preset_layout(QWEN3_30B, "quarter", FINE)
 
 
-@pytest.mark.parametrize(("odd", "widths"), [("values", (64, 128)), ("keys", (128, 64))])
-def test_an_odd_head_goes_where_it_is_told(odd: str, widths: tuple[int, int]) -> None:
+@pytest.mark.parametrize(("odd", "ranks"), [("values", (64, 128)), ("keys", (128, 64))])
+def test_an_odd_head_goes_where_it_is_told(odd: str, ranks: tuple[int, int]) -> None:
     shape = CacheShape(3, 64, (None,) * 30, 2)
     layout = layout_for_keep(shape, 0.5, METHODS["svd"].step(64, odd))
-    assert set(layout.widths) == {widths}
+    assert set(layout.ranks) == {ranks}
     assert layout.keep(shape) == 0.5
 
 
@@ -171,14 +171,14 @@ def write(path: Path, content: object) -> Path:
 def test_a_layout_file_is_read(tmp_path: Path) -> None:
     shape = CacheShape(2, 16, (None,) * 3, 2)
     path = write(tmp_path / "layout.json", [[8, 16], None, [32, 32]])
-    assert read_layout(path, shape, FINE).widths == ((8, 16), None, (32, 32))
+    assert read_layout(path, shape, FINE).ranks == ((8, 16), None, (32, 32))
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ([[8, 8], None], "list of 3 entries"),
-        ({"widths": []}, "list of 3 entries"),
+        ({"ranks": []}, "list of 3 entries"),
         ([[8, 8], None, [8, 40]], r"layer 2: .* from 8 to 32 .* not \[8, 40\]"),
         ([[8, 8], None, [8, 12]], r"layer 2: .* multiples of 8"),
         ([[8, 8], [0, 8], None], "layer 1"),

@@ -37,7 +37,7 @@ def in_a_process(code: str, *values: object) -> subprocess.CompletedProcess:
         from mea.compression import Calibration
         from mea.compression.save import compress_to_folder
         saved, out, text = sys.argv[1:4]
-        calibration = Calibration(text, tokens=256, window=64, reread=0.0)  # as the fixture
+        calibration = Calibration(text, tokens=256, window=64, copy_fraction=0.0)  # as the fixture
     """
     code = textwrap.dedent(head) + textwrap.dedent(code)
     command = [sys.executable, "-c", code, *map(str, values)]

@@ -126,8 +126,8 @@ def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: 
 
 
 def test_a_joint_latent_has_two_equal_halves(refused: Any, tmp_path: Path) -> None:
-    (tmp_path / "widths.json").write_text("[[16, 16], null, [8, 16]]")
-    text = refused(layout=tmp_path / "widths.json", method="joint")
+    (tmp_path / "ranks.json").write_text("[[16, 16], null, [8, 16]]")
+    text = refused(layout=tmp_path / "ranks.json", method="joint")
     assert text == "a joint latent is cached in two equal halves: give [r, r] or null for each layer"
 
 
@@ -141,7 +141,7 @@ def test_calibration_that_cannot_be(refused: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least 4 windows of at least 64 tokens, not 100"):
         Calibration(tokens=100, window=64)
     with pytest.raises(ValueError, match="a share of the windows"):
-        Calibration(reread=1.5)
+        Calibration(copy_fraction=1.5)
     assert "did you mean calibration" in refused(calibration=Calibration("calibraton", tokens=256, window=64))
 
 

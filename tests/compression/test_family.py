@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mea
-from mea.comparison.configs import Contender
+from mea.comparison.configs import MethodConfig
 from mea.comparison.run import Protocol, compare
 from mea.compression import Calibration, ConversionError
 from mea.compression.api import run_plans
@@ -116,9 +116,9 @@ def test_half_of_the_cache_stays_and_saving_changes_nothing(
 
 def test_layers_left_alone_keep_their_norm(tokenizer: Any, calibration: Calibration, tmp_path: Path) -> None:
     model = build("mea")
-    widths = tmp_path / "widths.json"
-    widths.write_text("[[16, 16], null, [32, 32]]")
-    result = mea.compress(model, tokenizer, layout=widths, calibration=calibration)
+    ranks = tmp_path / "ranks.json"
+    ranks.write_text("[[16, 16], null, [32, 32]]")
+    result = mea.compress(model, tokenizer, layout=ranks, calibration=calibration)
     result.save_pretrained(tmp_path / "out")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert [type(layer.self_attn).__name__ for layer in again.model.layers][1] == "LlamaAttention"
@@ -194,7 +194,7 @@ def test_as_many_numbers_as_components_hold_all_of_them(method: str, tokenizer: 
     """`keep` counts from what the model caches, and its components are found again: nothing is lost of them."""
     model = build("mea-fewer_components")
     plan = make_plan(model.config, 4, keep=1.0, method=method, calibration=calibration)
-    assert plan.layout.widths == ((16, 16),) * 3
+    assert plan.layout.ranks == ((16, 16),) * 3
     assert plan.bytes_before(100) == cache_size(model, 100).bytes
     result = mea.compress(model, tokenizer, keep=1.0, method=method, calibration=calibration)
     assert cache_size(result, 100).bytes == cache_size(model, 100).bytes
@@ -212,11 +212,11 @@ def test_fewer_components_of_values_alone_go_with_a_norm_of_keys(calibration: Ca
 
 
 def test_fewer_components_do_not_grow(tokenizer: Any, calibration: Calibration, tmp_path: Path) -> None:
-    (tmp_path / "widths.json").write_text("[[16, 16], null, [8, 8]]")
+    (tmp_path / "ranks.json").write_text("[[16, 16], null, [8, 8]]")
     with pytest.raises(
         ValueError, match=r"would cache .* bytes per token and the model, with its fewer component heads"
     ):
-        mea.compress(build("mea-fewer_components"), tokenizer, layout=tmp_path / "widths.json", calibration=calibration)
+        mea.compress(build("mea-fewer_components"), tokenizer, layout=tmp_path / "ranks.json", calibration=calibration)
 
 
 def test_losses_grow_as_less_is_kept(tokenizer: Any, calibration: Calibration) -> None:
@@ -286,7 +286,11 @@ def test_comparisons_count_from_the_model_as_it_was_given(
         prompt="The", new_tokens=2, decode_context=64, decode_steps=2,
     )  # fmt: skip
     records = compare(
-        str(tmp_path / "model"), tmp_path / "out", [Contender("svd", "svd")], protocol=protocol, calibration=calibration
+        str(tmp_path / "model"),
+        tmp_path / "out",
+        [MethodConfig("svd", "svd")],
+        protocol=protocol,
+        calibration=calibration,
     )
     sizes = [record["results"]["cache"]["bytes_per_token"] for record in records]
     assert sizes == [cache_size(model, 64).bytes_per_token, cache_size(model, 64).bytes_per_token / 2]

@@ -18,7 +18,7 @@ from mea.compression.plan import make_plan
 from mea.compression.refine import Refinement, refine_layers, spread_positions
 from mea.compression.save import compress_to_folder
 
-HOW = Refinement(passes=10, window=16, batch=2, held_out=4, rate=3e-3, other_rate=1e-3)
+HOW = Refinement(passes=10, window=16, batch=2, held_out=4, rate=3e-3, base_lr=1e-3)
 
 
 def refined(model: Any, tokenizer: Any, calibration: Calibration, **options: Any) -> Any:
@@ -55,7 +55,7 @@ def test_layers_come_nearer_to_the_originals(
 @pytest.mark.parametrize("architecture", ["llama", "granite"])  # the latter divides its logits
 def test_the_last_layer_brings_the_next_token_distribution_nearer(architecture: str) -> None:
     model, tokens = tiny(architecture), torch.randint(0, 256, (16, 64))
-    how = Refinement(passes=4, window=16, batch=2, held_out=4, rate=1e-3, other_rate=3e-4)
+    how = Refinement(passes=4, window=16, batch=2, held_out=4, rate=1e-3, base_lr=3e-4)
     calibration = Calibration(tokens=tokens.numel(), window=64)
     result = run_plans(model, tokens, [make_plan(model.config, 4, refine=how, calibration=calibration)])[0]
     found = result.refined.divergence
@@ -92,7 +92,7 @@ def test_layers_left_alone_by_the_layout_are_not_refined(tokenizer: Any, calibra
     model = tiny()
     result = refined(model, tokenizer, calibration, keep=None, layout="half")
     assert [pair is not None for pair in result.refined.layers] == [
-        each is not None for each in result.plan.layout.widths
+        each is not None for each in result.plan.layout.ranks
     ]
 
 

@@ -24,7 +24,7 @@ def form(request) -> str:
 
 
 @pytest.fixture
-def widths(form) -> tuple:
+def ranks(form) -> tuple:
     return EVEN if form == "joint" else REDUCED
 
 
@@ -34,8 +34,8 @@ def original(kind):
 
 
 @pytest.fixture
-def model(original, widths, form):
-    return compress(original, widths, form)
+def model(original, ranks, form):
+    return compress(original, ranks, form)
 
 
 @torch.no_grad()
@@ -191,13 +191,13 @@ def test_bf16_errs_no_more_than_twice_as_much_as_the_original(original, form):
     assert error(full) <= 2 * error(original)
 
 
-def test_the_cache_holds_exactly_the_latents(model, widths):
-    """Bytes are widths x tokens x size of a number, and a token's latents lie together."""
+def test_the_cache_holds_exactly_the_latents(model, ranks):
+    """Bytes are ranks x tokens x size of a number, and a token's latents lie together."""
     ids = tokens(2, 30)
     for dtype in (torch.float32, torch.bfloat16):
         cache = DynamicCache(config=model.config)
         logits(model.to(dtype), ids, past_key_values=cache, use_cache=True)
-        for layer, pair in zip(cache.layers, widths, strict=True):
+        for layer, pair in zip(cache.layers, ranks, strict=True):
             held = WINDOW - 1 if layer.is_sliding else 30
             per_token = sum(pair) if pair else 2 * 24
             assert layer.keys.nbytes + layer.values.nbytes == 2 * held * per_token * dtype.itemsize
@@ -219,7 +219,7 @@ def test_factors_can_be_trained(model):
 
 
 @pytest.mark.compile
-@pytest.mark.parametrize("form", ["rotated", "joint"], indirect=True)
+@pytest.mark.parametrize("form", ["post_rope", "joint"], indirect=True)
 def test_a_decoding_step_compiles_to_one_graph(model, kind):
     """With a static cache, as `generate` compiles; every further token uses the same graph."""
     torch.compiler.reset()

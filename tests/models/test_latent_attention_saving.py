@@ -72,13 +72,13 @@ def check_saved(model, kind, folder, dtype):
 
 def test_saving_and_loading_changes_nothing(model, kind, tmp_path):
     check_saved(model, kind, tmp_path / "fp32", torch.float32)
-    assert AutoConfig.from_pretrained(tmp_path / "fp32").latent_widths == [[16, 16], None, [12, 20]]
+    assert AutoConfig.from_pretrained(tmp_path / "fp32").latent_ranks == [[16, 16], None, [12, 20]]
     # Not model.bfloat16(): that rounds the rotary frequencies, which loading never does.
     rounded = AutoModelForCausalLM.from_pretrained(tmp_path / "fp32", dtype=torch.bfloat16).eval()
     check_saved(rounded, kind, tmp_path / "bf16", torch.bfloat16)
 
 
-@pytest.mark.parametrize("form", [form for form in FORMS if form != "rotated"])
+@pytest.mark.parametrize("form", [form for form in FORMS if form != "post_rope"])
 def test_the_form_of_the_latents_is_saved(kind, form, tmp_path):
     model = made(kind, form)
     assert not any("rotary" in name for name in model.state_dict())
@@ -169,17 +169,17 @@ def test_a_checkpoint_that_lacks_weights_is_refused(model, tmp_path, lost):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("form", "widths"), [("mixed", [[16, 16]] * 3), ("joint", [[12, 20]] * 3)])
-def test_a_configuration_with_a_form_that_cannot_be_is_refused(form, widths):
+@pytest.mark.parametrize(("form", "ranks"), [("mixed", [[16, 16]] * 3), ("joint", [[12, 20]] * 3)])
+def test_a_configuration_with_a_form_that_cannot_be_is_refused(form, ranks):
     config = compress(stock("llama")).config
-    config.latent_form, config.latent_widths = form, widths
-    with pytest.raises(ValueError, match=r"latents are rotated, unrotated, joint, joint ones cached in two equal"):
+    config.latent_form, config.latent_ranks = form, ranks
+    with pytest.raises(ValueError, match=r"latents are post_rope, pre_rope, joint, joint ones cached in two equal"):
         COMPRESSED_MODELS["llama"](config)
 
 
-@pytest.mark.parametrize("widths", [None, [], [[16, 16]], [[16, 16]] * 4])
-def test_a_configuration_with_widths_for_other_layers_is_refused(model, kind, widths):
+@pytest.mark.parametrize("ranks", [None, [], [[16, 16]], [[16, 16]] * 4])
+def test_a_configuration_with_widths_for_other_layers_is_refused(model, kind, ranks):
     config = model.config
-    config.latent_widths = widths
+    config.latent_ranks = ranks
     with pytest.raises(ValueError, match=r"for each of the 3 layers"):
         COMPRESSED_MODELS[kind](config)

@@ -20,7 +20,7 @@ from mea.models.loading import (
     locate,
     resolve_dtype,
     weight_bytes,
-    weights_mark,
+    weights_fingerprint,
 )
 
 
@@ -132,14 +132,14 @@ def test_a_model_without_room_is_refused_unless_it_may_stay_on_disk(
 
 
 def test_the_mark_tells_weights_apart(folder: Path, tmp_path: Path) -> None:
-    mark = weights_mark(str(folder))
-    assert weights_mark(str(folder)) == mark
+    mark = weights_fingerprint(str(folder))
+    assert weights_fingerprint(str(folder)) == mark
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.save_pretrained(tmp_path / "copy")
-    assert weights_mark(str(tmp_path / "copy")) == mark
+    assert weights_fingerprint(str(tmp_path / "copy")) == mark
     model.model.norm.weight.data *= 2
     model.save_pretrained(tmp_path / "other")
-    assert weights_mark(str(tmp_path / "other")) != mark
+    assert weights_fingerprint(str(tmp_path / "other")) != mark
 
 
 @pytest.mark.parametrize("part", ["attn_logit_softcapping", "use_bidirectional_attention"])

@@ -110,7 +110,7 @@ def test_parts_are_for_idle_cores_only(monkeypatch):
         assert parts_to_read(latents.expand(4, -1, -1, -1), 4) == 2
         assert parts_to_read(latents.expand(16, -1, -1, -1), 4) == 1
         assert parts_to_read(latents[:, :, :600], 4) == 1
-        assert parts_to_read(latents, 5) == 1, "the kernel needs equal widths"
+        assert parts_to_read(latents, 5) == 1, "the kernel needs equal ranks"
     assert parts_to_read(latents, 4) == 1, "the sums of the parts have no gradient"
 
 

@@ -30,13 +30,13 @@ def compare(
     dtype: Annotated[str, typer.Option(help="To score in: fast (bfloat16 where it is), float32, bfloat16.")] = "fast",
     calibration_tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     calibration_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
-    reread: Annotated[float, typer.Option(help="As in mea compress.")] = 0.5,
+    copy_fraction: Annotated[float, typer.Option(help="As in mea compress.")] = 0.5,
     decode_steps: Annotated[int, typer.Option(help="Decoding steps that are timed; 0: none.")] = 24,
 ) -> None:
     """Compare every way to make a model's cache smaller, by measured bytes, in one protocol."""
-    from mea.comparison.configs import contenders_of
+    from mea.comparison.configs import method_configs
     from mea.comparison.measure import Protocol
-    from mea.comparison.run import Training, cost_in_words
+    from mea.comparison.run import Training, describe_cost
     from mea.comparison.run import compare as run
     from mea.compression import Calibration
     from mea.compression.methods import DEFAULT_METHOD
@@ -45,7 +45,7 @@ def compare(
     from mea.report.render.markdown import as_csv, write_markdown, write_text
     from mea.train.same_recovery import SameRecovery, one_by_one
 
-    contenders = contenders_of(
+    configs = method_configs(
         method or [DEFAULT_METHOD, "joint"], keep or [0.25, 0.33, 0.5, 0.67, 0.8], bits=bits or [8, 4, 2],
         backends=backend or [], allocated=allocate or [], presses=press or [],
         conversions=conversion or [], recovered=recover_tokens > 0,
@@ -53,10 +53,10 @@ def compare(
     texts = tuple((name, tokens) for name in text or ("wikitext-2-test", "technical"))
     protocol = Protocol(texts, window, positions=(), prompt="", decode_steps=decode_steps, context=context, dtype=dtype)
     peers = {name: python for name, python in (("kvpress", kvpress), ("cacheshrink", cacheshrink)) if python}
-    calibration = Calibration(tokens=calibration_tokens, window=calibration_window, reread=reread)
+    calibration = Calibration(tokens=calibration_tokens, window=calibration_window, copy_fraction=copy_fraction)
     if recover_tokens and not recover_text:
         raise ValueError("no text to train on: give at least one (--recover-text FILE)")
-    words = cost_in_words(model, contenders, protocol, calibration, recover_tokens)
+    words = describe_cost(model, configs, protocol, calibration, recover_tokens)
     Console(stderr=True).print(words, highlight=False)
     with progress() as report:
         training = None
@@ -68,7 +68,7 @@ def compare(
         records = run(
             model,
             out / "records",
-            contenders,
+            configs,
             protocol=protocol,
             peers=peers,
             training=training,

@@ -16,7 +16,7 @@ def compress(
         float | None, typer.Option(help="Fraction of the cache's bytes that stays; 0.5 by default.")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Instead: bytes at a context, '64k tokens in 2 GiB'.")] = None,
-    layout: Annotated[str | None, typer.Option(help="Instead: full, half or deep, or a JSON file of widths.")] = None,
+    layout: Annotated[str | None, typer.Option(help="Instead: full, half or deep, or a JSON file of ranks.")] = None,
     method: Annotated[
         str,
         typer.Option(
@@ -32,7 +32,7 @@ def compress(
     text: Annotated[str, typer.Option(help="Calibration text: a packaged name or a .txt file.")] = "calibration",
     tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
-    reread: Annotated[
+    copy_fraction: Annotated[
         float, typer.Option(help="Share of the windows in which a part is read again, for facts far back to be found.")
     ] = 0.5,
     seed: Annotated[int, typer.Option(help="Chooses the calibration windows.")] = 0,
@@ -41,13 +41,13 @@ def compress(
         int, typer.Option(help="WikiText-2 test tokens for the model card's perplexity; 0: none.")
     ] = 4096,
     allocate: Annotated[
-        bool, typer.Option("--allocate", help="Choose widths layer by layer, by what they cost on held-out text.")
+        bool, typer.Option("--allocate", help="Choose ranks layer by layer, by what they cost on held-out text.")
     ] = False,
     equal: Annotated[
         bool, typer.Option("--equal", help="With --allocate: as many numbers for keys as for values in each layer.")
     ] = False,
-    same: Annotated[bool, typer.Option("--same", help="With --allocate: the same widths in all layers.")] = False,
-    step: Annotated[int | None, typer.Option(help="With --allocate: widths are multiples of it.")] = None,
+    same: Annotated[bool, typer.Option("--same", help="With --allocate: the same ranks in all layers.")] = False,
+    step: Annotated[int | None, typer.Option(help="With --allocate: ranks are multiples of it.")] = None,
     refine: Annotated[
         int, typer.Option(help="Passes over the calibration text in which layers are refined; 0: none.")
     ] = 0,
@@ -57,7 +57,7 @@ def compress(
     from mea.compression import Calibration, allocation, compress_to_folder, preview
     from mea.report.render.terminal import compression_table, plan_table
 
-    calibration = Calibration(text, tokens, window, seed, reread)
+    calibration = Calibration(text, tokens, window, seed, copy_fraction)
     options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd, "groups": groups}
     options["refine"] = refine
     options["allocate"] = allocation(allocate, equal=equal, same=same, step=step)

@@ -16,15 +16,15 @@ def demo(
 ) -> None:
     """Compress a real model to half of its cache with every method, and report what that costs and brings."""
     from mea.comparison.configs import DEMO, REFINED
-    from mea.comparison.run import compare, cost_in_words
+    from mea.comparison.run import compare, describe_cost
     from mea.models.loading import packaged_model
     from mea.report import terminal_table, write_report
 
     source = model or packaged_model()
-    contenders = [*([REFINED] if refined else []), *DEMO]
-    Console(stderr=True).print(cost_in_words(source, contenders), highlight=False)
+    configs = [*([REFINED] if refined else []), *DEMO]
+    Console(stderr=True).print(describe_cost(source, configs), highlight=False)
     with progress() as report:
-        records = compare(source, out / "records", contenders, progress=report)
+        records = compare(source, out / "records", configs, progress=report)
     page = write_report(records, out / "report.html")
     Console().print(terminal_table(records))
     Console().print(f"The report, with figures: {page}", soft_wrap=True)

@@ -23,16 +23,16 @@ def profile(
     calibration_text: Annotated[str, typer.Option(help="A packaged text or a .txt file.")] = "calibration",
     calibration_tokens: Annotated[int, typer.Option(help="Calibration tokens.")] = 16384,
     calibration_window: Annotated[int, typer.Option(help="Tokens per calibration window.")] = 1024,
-    reread: Annotated[float, typer.Option(help="As in mea compress.")] = 0.5,
+    copy_fraction: Annotated[float, typer.Option(help="As in mea compress.")] = 0.5,
 ) -> None:
     """Compress one layer at a time and show what each costs: which layers can spare their cache."""
     from mea.compression import Calibration
-    from mea.compression.allocate.profile import cost_in_words
+    from mea.compression.allocate.profile import describe_cost
     from mea.compression.allocate.profile import profile as run
     from mea.report.sections.profile import profile_table
 
-    calibration = Calibration(calibration_text, calibration_tokens, calibration_window, reread=reread)
-    errors.print(cost_in_words(model, tokens, window), highlight=False)
+    calibration = Calibration(calibration_text, calibration_tokens, calibration_window, copy_fraction=copy_fraction)
+    errors.print(describe_cost(model, tokens, window), highlight=False)
     with progress() as report:
         record = run(
             model, out, keep=keep, method=method, text=text, tokens=tokens, window=window, dtype=dtype,

@@ -19,7 +19,7 @@ def recover(
     trained: Annotated[str | None, typer.Option(help="factors, attention, all or lora.")] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens of each stage; 100,000 by default.")] = None,
     window: Annotated[int | None, typer.Option(help="Tokens read in one piece; 512 by default.")] = None,
-    reread: Annotated[
+    copy_fraction: Annotated[
         float | None, typer.Option(help="Share of the windows in which a part is read again; 0.5 with distil and near.")
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Windows per step; 4 by default.")] = None,
@@ -28,7 +28,7 @@ def recover(
         float | None,
         typer.Option(help="Peak learning rate of the factors; for distil and near as a share of each tensor's RMS."),
     ] = None,
-    other_rate: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
+    base_lr: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
     held_out: Annotated[int | None, typer.Option(help="Tokens of the texts that choose the best state.")] = None,
     precision: Annotated[
         str | None, typer.Option(help="Of products: bfloat16 or float32; by default the faster one here.")
@@ -42,8 +42,8 @@ def recover(
     from mea.train.recovery.settings import recovery
 
     changes = {
-        "trained": trained, "tokens": tokens, "window": window, "reread": reread,
-        "batch": batch, "micro_batch": micro_batch, "rate": rate, "other_rate": other_rate, "held_out": held_out,
+        "trained": trained, "tokens": tokens, "window": window, "copy_fraction": copy_fraction,
+        "batch": batch, "micro_batch": micro_batch, "rate": rate, "base_lr": base_lr, "held_out": held_out,
         "precision": precision,
     }  # fmt: skip
     stages = [recovery(name, **changes) for name in stage.split("+")]

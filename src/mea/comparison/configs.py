@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from mea.comparison.measure import Stored
+from mea.comparison.measure import CacheConfig
 from mea.compression.methods import DEFAULT_METHOD
 from mea.compression.plan import Allocation
 
 
 @dataclass(frozen=True)
-class Contender:
+class MethodConfig:
     """One way to compress.
 
     Attributes
@@ -17,14 +17,14 @@ class Contender:
     label
         Its name in tables and of its record.
     method, keep, odd, allocate, refine
-        Options of `mea.compression.plan.make_plan`; a `method` of ``"none"`` leaves widths as they are, and one of
+        Options of `mea.compression.plan.make_plan`; a `method` of ``"none"`` leaves ranks as they are, and one of
         ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that method of the peer, scored on continuations alone.
     bits, backend
-        See `Stored`; None is an ordinary cache.
+        See `CacheConfig`; None is an ordinary cache.
     series
-        What contenders at several sizes share; their labels then say the size.
+        What configs at several sizes share; their labels then say the size.
     recovered
-        Measured after the training that all such contenders of a comparison get.
+        Measured after the training that all such configs of a comparison get.
     """
 
     label: str
@@ -40,7 +40,7 @@ class Contender:
 
     @property
     def plan(self) -> tuple[str, float, str, Allocation | bool, int] | None:
-        """What contenders with one fit share; None where nothing is fitted."""
+        """What configs with one fit share; None where nothing is fitted."""
         return (
             None
             if self.method == "none" or self.peer
@@ -58,23 +58,23 @@ class Contender:
         return self.plan is not None or self.peer == "cacheshrink"
 
     @property
-    def stored(self) -> Stored | None:
+    def stored(self) -> CacheConfig | None:
         """How the cache is stored."""
-        return None if self.bits is None else Stored(self.bits, self.backend)
+        return None if self.bits is None else CacheConfig(self.bits, self.backend)
 
 
 DEMO = (
-    Contender(f"{DEFAULT_METHOD} (default)", DEFAULT_METHOD),
-    Contender("attended", "attended"),
-    Contender("position", "position"),
-    Contender("joint latent, slower to read", "joint"),
-    Contender("paper's svd, 1 key and 2 value heads", "svd"),
-    Contender("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
+    MethodConfig(f"{DEFAULT_METHOD} (default)", DEFAULT_METHOD),
+    MethodConfig("attended", "attended"),
+    MethodConfig("position", "position"),
+    MethodConfig("joint latent, slower to read", "joint"),
+    MethodConfig("paper's svd, 1 key and 2 value heads", "svd"),
+    MethodConfig("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
 )
-REFINED = Contender(f"{DEFAULT_METHOD}, refined", DEFAULT_METHOD, refine=2)
+REFINED = MethodConfig(f"{DEFAULT_METHOD}, refined", DEFAULT_METHOD, refine=2)
 
 
-def contenders_of(
+def method_configs(
     methods: Sequence[str],
     keeps: Sequence[float],
     *,
@@ -84,7 +84,7 @@ def contenders_of(
     presses: Sequence[str] = (),
     conversions: Sequence[str] = (),
     recovered: bool = False,
-) -> list[Contender]:
+) -> list[MethodConfig]:
     """Every method at every size, few bits alone and on top of the first method, and the peers' at the same sizes.
 
     Parameters
@@ -97,29 +97,31 @@ def contenders_of(
     backends
         Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
     allocated
-        Sizes at which widths are also chosen layer by layer, with the first method.
+        Sizes at which ranks are also chosen layer by layer, with the first method.
     presses, conversions
         Classes of kvpress, and of cacheshrink's ways to compress: ``separate``, ``joint``, ``xkv``.
     recovered
         Every method at every size also after training.
     """
     first = methods[0]
-    found = [Contender(f"{method} {keep:.3g}", method, keep, series=method) for method in methods for keep in keeps]
+    found = [MethodConfig(f"{method} {keep:.3g}", method, keep, series=method) for method in methods for keep in keeps]
     if recovered:
         found += [
             replace(x, label=f"{x.label}, recovered", series=f"{x.series}, recovered", recovered=True) for x in found
         ]
     found += [
-        Contender(f"{first} allocated {keep:.3g}", first, keep, allocate=True, series=f"{first}, allocated")
+        MethodConfig(f"{first} allocated {keep:.3g}", first, keep, allocate=True, series=f"{first}, allocated")
         for keep in allocated
     ]
-    found += [Contender(f"{count} bits", "none", 1.0, bits=count, series="few bits") for count in bits]
+    found += [MethodConfig(f"{count} bits", "none", 1.0, bits=count, series="few bits") for count in bits]
     found += [
-        Contender(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
+        MethodConfig(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
         for count in bits
         if count > 2
         for keep in keeps
     ]
-    found += [Contender(f"transformers {each} 4 bits", "none", 1.0, bits=4, backend=each) for each in backends]
+    found += [MethodConfig(f"transformers {each} 4 bits", "none", 1.0, bits=4, backend=each) for each in backends]
     others = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
-    return found + [Contender(f"{other} {keep:.3g}", other, keep, series=other) for other in others for keep in keeps]
+    return found + [
+        MethodConfig(f"{other} {keep:.3g}", other, keep, series=other) for other in others for keep in keeps
+    ]

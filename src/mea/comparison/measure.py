@@ -15,7 +15,7 @@ from torch import Tensor
 from mea.comparison.peers import PeerResult, run_peer
 from mea.compression.api import Compressed
 from mea.evaluate.continuation import Continuation
-from mea.evaluate.fastest import in_fastest_form
+from mea.evaluate.fastest import use_packed_decode
 from mea.evaluate.generation import continue_prompt
 from mea.evaluate.measure import Progress, text_losses
 from mea.evaluate.perplexity import Estimate, block_means, by_position, perplexity, ratio
@@ -34,7 +34,7 @@ SHORT = 256  # tokens of the cache that is measured, where no continuation says 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is measured of every contender.
+    """What is measured of every model of a comparison.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ class Protocol:
 
 
 @dataclass(frozen=True)
-class Stored:
+class CacheConfig:
     """How a cache is stored: in few bits, by this package or by one of transformers' backends."""
 
     bits: int
@@ -118,7 +118,7 @@ class Measuring:
         self.decoded: dict[tuple, tuple[dict[str, list[float]], dict[str, Any]]] = {}
 
     def record(
-        self, label: str, result: Compressed | None, settings: dict[str, Any], stored: Stored | None = None
+        self, label: str, result: Compressed | None, settings: dict[str, Any], stored: CacheConfig | None = None
     ) -> Record:
         """Measure one model, the original where `result` is None, with an ordinary cache or one in few bits."""
         plain = result is None and stored is None
@@ -152,7 +152,7 @@ class Measuring:
             results["continuation"] = {"prompt": prompt, "text": text}
         config = dict(settings, label=label, method="none", keep=1.0)
         if result is not None:
-            config |= {**result.plan.describe(), "widths": result.plan.layout.widths}
+            config |= {**result.plan.describe(), "ranks": result.plan.layout.ranks}
             results |= {
                 "compress_seconds": result.seconds,
                 "self_check": result.errors,
@@ -162,7 +162,7 @@ class Measuring:
             config |= {"bits": stored.bits, "backend": stored.backend or "mea"}
             config["method"] = "few bits" if result is None else config["method"]
         if self.protocol.decode_steps and not plain:
-            key = (result.plan.layout.widths, result.plan.method.form, stored) if result else (stored,)
+            key = (result.plan.layout.ranks, result.plan.method.form, stored) if result else (stored,)
             if key not in self.decoded:  # all that speed depends on
                 self.decoded[key] = self._decode(result.model if result else self.model, stored)
             samples["decode_seconds"], results["decode"] = self.decoded[key]
@@ -251,7 +251,7 @@ class Measuring:
             ranges.append(values if result is None else values | _estimate("ratio", relative.estimate))
         return ranges
 
-    def _decode(self, model: Any, stored: Stored | None) -> tuple[dict[str, list[float]], dict[str, Any]]:
+    def _decode(self, model: Any, stored: CacheConfig | None) -> tuple[dict[str, list[float]], dict[str, Any]]:
         protocol = self.protocol
         dtype = getattr(torch, protocol.decode_dtype)
 
@@ -261,7 +261,7 @@ class Measuring:
 
         original = copy.deepcopy(self.model).to(dtype)
         if cached_share(original.config) == 1:  # a model that caches components is fastest as it is
-            original = in_fastest_form(stock_form(original))
+            original = use_packed_decode(stock_form(original))
         pair = {ORIGINAL: original, "compressed": copy.deepcopy(model).to(dtype)}
         caches: dict[str, MakeCache] = {"compressed": stored.make} if stored else {}
         seconds = decode_seconds(pair, protocol.decode_context, protocol.decode_steps, caches=caches, progress=report)

@@ -9,7 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mea.comparison.configs import Contender
+from mea.comparison.configs import MethodConfig
 from mea.comparison.measure import ORIGINAL, Measuring, Progress, Protocol
 from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
@@ -27,7 +27,7 @@ AT_ONCE = 4  # plans that are carried out in one pass over the layers, whose res
 
 
 class Training(NamedTuple):
-    """What contenders that are `Contender.recovered` go through.
+    """What configs that are `MethodConfig.recovered` go through.
 
     Attributes
     ----------
@@ -44,7 +44,7 @@ class Training(NamedTuple):
 def compare(
     source: str,
     folder: Path,
-    contenders: list[Contender],
+    configs: list[MethodConfig],
     *,
     protocol: Protocol | None = None,
     calibration: Calibration | None = None,
@@ -61,30 +61,30 @@ def compare(
     peers
         Package -> Python of the environment that it is installed in. The records of a peer that is not there say so.
     training
-        Of contenders that are recovered.
+        Of configs that are recovered.
 
     Raises
     ------
     ValueError
-        As `mea.compression.api.compress`; or two contenders have one label; or there is no training for those that
+        As `mea.compression.api.compress`; or two configs have one label; or there is no training for those that
         are to be recovered, or nothing that it could train.
     """
     protocol, calibration = protocol or Protocol(), calibration or Calibration()
-    labels = [ORIGINAL, *(contender.label for contender in contenders)]
+    labels = [ORIGINAL, *(method_config.label for method_config in configs)]
     paths = {label: folder / (_slug(label) + ".json") for label in labels}
     if len(set(paths.values())) < len(labels):
-        raise ValueError(f"contenders need labels of their own, not {', '.join(labels)}")
-    for each in contenders:
+        raise ValueError(f"configs need labels of their own, not {', '.join(labels)}")
+    for each in configs:
         if each.recovered and (training is None or each.plan is None):
             raise ValueError(f"{each.label}: {'no training is given' if each.plan else 'it has no factors to train'}")
     settings = {ORIGINAL: {"protocol": asdict(protocol), "model": Path(source).name}}
-    for each in contenders:
+    for each in configs:
         settings[each.label] = settings[ORIGINAL] | ({"calibration": asdict(calibration)} if each.calibrated else {})
         if training and each.recovered:
             settings[each.label]["recovery"] = training.description
     done = {label: _reusable(path, settings[label]) for label, path in paths.items()}
-    missing = [contender for contender in contenders if not done[contender.label]]
-    if any(contender.peer for contender in contenders) and not protocol.context:
+    missing = [method_config for method_config in configs if not done[method_config.label]]
+    if any(method_config.peer for method_config in configs) and not protocol.context:
         raise ValueError("peers are scored on continuations: give the protocol a context")
     _plans(load_config(source), missing, calibration)  # refuses what cannot be before any work
     if missing or not done[ORIGINAL]:
@@ -94,7 +94,7 @@ def compare(
 
 def _measure(
     source: str,
-    contenders: list[Contender],
+    configs: list[MethodConfig],
     paths: dict[str, Path],
     settings: dict[str, dict[str, Any]],
     protocol: Protocol,
@@ -106,38 +106,41 @@ def _measure(
     model, tokenizer = load(source, "float32")
     measuring = Measuring(model, tokenizer, protocol, progress)
 
-    series = {contender.label: contender.series for contender in contenders if contender.series}
+    series = {method_config.label: method_config.series for method_config in configs if method_config.series}
 
     def keep(label: str, record: Record) -> None:
         if label in series:
             record["config"]["series"] = series[label]
         write_record(paths[label], record)
 
-    def measure(contender: Contender, result: Compressed | None = None) -> None:
-        label = contender.label
-        keep(label, measuring.record(label, result, settings[label], contender.stored))
+    def measure(method_config: MethodConfig, result: Compressed | None = None) -> None:
+        label = method_config.label
+        keep(label, measuring.record(label, result, settings[label], method_config.stored))
 
     keep(ORIGINAL, measuring.record(ORIGINAL, None, settings[ORIGINAL]))
-    for contender in contenders:
-        if contender.plan is None and not contender.peer:
-            absent = contender.stored.absent(model.config) if contender.stored else ""
+    for method_config in configs:
+        if method_config.plan is None and not method_config.peer:
+            absent = method_config.stored.absent(model.config) if method_config.stored else ""
             if absent:
                 config = dict(
-                    settings[contender.label], label=contender.label, method=contender.backend, keep=contender.keep
+                    settings[method_config.label],
+                    label=method_config.label,
+                    method=method_config.backend,
+                    keep=method_config.keep,
                 )
-                keep(contender.label, make_record("comparison", config, results={"not_run": absent}))
+                keep(method_config.label, make_record("comparison", config, results={"not_run": absent}))
                 continue
-            measure(contender)
+            measure(method_config)
     tokens = calibration_tokens(tokenizer, calibration)
-    for peer in dict.fromkeys(contender.peer for contender in contenders if contender.peer):
+    for peer in dict.fromkeys(method_config.peer for method_config in configs if method_config.peer):
         runs = [
             {"label": each.label, "name": each.method.split()[1], "ratio": 1 - each.keep}
-            for each in contenders if each.peer == peer
+            for each in configs if each.peer == peer
         ]  # fmt: skip
         found = measuring.peers(peer, peers.get(peer), runs, settings[runs[0]["label"]], tokens)
         for run, record in zip(runs, found, strict=True):
             keep(run["label"], record)
-    plans = _plans(model.config, contenders, calibration)
+    plans = _plans(model.config, configs, calibration)
     if not plans:
         return
     stock, keys = checked_stock_form(model, tokens), list(plans)
@@ -145,26 +148,26 @@ def _measure(
         some = keys[start : start + AT_ONCE]
         chosen = [allocated(stock, tokenizer, tokens, plans[key], progress)[0] for key in some]
         for key, result in zip(some, run_plans(stock, tokens, chosen, progress=progress), strict=True):
-            same = [each for each in contenders if each.plan == key]
-            for contender in (each for each in same if not each.recovered):
-                measure(contender, result)
+            same = [each for each in configs if each.plan == key]
+            for method_config in (each for each in same if not each.recovered):
+                measure(method_config, result)
             after = [each for each in same if each.recovered]
             if after and training:
                 trained = replace(result, model=training.run(result.model, model, _slug(after[0].label)))
-                for contender in after:
-                    measure(contender, trained)
+                for method_config in after:
+                    measure(method_config, trained)
 
 
-def cost_in_words(
+def describe_cost(
     source: str,
-    contenders: list[Contender],
+    configs: list[MethodConfig],
     protocol: Protocol | None = None,
     calibration: Calibration | None = None,
     trained_tokens: int = 0,
 ) -> str:
     """What a comparison takes here, without what peers need; no weights are read.
 
-    `trained_tokens` is what each recovered contender is trained on.
+    `trained_tokens` is what each recovered configuration is trained on.
 
     Raises
     ------
@@ -173,7 +176,7 @@ def cost_in_words(
     """
     protocol = protocol or Protocol()
     config = stock_config(load_config(source))
-    plans = _plans(config, contenders, calibration or Calibration()).values()
+    plans = _plans(config, configs, calibration or Calibration()).values()
     shape = CacheShape.of(config, 4)
     read = protocol.positions[-1] if protocol.positions else 0
     seconds = (
@@ -183,18 +186,18 @@ def cost_in_words(
            if protocol.decode_steps else 0.0)
     )  # fmt: skip
     training = TRAINING * reading_seconds(config, shape, trained_tokens, protocol.window)
-    total = (1 + len(contenders)) * seconds + training * sum(each.recovered for each in contenders)
+    total = (1 + len(configs)) * seconds + training * sum(each.recovered for each in configs)
     total += sum(estimate(config, plan).seconds for plan in plans)
-    minutes, many = max(1, round(total / 60)), "s" * (len(contenders) != 1)
+    minutes, many = max(1, round(total / 60)), "s" * (len(configs) != 1)
     return (
-        f"{len(contenders)} way{many} to make the cache of {Path(source).name} smaller: about {minutes} minutes on "
+        f"{len(configs)} way{many} to make the cache of {Path(source).name} smaller: about {minutes} minutes on "
         "this machine if it is quiet. Each is recorded as it is done; an interrupted run goes on."
     )
 
 
-def _plans(config: Any, contenders: list[Contender], calibration: Calibration) -> dict[tuple, Plan]:
-    """One plan for all contenders that differ in how their cache is stored only."""
-    keys = dict.fromkeys(contender.plan for contender in contenders if contender.plan is not None)
+def _plans(config: Any, configs: list[MethodConfig], calibration: Calibration) -> dict[tuple, Plan]:
+    """One plan for all configs that differ in how their cache is stored only."""
+    keys = dict.fromkeys(method_config.plan for method_config in configs if method_config.plan is not None)
     return {
         (method, keep, odd, allocate, refine): make_plan(
             config, 4, calibration=calibration, method=method, keep=keep, odd=odd, allocate=allocate, refine=refine

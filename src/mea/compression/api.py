@@ -76,7 +76,7 @@ def compress(
     calibration
         Text, its length and the windows' seed.
     allocate
-        Choose widths layer by layer in the budget, by what they cost on held-out text: `True`, or how.
+        Choose ranks layer by layer in the budget, by what they cost on held-out text: `True`, or how.
     progress
         Called with a word, the layers done and the layers in all.
 

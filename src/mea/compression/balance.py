@@ -55,9 +55,9 @@ def balance_latents(model: Any, tokens: Int[Tensor, "n t"], *, scale: bool = Tru
     generator = torch.Generator().manual_seed(seed)
     for attention in layers:
         mixing = attention.head_mixing
-        widths = mixing.key_decoder.shape[-1], mixing.value_decoder.shape[-1]
+        ranks = mixing.key_decoder.shape[-1], mixing.value_decoder.shape[-1]
         bases = []
-        for which, width in enumerate(widths):
+        for which, width in enumerate(ranks):
             rotation = torch.linalg.qr(torch.randn(width, width, dtype=torch.float64, generator=generator)).Q
             if scale:
                 root, inverse = balancing(*moments[attention.layer_idx][which])

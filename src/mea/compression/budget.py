@@ -1,6 +1,6 @@
-"""How many numbers each layer caches per token, and how a budget becomes such widths.
+"""How many numbers each layer caches per token, and how a budget becomes such ranks.
 
-A layer's *widths* are ``(r_k, r_v)``, the numbers cached per token for keys and for values; None leaves the layer as it
+A layer's *ranks* are ``(r_k, r_v)``, the numbers cached per token for keys and for values; None leaves the layer as it
 was. Cache bytes are the budget and every method is compared at equal bytes, so a layout promises bytes exactly, and the
 promise is held against the cache of the real model.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-Widths = tuple[int, int] | None
+Ranks = tuple[int, int] | None
 PRESETS = ("full", "half", "deep")
 
 
@@ -62,15 +62,15 @@ class CacheShape:
 
 @dataclass(frozen=True)
 class Layout:
-    """Widths per layer."""
+    """Ranks per layer."""
 
-    widths: tuple[Widths, ...]
+    ranks: tuple[Ranks, ...]
 
     def bytes(self, shape: CacheShape, context: int) -> int:
         """Bytes of the cache after `context` tokens of one sequence."""
         return shape.itemsize * sum(
-            (2 * shape.width if widths is None else sum(widths)) * shape.tokens(layer, context)
-            for layer, widths in enumerate(self.widths)
+            (2 * shape.width if ranks is None else sum(ranks)) * shape.tokens(layer, context)
+            for layer, ranks in enumerate(self.ranks)
         )
 
     def keep(self, shape: CacheShape) -> float:
@@ -97,7 +97,7 @@ class Step:
     paired: bool = True
     odd: str = "values"
 
-    def widths(self, steps: int) -> tuple[int, int]:
+    def ranks(self, steps: int) -> tuple[int, int]:
         """``(r_k, r_v)`` of a layer that has so many steps."""
         if self.paired:
             return self.size * steps, self.size * steps
@@ -133,7 +133,7 @@ def parse_budget(text: str) -> tuple[int, int]:
 
 
 def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | None = None) -> Layout:
-    """The widest equal widths with at most a fraction `keep` of the uncompressed bytes of `layers`, at any length.
+    """The widest equal ranks with at most a fraction `keep` of the uncompressed bytes of `layers`, at any length.
 
     Raises
     ------
@@ -145,14 +145,14 @@ def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | 
     layers = range(len(shape.windows)) if layers is None else layers
     numbers = int(2 * shape.width * keep * len(layers) + 1e-9)
     spread = _spread(shape, numbers, [1] * len(layers), step, f"keep {keep:g}", _shortest_first(shape, layers))
-    widths: list[Widths] = [None] * len(shape.windows)
+    ranks: list[Ranks] = [None] * len(shape.windows)
     for layer, steps in zip(layers, spread, strict=True):
-        widths[layer] = step.widths(steps)
-    return Layout(tuple(widths))
+        ranks[layer] = step.ranks(steps)
+    return Layout(tuple(ranks))
 
 
 def layout_for_bytes(shape: CacheShape, context: int, budget: int, step: Step) -> Layout:
-    """The widest equal widths whose cache of `context` tokens takes at most `budget` bytes.
+    """The widest equal ranks whose cache of `context` tokens takes at most `budget` bytes.
 
     Raises
     ------
@@ -161,7 +161,7 @@ def layout_for_bytes(shape: CacheShape, context: int, budget: int, step: Step) -
     """
     tokens = [shape.tokens(layer, context) for layer in range(len(shape.windows))]
     spread = _spread(shape, budget // shape.itemsize, tokens, step, f"{budget} bytes for {context} tokens")
-    return Layout(tuple(step.widths(steps) for steps in spread))
+    return Layout(tuple(step.ranks(steps) for steps in spread))
 
 
 def _shortest_first(shape: CacheShape, layers: range) -> list[int]:
@@ -229,7 +229,7 @@ def read_layout(path: Path, shape: CacheShape, step: Step) -> Layout:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ValueError(
-            f"no layout {str(path)!r}: those by name are {', '.join(PRESETS)}, anything else is a JSON file of widths"
+            f"no layout {str(path)!r}: those by name are {', '.join(PRESETS)}, anything else is a JSON file of ranks"
         ) from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
@@ -244,7 +244,7 @@ def read_layout(path: Path, shape: CacheShape, step: Step) -> Layout:
         )
         if not fits:
             raise ValueError(
-                f"{path}, layer {layer}: widths are null or two multiples of {step.size} from {step.size} to "
+                f"{path}, layer {layer}: ranks are null or two multiples of {step.size} from {step.size} to "
                 f"{shape.width} (h_kv * d), not {entry!r}"
             )
     return Layout(tuple(None if entry is None else (entry[0], entry[1]) for entry in entries))

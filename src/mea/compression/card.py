@@ -7,7 +7,7 @@ def model_card(record: dict[str, Any]) -> str:
     """Markdown from the record of a compression: what was done, what was measured, how to use the result."""
     config, results = record["config"], record["results"]
     before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
-    share = config.get("calibration_reread")
+    share = config.get("calibration_copy_fraction")
     lines = [
         "---",
         "library_name: transformers",
@@ -43,7 +43,7 @@ def model_card(record: dict[str, Any]) -> str:
         'model = AutoModelForCausalLM.from_pretrained("this folder")',
         "```",
         "",
-        "`compression.json` holds the record: widths per layer, losses per layer, machine and versions.",
+        "`compression.json` holds the record: ranks per layer, losses per layer, machine and versions.",
         "",
     ]
     return "\n".join(lines)

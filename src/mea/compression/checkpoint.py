@@ -98,9 +98,9 @@ def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: st
     """One string for all that factors depend on: configuration, weights, plan and calibration tokens.
 
     `weights` tells the weights and their dtype from others without reading them all, see
-    `mea.models.loading.weights_mark`.
+    `mea.models.loading.weights_fingerprint`.
     """
-    settings = [config.to_json_string(), plan.describe(), plan.layout.widths, tokens.tolist(), weights]
+    settings = [config.to_json_string(), plan.describe(), plan.layout.ranks, tokens.tolist(), weights]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 

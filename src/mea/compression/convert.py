@@ -23,7 +23,7 @@ class LayerFactors(NamedTuple):
     keys: Factors
     values: Factors
     output: Float[Tensor, "D h*d"] | None = None
-    form: str = "rotated"
+    form: str = "post_rope"
     groups: int = 1
 
 
@@ -104,13 +104,13 @@ def latent_copy(layer: Any, factors: LayerFactors, rotary: Any) -> Any:
 
 
 def latent_config(
-    config: Any, layout: Layout, compression: dict[str, Any], form: str = "rotated", groups: int = 1
+    config: Any, layout: Layout, compression: dict[str, Any], form: str = "post_rope", groups: int = 1
 ) -> Any:
     """The configuration of the compressed model: the original's, with the latents and how they came about."""
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     kept.pop("quantization_config", None)
-    widths = [None if pair is None else list(pair) for pair in layout.widths]
-    kept |= {"latent_widths": widths, "latent_form": form, "latent_groups": groups, "compression": compression}
+    ranks = [None if pair is None else list(pair) for pair in layout.ranks]
+    kept |= {"latent_ranks": ranks, "latent_form": form, "latent_groups": groups, "compression": compression}
     compressed = COMPRESSED_CONFIGS[config.model_type](**kept)
     compressed._attn_implementation = config._attn_implementation
     compressed._experts_implementation = config._experts_implementation

@@ -36,7 +36,7 @@ def estimate(config: Any, plan: Plan) -> Cost:
     attention, active, feed_forward = _layer_weights(config, plan.shape)
     layer_weights = attention + feed_forward
 
-    averaged, rank = width, max((pair[1] for pair in plan.layout.widths if pair), default=0)
+    averaged, rank = width, max((pair[1] for pair in plan.layout.ranks if pair), default=0)
     if plan.method.form == "joint":
         averaged = rank = 2 * rank
     block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * averaged <= BLOCK_NUMBERS))
@@ -48,11 +48,11 @@ def estimate(config: Any, plan: Plan) -> Cost:
         averages = solving = 0
     if plan.method.attended:
         forward += 4 * tokens * t * h * d // EVERY
-    layers = len(plan.layout.widths)
+    layers = len(plan.layout.ranks)
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
     work = layers * (forward + averages + solving)
-    if how := plan.allocation:  # values of all widths share one pass beside the same keys; a try is a pass, on average
+    if how := plan.allocation:  # values of all ranks share one pass beside the same keys; a try is a pass, on average
         share = min(1.0, how.windows * t / tokens)
         keys = 1 + 2 * REACH
         fits = keys * (1 if how.equal else 2)

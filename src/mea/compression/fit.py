@@ -26,7 +26,7 @@ from mea.compression.methods.factors import Factors
 from mea.compression.methods.groups import by_group
 from mea.compression.methods.values import covariance_values
 
-LOST_WINDOWS = 2
+ERROR_WINDOWS = 2
 
 
 class FittedLayer(NamedTuple):
@@ -83,14 +83,14 @@ def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) ->
             raise ValueError(f"layer {index}: activations are not finite on the calibration text; the model overflows")
         fitted, shared, full = [], {}, {}
         for target in targets:
-            widths = target.layout.widths[index]
-            if widths is None:
+            ranks = target.layout.ranks[index]
+            if ranks is None:
                 fitted.append(FittedLayer(index, layer, inputs[index], None, None, 0.0))
                 continue
             factors = target.known(index)
             if factors is None:
-                factors = _fit(target.method, layer, inputs[index], passes, statistics, widths, shared)
-            lost = lost_share(layer, factors, inputs[index], passes[:LOST_WINDOWS])
+                factors = _fit(target.method, layer, inputs[index], passes, statistics, ranks, shared)
+            lost = relative_output_error(layer, factors, inputs[index], passes[:ERROR_WINDOWS])
             if target.method.name not in full:
                 full[target.method.name] = full_rank(target.method, statistics)
             fitted.append(FittedLayer(index, layer, inputs[index], factors, full[target.method.name], lost))
@@ -117,10 +117,10 @@ def _fit(
     inputs: LayerInputs,
     passes: list[AttentionPass],
     statistics: LayerStatistics,
-    widths: tuple[int, int],
+    ranks: tuple[int, int],
     shared: dict[tuple[str, int], AveragedValues],
 ) -> LayerFactors:
-    """One layer's factors. What values of several widths need beside the same keys is in `shared`, the last of it."""
+    """One layer's factors. What values of several ranks need beside the same keys is in `shared`, the last of it."""
 
     def averaged(key_projection: Tensor, encoder: Tensor | None = None) -> AveragedValues:
         encoder = None if encoder is None else encoder.float()
@@ -132,26 +132,28 @@ def _fit(
         return total.result()
 
     def lost(factors: Factors) -> float:
-        return lost_share(layer, LayerFactors(*joint.split(factors), form="joint"), inputs, passes[:LOST_WINDOWS])
+        return relative_output_error(
+            layer, LayerFactors(*joint.split(factors), form="joint"), inputs, passes[:ERROR_WINDOWS]
+        )
 
     if method.form == "joint":
-        both = min((joint.keys(statistics, sum(widths), balance) for balance in joint.BALANCES), key=lost)
+        both = min((joint.keys(statistics, sum(ranks), balance) for balance in joint.BALANCES), key=lost)
         keys, values = joint.split(both)
         rest = joint.values(averaged(keys.decoder, both.encoder), values, statistics.num_kv_heads)
         return LayerFactors(keys, *rest, method.form)
-    keys = method.keys(statistics, widths[0])
+    keys = method.keys(statistics, ranks[0])
     if method.values is not None:
-        return LayerFactors(keys, method.values(statistics, widths[1]), form=method.form, groups=method.groups)
-    name = (method.name, widths[0])
+        return LayerFactors(keys, method.values(statistics, ranks[1]), form=method.form, groups=method.groups)
+    name = (method.name, ranks[0])
     if name not in shared:
         shared.clear()
         shared[name] = averaged(keys.projection)
-    rest = method.averaged(shared[name], statistics.num_kv_heads, widths[1])
+    rest = method.averaged(shared[name], statistics.num_kv_heads, ranks[1])
     return LayerFactors(keys, *rest, method.form, method.groups)
 
 
 @torch.no_grad()
-def lost_share(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: list[AttentionPass]) -> float:
+def relative_output_error(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: list[AttentionPass]) -> float:
     """The share of the attention output's energy that is lost with these factors: 0 is exact, 1 is nothing kept.
 
     Tokens count as in `AttentionPass.weight`.

@@ -29,22 +29,22 @@ REACH = 2  # steps to either side that an allocation may take a width
 
 @dataclass(frozen=True)
 class Allocation:
-    """How widths are chosen layer by layer (`mea.compression.allocate.search`), instead of equal ones.
+    """How ranks are chosen layer by layer (`mea.compression.allocate.search`), instead of equal ones.
 
     Attributes
     ----------
     equal
         As many numbers for keys as for values within a layer: PyTorch's fast kernels on processors need it.
     same
-        The same widths in all layers.
+        The same ranks in all layers.
     step
-        Widths are multiples of it; by default the method's own step.
+        Ranks are multiples of it; by default the method's own step.
     text, tokens
         What the choice is measured on; by default calibration text that the factors have not seen.
     windows
-        Calibration windows that factors are fitted on while choosing, at most: with a few, other widths come out best.
+        Calibration windows that factors are fitted on while choosing, at most: with a few, other ranks come out best.
     tries
-        Exchanges of widths that are measured.
+        Exchanges of ranks that are measured.
     """
 
     equal: bool = False
@@ -59,7 +59,7 @@ class Allocation:
         if self.tries < 1 or self.windows < 1:
             raise ValueError(f"an allocation takes at least 1 window and 1 try, not {self.windows} and {self.tries}")
         if self.step is not None and self.step < 1:
-            raise ValueError(f"widths are multiples of a positive step, not of {self.step}")
+            raise ValueError(f"ranks are multiples of a positive step, not of {self.step}")
 
 
 def allocation(wanted: bool, **options: Any) -> Allocation | bool:
@@ -72,7 +72,7 @@ def allocation(wanted: bool, **options: Any) -> Allocation | bool:
     """
     given = {name: value for name, value in options.items() if value not in (None, False)}
     if given and not wanted:
-        raise ValueError(f"{', '.join(given)} say how to allocate widths: give --allocate too")
+        raise ValueError(f"{', '.join(given)} say how to allocate ranks: give --allocate too")
     return Allocation(**given) if wanted else False
 
 
@@ -114,7 +114,7 @@ class Plan:
             "calibration_window": calibration.window,
             "seed": calibration.seed,
             **({"groups": self.method.groups} if self.method.groups > 1 else {}),
-            **({"calibration_reread": calibration.reread} if calibration.reread else {}),
+            **({"calibration_copy_fraction": calibration.copy_fraction} if calibration.copy_fraction else {}),
             **({} if self.allocation is None else {"allocation": asdict(self.allocation)}),
             **({} if self.refinement is None else {"refinement": asdict(self.refinement)}),
         }
@@ -134,7 +134,7 @@ def make_plan(
     allocate: Allocation | bool = False,
     refine: Refinement | int = 0,
 ) -> Plan:
-    """Decide widths and method.
+    """Decide ranks and method.
 
     Parameters
     ----------
@@ -147,7 +147,7 @@ def make_plan(
     budget
         Instead: bytes at a context length, such as ``"64k tokens in 2 GiB"``.
     layout
-        Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep`, of the layers that they name), or a file of widths.
+        Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep`, of the layers that they name), or a file of ranks.
     method
         A name in `mea.compression.methods.METHODS`.
     odd
@@ -155,7 +155,7 @@ def make_plan(
     groups
         Of neighbouring heads, each with latents of its own: as many as ranks that share an attention layer.
     allocate
-        The layout is only where to begin, and widths will be chosen layer by layer: how.
+        The layout is only where to begin, and ranks will be chosen layer by layer: how.
     refine
         Passes over the calibration text in which every layer is refined after the closed form, or how; 0 for none.
 
@@ -176,16 +176,16 @@ def make_plan(
     step = chosen.step(shape.head_dim, odd)
     fraction = (DEFAULT_KEEP if keep is None else keep) * cached
     if budget is not None:
-        widths = layout_for_bytes(shape, *parse_budget(budget), step)
+        ranks = layout_for_bytes(shape, *parse_budget(budget), step)
     elif layout is None:
-        widths = layout_for_keep(shape, fraction, step)
+        ranks = layout_for_keep(shape, fraction, step)
     elif str(layout) in PRESETS:
-        widths = preset_layout(shape, str(layout), step, fraction)
+        ranks = preset_layout(shape, str(layout), step, fraction)
     elif keep is not None:
-        raise ValueError("give one budget: keep, or a file of widths")
+        raise ValueError("give one budget: keep, or a file of ranks")
     else:
-        widths = read_layout(Path(layout), shape, step)
-    if chosen.form == "joint" and any(pair and pair[0] != pair[1] for pair in widths.widths):
+        ranks = read_layout(Path(layout), shape, step)
+    if chosen.form == "joint" and any(pair and pair[0] != pair[1] for pair in ranks.ranks):
         raise ValueError("a joint latent is cached in two equal halves: give [r, r] or null for each layer")
     calibration = calibration or Calibration()
     if calibration.window > config.max_position_embeddings:
@@ -195,13 +195,13 @@ def make_plan(
         )
     if allocate:
         how = Allocation() if allocate is True else allocate
-        widths = _to_begin_with(widths, how, shape, step, budget is not None)
+        ranks = _to_begin_with(ranks, how, shape, step, budget is not None)
     refinement = (Refinement(refine) if refine else None) if isinstance(refine, int) else refine
-    plan = Plan(chosen, widths, shape, calibration, cached, how if allocate else None, refinement)
-    if cached < 1 and widths.bytes(shape, 1) > plan.bytes_before(1):
+    plan = Plan(chosen, ranks, shape, calibration, cached, how if allocate else None, refinement)
+    if cached < 1 and ranks.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(
-            f"the result would cache {widths.bytes(shape, 1):,} bytes per token and the model, with its fewer "
-            f"component heads, caches {plan.bytes_before(1):,}; give a smaller budget, and widths to every layer"
+            f"the result would cache {ranks.bytes(shape, 1):,} bytes per token and the model, with its fewer "
+            f"component heads, caches {plan.bytes_before(1):,}; give a smaller budget, and ranks to every layer"
         )
     return plan
 
@@ -214,16 +214,16 @@ def _to_begin_with(layout: Layout, how: Allocation, shape: CacheShape, step: Ste
     ValueError
         The layout or the options do not go with an allocation.
     """
-    if any(pair is None for pair in layout.widths):
-        raise ValueError("allocate chooses the widths of all layers: give keep or budget instead of a layout of some")
+    if any(pair is None for pair in layout.ranks):
+        raise ValueError("allocate chooses the ranks of all layers: give keep or budget instead of a layout of some")
     if absolute and any(shape.windows):
         raise ValueError(
             "bytes at a context length cannot be allocated in a model with sliding windows, where what a layer's width "
             "costs depends on its window: give keep"
         )
     if how.step is not None and how.step % step.size:
-        raise ValueError(f"the method's widths are multiples of {step.size}, and so must be those of step {how.step}")
-    if how.equal and not step.paired and any(pair and pair[0] != pair[1] for pair in layout.widths):
+        raise ValueError(f"the method's ranks are multiples of {step.size}, and so must be those of step {how.step}")
+    if how.equal and not step.paired and any(pair and pair[0] != pair[1] for pair in layout.ranks):
         raise ValueError("as many key as value heads do not come out at this budget: give a keep for which they do")
-    least = min(pair for pair in layout.widths if pair)
-    return replace(layout, widths=(least,) * len(layout.widths)) if how.same else layout
+    least = min(pair for pair in layout.ranks if pair)
+    return replace(layout, ranks=(least,) * len(layout.ranks)) if how.same else layout

@@ -51,7 +51,7 @@ class Refinement:
         Tokens that are read in one piece, at most those of a calibration window.
     batch
         Windows a step.
-    rate, other_rate
+    rate, base_lr
         Peak learning rates of the factors (encoders and decoders), and of the projections of queries, keys and output.
     held_out
         One window in so many is not trained on: a layer on which its loss did not fall stays as it was.
@@ -63,7 +63,7 @@ class Refinement:
     window: int = 512
     batch: int = 2
     rate: float = 5e-4
-    other_rate: float = 2e-4
+    base_lr: float = 2e-4
     held_out: int = 16
     seed: int = 0
 
@@ -73,8 +73,8 @@ class Refinement:
                 "refinement takes at least 1 pass, windows of 8 tokens, 1 window a step and 1 window in 2 to train on, "
                 f"not {self.passes}, {self.window}, {self.batch} and 1 in {self.held_out}"
             )
-        if not (self.rate > 0 and self.other_rate > 0):
-            raise ValueError(f"learning rates must be positive, not {self.rate} and {self.other_rate}")
+        if not (self.rate > 0 and self.base_lr > 0):
+            raise ValueError(f"learning rates must be positive, not {self.rate} and {self.base_lr}")
 
 
 class RefinedLayer(NamedTuple):
@@ -272,7 +272,7 @@ def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     fast = [p for n, p in trained.items() if n.startswith(("head_mixing", "v_proj"))]
     slow = [p for n, p in trained.items() if not n.startswith(("head_mixing", "v_proj"))]
-    groups = [{"params": fast, "lr": settings.rate}, {"params": slow, "lr": settings.other_rate}]
+    groups = [{"params": fast, "lr": settings.rate}, {"params": slow, "lr": settings.base_lr}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     steps = settings.passes * -(-len(rest) // settings.batch)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))

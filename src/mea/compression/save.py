@@ -20,7 +20,7 @@ from mea.evaluate.measure import text_losses
 from mea.evaluate.perplexity import perplexity, ratio
 from mea.evaluate.speed import cache_size
 from mea.models.fold import stock_config
-from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_mark
+from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
 from mea.records import make_record, write_record
 from mea.text import encode_text, load_text
 
@@ -73,7 +73,7 @@ def compress_to_folder(
     # Before the work, because more tokens than there are are refused.
     measured = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
     work = out.with_name(out.name + ".partial")
-    weights = f"{resolve_dtype(given, dtype)} {weights_mark(source)}"
+    weights = f"{resolve_dtype(given, dtype)} {weights_fingerprint(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     # What has to be folded first has to be in memory.
     model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is given else None)
@@ -84,7 +84,7 @@ def compress_to_folder(
     result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
     record = _measure(source, model, tokenizer, result, before, measured, progress)
     if tried:
-        record["results"]["tried"] = [{"divergence": x.divergence, "widths": list(x.layout.widths)} for x in tried]
+        record["results"]["tried"] = [{"divergence": x.divergence, "ranks": list(x.layout.ranks)} for x in tried]
     with complete_folder(out, work) as folder:
         result.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
@@ -110,7 +110,7 @@ def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, An
     return {
         "model": Path(source).name,
         "dtype": str(kind).removeprefix("torch."),
-        "widths": [None if pair is None else list(pair) for pair in plan.layout.widths],
+        "ranks": [None if pair is None else list(pair) for pair in plan.layout.ranks],
         "bytes_per_token_before": plan.bytes_before(1),
         "bytes_per_token": plan.layout.bytes(plan.shape, 1),
         "context": context,
@@ -136,7 +136,7 @@ def _measure(
     results: dict[str, Any] = {
         "cache_bytes_per_token_before": before,
         "cache_bytes_per_token": cache_size(result.model, length).bytes_per_token,
-        "layer_lost": result.lost,
+        "layer_relative_output_error": result.lost,
         **_told(result.refined),
         "self_check": result.errors,
         "seconds": result.seconds,
@@ -153,7 +153,7 @@ def _measure(
         results["perplexity_ratio_error"] = ratio(compressed, original).standard_error
     config = {
         "model": Path(source).name,
-        "widths": plan.layout.widths,
+        "ranks": plan.layout.ranks,
         "dtype": str(model.dtype).removeprefix("torch."),
         "measured_text": MEASURED_TEXT,
         "measured_tokens": 0 if measured is None else len(measured),

@@ -27,7 +27,7 @@ def packed_attention(
     return output.view(b, 1, h, d), None
 
 
-def in_fastest_form(model: Any) -> Any:
+def use_packed_decode(model: Any) -> Any:
     """Set a stock model to decode by `packed_attention`, and return it."""
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from mea.models.loading import load_config, load_tokenizer, resolve_dtype, weights_mark
+from mea.models.loading import load_config, load_tokenizer, resolve_dtype, weights_fingerprint
 
 
 def check_model(source: str, dtype: str) -> None:
@@ -43,7 +43,7 @@ def labels_of(source: str, against: str | None, label: str | None) -> list[str]:
 def identity(source: str, dtype: str) -> dict[str, Any]:
     """What answers depend on: the weights, and the dtype that is computed in."""
     config = load_config(source)
-    return {"weights": weights_mark(source), "dtype": str(resolve_dtype(config, dtype)).removeprefix("torch.")}
+    return {"weights": weights_fingerprint(source), "dtype": str(resolve_dtype(config, dtype)).removeprefix("torch.")}
 
 
 def compression_of(source: str) -> dict[str, Any] | None:

@@ -4,8 +4,8 @@ One attention forward serves every supported architecture: `LatentAttention` is 
 attention class and caches latents (`ops/latent.py`) where the original caches keys and values. Keys are encoded *after*
 their norm, which so need not be undone when reading; values are encoded by the projection itself. Latents have a form:
 
-- ``"rotated"``: of rotated keys. Decoding never rebuilds them.
-- ``"unrotated"``: of keys before rotation, which are rebuilt and rotated at every read.
+- ``"post_rope"``: of rotated keys. Decoding never rebuilds them.
+- ``"pre_rope"``: of keys before rotation, which are rebuilt and rotated at every read.
 - ``"joint"``: unrotated, and keys and values share one latent; one half of it is cached in the place of keys, the other
   in the place of values.
 
@@ -56,7 +56,7 @@ SUPPORTED = {
 }
 MODEL_TYPE_PREFIX = "mea_"
 MODELLING_FILE = "modeling_mea.py"
-FORMS = ("rotated", "unrotated", "joint")
+FORMS = ("post_rope", "pre_rope", "joint")
 NO_PAGES = "a compressed cache cannot be paged: use generate() instead of continuous batching"
 
 
@@ -67,13 +67,13 @@ class HeadMixing(nn.Module):
     ----------
     num_kv_heads, head_dim
         ``g`` and ``d`` of the original attention.
-    key_width, value_width
-        Latent widths ``r_k`` and ``r_v``: numbers cached per token. With the form ``"joint"`` both widths of all
+    key_rank, value_rank
+        Latent ranks ``r_k`` and ``r_v``: numbers cached per token. With the form ``"joint"`` both ranks of all
         tensors below are their sum.
     form
         One of `FORMS`.
     groups
-        ``c``: so many groups of neighbouring heads have latents of their own, each an equal share of the widths.
+        ``c``: so many groups of neighbouring heads have latents of their own, each an equal share of the ranks.
 
     Attributes
     ----------
@@ -85,14 +85,14 @@ class HeadMixing(nn.Module):
         From its group's part of the value latent to each head's values. Its encoder is the layer's ``v_proj``.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, key_width: int, value_width: int, form: str, groups: int = 1):
+    def __init__(self, num_kv_heads: int, head_dim: int, key_rank: int, value_rank: int, form: str, groups: int = 1):
         super().__init__()
         self.form, self.groups = form, groups
         if form == "joint":
-            key_width = value_width = key_width + value_width
-        self.key_encoder = nn.Parameter(torch.empty(key_width, num_kv_heads * head_dim // groups))
-        self.key_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, key_width // groups))
-        self.value_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, value_width // groups))
+            key_rank = value_rank = key_rank + value_rank
+        self.key_encoder = nn.Parameter(torch.empty(key_rank, num_kv_heads * head_dim // groups))
+        self.key_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, key_rank // groups))
+        self.value_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, value_rank // groups))
         self.reset_parameters()
 
     @torch.no_grad()
@@ -188,7 +188,7 @@ class LatentAttention(_Mixin):
             self.reading == "auto" and absorbed_is_cheaper(q, keys.shape[2], h, mixing.key_decoder.shape)
         )
         absorbed = absorbed and is_dense and (q == 1 or attention_mask is not None)
-        if mixing.form != "rotated":
+        if mixing.form != "post_rope":
             latents, averaged = ((keys, values),) * 2 if mixing.form == "joint" else ((keys,), (values,))
             turn = self._key_turns(keys, attention_mask, past_key_values, kwargs.get("position_ids"))
             if absorbed:
@@ -241,7 +241,7 @@ class LatentAttention(_Mixin):
         queries, rotated = modelling.apply_rotary_pos_emb(queries.transpose(1, 2), keys, *position_embeddings)
         mixing = self.head_mixing
         values = self.v_proj(x).unflatten(-1, (mixing.groups, -1)).transpose(1, 2)
-        latents = encode(rotated if mixing.form == "rotated" else keys, mixing.key_encoder)
+        latents = encode(rotated if mixing.form == "post_rope" else keys, mixing.key_encoder)
         if mixing.form == "joint":
             latents, values = (latents + values).chunk(2, dim=-1)
         return latents, values, queries
@@ -273,7 +273,7 @@ class LatentAttention(_Mixin):
 class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
-    ``config.latent_widths`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
+    ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
     ``config.latent_form`` is one of `FORMS`, ``config.latent_groups`` the number of groups of heads that have latents
     of their own. With ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
     """
@@ -283,15 +283,15 @@ class LatentCausalLM(_Mixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        if len(config.latent_widths or ()) != config.num_hidden_layers:
+        if len(config.latent_ranks or ()) != config.num_hidden_layers:
             raise ValueError(
-                f"config.latent_widths must give [r_k, r_v] or null for each of the {config.num_hidden_layers} layers, "
-                f"not {config.latent_widths!r}"
+                f"config.latent_ranks must give [r_k, r_v] or null for each of the {config.num_hidden_layers} layers, "
+                f"not {config.latent_ranks!r}"
             )
-        for layer, widths in zip(self.model.layers, config.latent_widths, strict=True):
-            if widths is not None:
+        for layer, ranks in zip(self.model.layers, config.latent_ranks, strict=True):
+            if ranks is not None:
                 how = {"form": config.latent_form, "groups": config.latent_groups}
-                to_latent_attention(layer.self_attn, *widths, **how, rotary=self.model.rotary_emb)
+                to_latent_attention(layer.self_attn, *ranks, **how, rotary=self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()
@@ -324,9 +324,9 @@ class LatentCausalLM(_Mixin):
 
 def to_latent_attention(
     attention: Any,
-    key_width: int,
-    value_width: int,
-    form: str = "rotated",
+    key_rank: int,
+    value_rank: int,
+    form: str = "post_rope",
     rotary: nn.Module | None = None,
     groups: int = 1,
 ) -> None:
@@ -340,29 +340,29 @@ def to_latent_attention(
     TypeError
         The module is not of a supported architecture.
     ValueError
-        There is no such form, or the widths do not suit it, or the groups do not divide heads and widths.
+        There is no such form, or the ranks do not suit it, or the groups do not divide heads and ranks.
     """
     stock = type(attention)
     latent_class = LATENT_ATTENTION.get(stock)
     if latent_class is None:
         raise TypeError(f"{stock.__name__} cannot cache latents; supported: {', '.join(SUPPORTED)}")
-    if form not in FORMS or (form == "joint" and key_width != value_width):
+    if form not in FORMS or (form == "joint" and key_rank != value_rank):
         raise ValueError(
             f"latents are {', '.join(FORMS)}, joint ones cached in two equal halves, not {form!r} with "
-            f"[{key_width}, {value_width}]"
+            f"[{key_rank}, {value_rank}]"
         )
     weight = attention.k_proj.weight
     heads = weight.shape[0] // attention.head_dim
-    if any(number % groups for number in (heads, key_width, value_width)) or (groups > 1 and form == "joint"):
+    if any(number % groups for number in (heads, key_rank, value_rank)) or (groups > 1 and form == "joint"):
         raise ValueError(
-            f"{groups} groups divide neither {heads} kv heads nor widths of [{key_width}, {value_width}] evenly, or "
+            f"{groups} groups divide neither {heads} kv heads nor ranks of [{key_rank}, {value_rank}] evenly, or "
             f"latents are joint ones, which have none"
         )
     with torch.device(weight.device):
-        mixing = HeadMixing(heads, attention.head_dim, key_width, value_width, form, groups)
+        mixing = HeadMixing(heads, attention.head_dim, key_rank, value_rank, form, groups)
         has_bias, encoded = attention.v_proj.bias is not None, groups * mixing.value_decoder.shape[-1]
         v_proj = nn.Linear(attention.v_proj.in_features, encoded, bias=has_bias)
-    if form != "rotated":
+    if form != "post_rope":
         if rotary is None:
             raise ValueError("keys that are rotated when they are read need the model's rotary embedding")
         attention.rotary = copy.deepcopy(rotary).to(weight.device)
@@ -407,14 +407,14 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
     fields = {
         "__module__": __name__,
         "__annotations__": {
-            "latent_widths": "list | None",
+            "latent_ranks": "list | None",
             "latent_form": "str",
             "latent_groups": "int",
             "compression": "dict | None",
             "head_norm_eps": "float | None",
         },
-        "latent_widths": None,
-        "latent_form": "rotated",
+        "latent_ranks": None,
+        "latent_form": "post_rope",
         "latent_groups": 1,
         "head_norm_eps": None,
         "compression": None,

@@ -180,7 +180,7 @@ def weight_bytes(folder: str) -> int:
     return sum(shard.stat().st_size for shard in Path(folder).glob("*.safetensors"))
 
 
-def weights_mark(source: str) -> str:
+def weights_fingerprint(source: str) -> str:
     """A string that differs for different weights, from their files' lengths and ends or the commit on the hub."""
     folder, gguf = locate(source)
     if not Path(folder).is_dir():

@@ -183,14 +183,14 @@ def read(
     return torch.nn.functional.scaled_dot_product_attention(queries, keys, values, scale=scale)
 
 
-def parts_to_read(latents: Float[Tensor, "b 1 t r"], value_width: int) -> int:
+def parts_to_read(latents: Float[Tensor, "b 1 t r"], value_rank: int) -> int:
     """Into how many parts `read_in_parts` should cut these latents; 1 means that it cannot or need not.
 
     On a processor, attention runs in parallel over batch and kv heads, and here there is only one kv head: without
     parts, decoding a single sequence would keep one core busy and the others waiting. GPU kernels cut by themselves.
     """
     b, _, t, r = latents.shape
-    if latents.device.type != "cpu" or r != value_width or torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if latents.device.type != "cpu" or r != value_rank or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return 1
     return max(1, min(torch.get_num_threads() // b, t // 512))
 

@@ -17,11 +17,11 @@ SLOWER = 0.5  # rates relative to the presets', whose steps read four windows: f
 
 def one_by_one(preset: str = "distil", **changes: Any) -> Recovery:
     """A preset in steps of one window, at rates that suit these."""
-    rates = {name: SLOWER * getattr(recovery(preset), name) for name in ("rate", "other_rate")}
+    rates = {name: SLOWER * getattr(recovery(preset), name) for name in ("rate", "base_lr")}
     return recovery(preset, batch=1, micro_batch=1, **rates | changes)
 
 
-NEAR = {name: getattr(one_by_one("near"), name) for name in ("rate", "other_rate")}
+NEAR = {name: getattr(one_by_one("near"), name) for name in ("rate", "base_lr")}
 
 
 class SameRecovery:

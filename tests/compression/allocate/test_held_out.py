@@ -24,9 +24,9 @@ def tokens(count: int = 2, length: int = 40) -> torch.Tensor:
     return torch.randint(0, 256, (count, length))
 
 
-def variants(model, widths) -> list[list]:
-    """Per pair of widths the factors of all layers."""
-    targets = [Target(METHODS["position"], Layout((pair,) * 3)) for pair in widths]
+def variants(model, ranks) -> list[list]:
+    """Per pair of ranks the factors of all layers."""
+    targets = [Target(METHODS["position"], Layout((pair,) * 3)) for pair in ranks]
     fitted = list(fit_layers(model, tokens(4, 64), targets))
     return [[layer[target] for layer in fitted] for target in range(len(targets))]
 

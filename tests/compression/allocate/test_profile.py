@@ -25,7 +25,7 @@ def record(saved, calibration, tmp_path):
 def test_a_layer_adds_what_compressing_it_alone_adds(record, saved, calibration):
     model, tokenizer = load(str(saved), "float32")
     plan = make_plan(model.config, 4, keep=0.5, calibration=calibration)
-    alone = Layout((None, plan.layout.widths[1], None))
+    alone = Layout((None, plan.layout.ranks[1], None))
     tokens = calibration_tokens(tokenizer, calibration)
     (compressed,) = run_plans(model, tokens, [plan.__class__(plan.method, alone, plan.shape, calibration)])
     text = held_out_tokens(tokenizer, calibration, 256, 64).flatten()

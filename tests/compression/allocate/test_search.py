@@ -1,4 +1,4 @@
-"""Widths chosen by measured exchanges: in the budget, within the options, and no worse than where they began."""
+"""Ranks chosen by measured exchanges: in the budget, within the options, and no worse than where they began."""
 
 import json
 
@@ -10,9 +10,9 @@ import mea
 from compression.small import tiny
 from mea.compression import Allocation, compress_to_folder, fit, save
 from mea.compression.allocate import search
-from mea.compression.allocate.candidates import BOTH, KEYS, VALUES, Ladder
+from mea.compression.allocate.candidates import BOTH, KEYS, VALUES, RankCandidates
 from mea.compression.allocate.held_out import HeldOut
-from mea.compression.allocate.search import choose_layout
+from mea.compression.allocate.search import search_ranks
 from mea.compression.api import run_plans
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.fit import FittedLayer
@@ -32,7 +32,7 @@ def chosen(model, tokenizer, calibration, **options):
     plan = make_plan(model.config, 4, keep=0.5, calibration=calibration)
     tokens = calibration_tokens(tokenizer, calibration)
     held_out = HeldOut(model, held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
-    return plan, choose_layout(
+    return plan, search_ranks(
         model, tokens, held_out, plan.method, plan.shape, plan.layout, **({"tries": 16} | options)
     )
 
@@ -43,7 +43,7 @@ def test_bytes_go_to_the_layers_that_need_them(tokenizer, calibration):
     assert all(each.layout.keep(plan.shape) <= 0.5 for each in tried)
     assert tried[0].layout == plan.layout
     assert best.divergence < 0.95 * tried[0].divergence
-    sums = [sum(pair) for pair in best.layout.widths]
+    sums = [sum(pair) for pair in best.layout.ranks]
     assert sums[2] < min(sums[:2])
 
 
@@ -64,10 +64,10 @@ def test_options_hold(tokenizer, calibration, options):
     _, tried = chosen(uneven(), tokenizer, calibration, **options)
     for layout in (each.layout for each in tried):
         if options.get("equal"):
-            assert all(keys == values for keys, values in layout.widths)
+            assert all(keys == values for keys, values in layout.ranks)
         if options.get("same"):
-            assert len(set(layout.widths)) == 1
-        assert all(width % options.get("step", 8) == 0 for pair in layout.widths for width in pair)
+            assert len(set(layout.ranks)) == 1
+        assert all(width % options.get("step", 8) == 0 for pair in layout.ranks for width in pair)
 
 
 def test_every_layout_is_better_than_the_one_before(tokenizer, calibration):
@@ -89,23 +89,23 @@ def test_where_no_exchange_is_possible_the_start_stays(tokenizer, calibration):
 
 
 def test_what_a_step_leaves_over_is_spent(tokenizer, calibration):
-    """Widths of 24 in steps of 16 begin at 16; what that leaves makes some of them 32."""
+    """Ranks of 24 in steps of 16 begin at 16; what that leaves makes some of them 32."""
     plan = make_plan(tiny().config, 4, keep=0.75, calibration=calibration)
-    assert plan.layout.widths == ((24, 24),) * 3
+    assert plan.layout.ranks == ((24, 24),) * 3
     tokens = calibration_tokens(tokenizer, calibration)
     held_out = HeldOut(uneven(), held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
-    tried = choose_layout(uneven(), tokens, held_out, plan.method, plan.shape, plan.layout, step=16, tries=16)
-    assert tried[0].layout.widths == ((16, 16),) * 3
-    assert sum(map(sum, tried[-1].layout.widths)) == 144
+    tried = search_ranks(uneven(), tokens, held_out, plan.method, plan.shape, plan.layout, step=16, tries=16)
+    assert tried[0].layout.ranks == ((16, 16),) * 3
+    assert sum(map(sum, tried[-1].layout.ranks)) == 144
 
 
-def ladder(lost: dict[tuple[int, int], float]) -> Ladder:
+def candidate(lost: dict[tuple[int, int], float]) -> RankCandidates:
     fitted = {pair: FittedLayer(0, None, None, None, None, value) for pair, value in lost.items()}
-    return Ladder((16, 16), 8, fitted, {KEYS: 2.0, VALUES: 3.0, BOTH: 5.0})
+    return RankCandidates((16, 16), 8, fitted, {KEYS: 2.0, VALUES: 3.0, BOTH: 5.0})
 
 
 def test_a_promise_is_what_is_lost_times_what_that_matters():
-    one = ladder({(16, 16): 0.3, (24, 16): 0.2, (16, 24): 0.1, (24, 24): 0.05})
+    one = candidate({(16, 16): 0.3, (24, 16): 0.2, (16, 24): 0.1, (24, 24): 0.05})
     assert one.promise((16, 16), KEYS, 1) == pytest.approx(2 * (0.2 - 0.3))
     assert one.promise((24, 24), KEYS, -1) == pytest.approx(2 * (0.3 - 0.2))
     assert one.promise((24, 16), VALUES, 1) == pytest.approx(3 * (0.1 - 0.3))
@@ -113,7 +113,7 @@ def test_a_promise_is_what_is_lost_times_what_that_matters():
 
 
 def test_widths_without_factors_are_not_offered():
-    one = ladder({(16, 16): 0.3, (24, 16): 0.2, (16, 8): 0.5})
+    one = candidate({(16, 16): 0.3, (24, 16): 0.2, (16, 8): 0.5})
     assert one.turned((16, 16), KEYS, 1) == (24, 16)
     assert one.turned((24, 16), VALUES, -1) == (24, 8)  # put together of two fits
     assert one.turned((16, 16), VALUES, 1) is None
@@ -123,7 +123,7 @@ def test_widths_without_factors_are_not_offered():
 def test_in_memory(tokenizer, calibration):
     small = mea.compress(uneven(), tokenizer, calibration=calibration, allocate=Allocation(tokens=256))
     assert small.config.compression["allocation"]["tokens"] == 256
-    assert sum(map(sum, small.config.latent_widths)) <= 96
+    assert sum(map(sum, small.config.latent_ranks)) <= 96
 
 
 def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, calibration, tmp_path, monkeypatch):
@@ -140,16 +140,16 @@ def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, c
         compress_to_folder(str(saved), out, allocate=how, **options)
     left = json.loads((tmp_path / "out.partial" / "choice" / "layout.json").read_text())
     monkeypatch.setattr(save, "run_plans", run)
-    monkeypatch.setattr(search, "choose_layout", None)  # not made again
+    monkeypatch.setattr(search, "search_ranks", None)  # not made again
     compress_to_folder(str(saved), out, allocate=how, **options)
     record = read_record(out / "compression.json")
-    assert record["config"]["widths"] == left[-1][0]
-    assert [[each["widths"], each["divergence"]] for each in record["results"]["tried"]] == left
+    assert record["config"]["ranks"] == left[-1][0]
+    assert [[each["ranks"], each["divergence"]] for each in record["results"]["tried"]] == left
     model = AutoModelForCausalLM.from_pretrained(out)
     assert token_losses(model, torch.arange(64), 32).isfinite().all()
 
 
-@pytest.mark.parametrize("stop", [("fitting at several widths", 2), ("trying exchanges", 1), ("trying exchanges", 9)])
+@pytest.mark.parametrize("stop", [("fitting at several ranks", 2), ("trying exchanges", 1), ("trying exchanges", 9)])
 def test_a_choice_goes_on_where_it_was_stopped(tokenizer, calibration, tmp_path, monkeypatch, stop):
     def stopping(what, done, _of):
         if (what, done) == stop:

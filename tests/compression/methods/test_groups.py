@@ -39,7 +39,7 @@ def test_every_method_makes_groups(small, tmp_path):
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole, rtol=0, atol=2e-5 * whole.abs().max().item())
     assert past.layers[0].keys.shape[:2] == (2, GROUPS)
-    assert cache_size(small, 24).bytes_per_token == 4 * sum(map(sum, small.config.latent_widths))
+    assert cache_size(small, 24).bytes_per_token == 4 * sum(map(sum, small.config.latent_ranks))
     small.save_pretrained(tmp_path)
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(tokens).logits, whole)
 
@@ -95,7 +95,7 @@ def test_refinement_and_allocation_keep_groups(tokenizer, calibration):
     small = mea.compress(tiny(), tokenizer, refine=1, **options)
     assert small.model.layers[0].self_attn.head_mixing.key_encoder.shape == (16, 16)
     chosen = mea.compress(tiny(), tokenizer, allocate=Allocation(tokens=256, tries=4), **options)
-    assert all(width % (8 * GROUPS) == 0 for pair in chosen.config.latent_widths for width in pair)
+    assert all(width % (8 * GROUPS) == 0 for pair in chosen.config.latent_ranks for width in pair)
 
 
 @torch.no_grad()

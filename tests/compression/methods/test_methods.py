@@ -17,7 +17,7 @@ from mea.compression.methods.factors import Factors, orthonormal, weighted_subsp
 G, D, WIDTH = 3, 8, 20  # kv heads, head dimension, model width
 N = G * D
 SEPARATE = [name for name, method in METHODS.items() if method.form != "joint"]
-ROTATED = [name for name, method in METHODS.items() if method.form == "rotated"]
+ROTATED = [name for name, method in METHODS.items() if method.form == "post_rope"]
 
 
 def statistics(theta: Tensor | None = None, count: int = 4096, bias: bool = True) -> LayerStatistics:

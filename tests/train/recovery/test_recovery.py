@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "evaluations": 4,
     "checkpoints": 4,
     "rate": 3e-2,  # relative; the tensors of these models have an RMS of about a tenth
-    "other_rate": 1e-2,
+    "base_lr": 1e-2,
 }
 
 
@@ -79,7 +79,7 @@ def test_a_run_that_was_interrupted_ends_in_the_same_state(pair, tmp_path, prese
 @pytest.mark.parametrize("preset", ["layers", "distil", "near", "cpt"])
 def test_every_stage_lowers_what_it_minimises(pair, tmp_path, preset):
     scale = 1 if recovery(preset).relative else 0.1
-    result = run(pair, tmp_path, preset, rate=scale * 3e-2, other_rate=scale * 1e-2)
+    result = run(pair, tmp_path, preset, rate=scale * 3e-2, base_lr=scale * 1e-2)
     losses = [point["loss"] for point in result.losses]
     assert sum(losses[-3:]) < sum(losses[:3])
 
@@ -106,7 +106,7 @@ def test_relative_rates_are_the_same_share_of_every_tensor(pair, tmp_path):
     student, original = copy.deepcopy(pair)
     nought = next(parameter for name, parameter in student.named_parameters() if "norm" in name)
     torch.nn.init.zeros_(nought)
-    settings = recovery("near", **{**SMALL, "rate": 1e-3, "other_rate": 1e-4})
+    settings = recovery("near", **{**SMALL, "rate": 1e-3, "base_lr": 1e-4})
     own = list(factors(student).values())
     module = Distilled(student, original, kl=1.0, ce=0.0)
     groups = RecoveryTrainer(module, own, rows(), dict, settings, tmp_path).create_optimizer().param_groups
@@ -127,7 +127,7 @@ def test_distillation_comes_nearer_to_the_original_on_held_out_text(pair, tmp_pa
 def test_the_result_is_the_best_state_seen_and_never_worse_than_the_start(pair, tmp_path):
     student, original = copy.deepcopy(pair)
     useless = torch.ones_like(rows())  # one word again and again: it makes all others less likely
-    settings = recovery("cpt", **{**SMALL, "rate": 0.01, "other_rate": 0.01})
+    settings = recovery("cpt", **{**SMALL, "rate": 0.01, "base_lr": 0.01})
     result = recover(student, original, useless, rows(4), settings, tmp_path)
     assert result.curve[-1]["ce"] > result.curve[0]["ce"]
     assert result.best == min(result.curve, key=lambda point: point["ce"])
@@ -260,7 +260,7 @@ def test_what_cannot_be_recovered_is_refused(pair, tmp_path):
         ({"batch": 3}, "cannot be cut"),
         ({"rate": 0.0}, "must be positive"),
         ({"warmup": 1.0}, "a share"),
-        ({"reread": 1.5}, "a share of the windows"),
+        ({"copy_fraction": 1.5}, "a share of the windows"),
         ({"windows": 3}, "did you mean window"),
         ({"objective": "attention", "trained": "all"}, "train factors or attention"),
     ],
@@ -284,7 +284,7 @@ def test_windows_come_from_all_texts_once_and_stages_do_not_share_them(tmp_path)
         text = "".join(chr(1000 * index + n) for n in range(100, 900))
         (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
     texts = [str(tmp_path / "a.txt"), str(tmp_path / "b.txt")]
-    prose = {**SMALL, "reread": 0.0}
+    prose = {**SMALL, "copy_fraction": 0.0}
     first, held = windows(Letters(), texts, recovery(**prose))
     second, same = windows(Letters(), texts, recovery(**{**prose, "tokens": 4 * 64}), skip=12 * 64)
     assert torch.equal(held, same)

@@ -1,4 +1,4 @@
-"""One layer of a model at several widths: what its factors are there, and what they promise."""
+"""One layer of a model at several ranks: what its factors are there, and what they promise."""
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
@@ -27,10 +27,10 @@ def _moved(pair: Pair, way: Pair, by: int) -> Pair:
 
 
 @dataclass
-class Ladder:
-    """A layer at the widths that it may have, each up to `REACH` moves from where it starts.
+class RankCandidates:
+    """A layer at the ranks that it may have, each up to `REACH` moves from where it starts.
 
-    Values of other widths were fitted beside keys of the first width, and stand beside other keys too: not quite what a
+    Values of other ranks were fitted beside keys of the first width, and stand beside other keys too: not quite what a
     fit of both gives, which the chosen layout gets in the end.
     """
 
@@ -40,7 +40,7 @@ class Ladder:
     weights: dict[Pair, float] = field(default_factory=dict)  # way -> nats per share of the attention's energy
 
     def turned(self, pair: Pair, way: Pair, by: int) -> Pair | None:
-        """Widths some moves further along a way; None where there are no factors."""
+        """Ranks some moves further along a way; None where there are no factors."""
         keys, values = _moved(pair, way, by * self.move)
         parts = ((keys, values),) if way == BOTH else ((keys, self.start[1]), (self.start[0], values))
         return (keys, values) if all(part in self.fitted for part in parts) else None
@@ -65,7 +65,7 @@ class Ladder:
         return self.weights[way] * (lost(by) - lost(0))
 
 
-def fit_ladders(
+def fit_candidates(
     model: Any,
     tokens: Int[Tensor, "n t"],
     method: Method,
@@ -75,22 +75,22 @@ def fit_ladders(
     ways: list[Pair],
     report: Progress,
     folder: Path | None = None,
-) -> list[Ladder]:
-    """Fit every layer at all widths of its ladder, none wider than `width`; finished layers are kept in `folder`."""
+) -> list[RankCandidates]:
+    """Fit every layer at all ranks of its candidate, none wider than `width`; finished layers are kept in `folder`."""
     crosses = [_cross(pair, width, move, ways) for pair in start]
     columns = list(zip_longest(*crosses))
     stores = [FactorStore(folder / f"widths-{number}", str(column)) for number, column in enumerate(columns) if folder]
     known = [store.get for store in stores] or [lambda _: None] * len(columns)
     targets = [Target(method, Layout(column), get) for column, get in zip(columns, known, strict=True)]
-    ladders = []
+    candidates = []
     for layers in fit_layers(model, tokens, targets):
-        place = len(ladders)
+        place = len(candidates)
         for store, layer in zip(stores, layers, strict=False):
             if layer.factors:
                 store.put(place, layer.factors)
-        ladders.append(Ladder(start[place], move, dict(zip(crosses[place], layers, strict=False))))
-        report("fitting at several widths", place + 1, len(crosses))
-    return ladders
+        candidates.append(RankCandidates(start[place], move, dict(zip(crosses[place], layers, strict=False))))
+        report("fitting at several ranks", place + 1, len(crosses))
+    return candidates
 
 
 def _cross(start: Pair, width: int, move: int, ways: list[Pair]) -> list[Pair]:
@@ -103,17 +103,17 @@ def _cross(start: Pair, width: int, move: int, ways: list[Pair]) -> list[Pair]:
     return found
 
 
-def weigh(held_out: HeldOut, ladders: list[Ladder], ways: list[Pair]) -> None:
-    """Give each ladder what the divergence would fall by, per share of energy, if the layer lost less of it."""
-    own = [held_out.compressed(place, ladder.factors(ladder.start)) for place, ladder in enumerate(ladders)]
-    wider = [{way: ladder.turned(ladder.start, way, 1) for way in ways} for ladder in ladders]
+def weigh(held_out: HeldOut, candidates: list[RankCandidates], ways: list[Pair]) -> None:
+    """Give each candidate what the divergence would fall by, per share of energy, if the layer lost less of it."""
+    own = [held_out.compressed(place, candidate.factors(candidate.start)) for place, candidate in enumerate(candidates)]
+    wider = [{way: candidate.turned(candidate.start, way, 1) for way in ways} for candidate in candidates]
     others: list[Mapping[Hashable, Any]] = [
-        {way: held_out.compressed(place, ladders[place].factors(pair)) for way, pair in each.items() if pair}
+        {way: held_out.compressed(place, candidates[place].factors(pair)) for way, pair in each.items() if pair}
         for place, each in enumerate(wider)
     ]
     _, slopes = held_out.slopes(own, others)
-    for ladder, each, slope in zip(ladders, wider, slopes, strict=True):
+    for candidate, each, slope in zip(candidates, wider, slopes, strict=True):
         for way, pair in each.items():
             saved = max(-slope[way], 0.0) / 2 if pair else 0.0
-            less = ladder.fitted[ladder.start].lost - ladder.fitted[pair].lost if pair else 0.0
-            ladder.weights[way] = saved / less if less > 0 else 0.0
+            less = candidate.fitted[candidate.start].lost - candidate.fitted[pair].lost if pair else 0.0
+            candidate.weights[way] = saved / less if less > 0 else 0.0

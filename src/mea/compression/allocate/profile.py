@@ -99,7 +99,7 @@ def _run(
     if record:
         results, samples = record["results"], record["samples"]
     done, hidden, began = len(results["layers"]), held_out.first, time.perf_counter()
-    missing = Layout(tuple(None if i < done else pair for i, pair in enumerate(plan.layout.widths)))
+    missing = Layout(tuple(None if i < done else pair for i, pair in enumerate(plan.layout.ranks)))
     for (fitted,) in fit_layers(model, tokens, [Target(plan.method, missing)]):
         place = fitted.index
         if fitted.factors is not None:
@@ -128,10 +128,10 @@ def _config(
 ) -> dict[str, Any]:
     layouts = {}
     for name in ("full", "half", "deep"):
-        widths = preset_layout(plan.shape, name, plan.method.step(plan.shape.head_dim), 0.5).widths
-        layouts[name] = [place for place, pair in enumerate(widths) if pair]
+        ranks = preset_layout(plan.shape, name, plan.method.step(plan.shape.head_dim), 0.5).ranks
+        layouts[name] = [place for place, pair in enumerate(ranks) if pair]
     return {
-        **plan.describe(), "model": Path(source).name, "keep": keep, "layers": len(plan.layout.widths),
+        **plan.describe(), "model": Path(source).name, "keep": keep, "layers": len(plan.layout.ranks),
         "text": text or f"{Path(plan.calibration.text).name}, what the calibration left of it",
         "tokens": tokens, "window": window, "dtype": dtype, "layouts": layouts,
     }  # fmt: skip
@@ -147,7 +147,7 @@ def _begun(out: Path, config: dict[str, Any]) -> Record | None:
     return record
 
 
-def cost_in_words(source: str, tokens: int, window: int) -> str:
+def describe_cost(source: str, tokens: int, window: int) -> str:
     """What a profile takes, beside a calibration; no weights are read.
 
     Raises

@@ -1,11 +1,11 @@
-"""Choose widths layer by layer: bytes move between layers as long as that makes the compressed model better.
+"""Choose ranks layer by layer: bytes move between layers as long as that makes the compressed model better.
 
 What a layer would save by being wider, all else staying, is known to first order from one pass back through the
 compressed model: to second order the divergence from the original is ``e^T H e / 2`` in the errors ``e`` of all
 attention outputs, its gradient is ``H e``, and taking back ``e_w`` of one layer's error changes it by ``-e_w^T H e``
-(`HeldOut.slopes`), twice what that really saves. But errors meet further up: widths chosen by adding up what layers
+(`HeldOut.slopes`), twice what that really saves. But errors meet further up: ranks chosen by adding up what layers
 save one by one, by such slopes or even measured, are hardly better than equal ones (docs/LOG.md). So savings only say
-what to *try*: a few widths become a step wider and as many narrower as the budget wants, drawn with a preference for
+what to *try*: a few ranks become a step wider and as many narrower as the budget wants, drawn with a preference for
 what promises most, and what lowers the divergence that is measured on held-out text stays. The layout never becomes
 worse than the one that it began with, by that measure.
 """
@@ -20,7 +20,16 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.allocate.candidates import BOTH, KEYS, VALUES, Ladder, Pair, Progress, fit_ladders, weigh
+from mea.compression.allocate.candidates import (
+    BOTH,
+    KEYS,
+    VALUES,
+    Pair,
+    Progress,
+    RankCandidates,
+    fit_candidates,
+    weigh,
+)
 from mea.compression.allocate.held_out import HeldOut
 from mea.compression.budget import CacheShape, Layout
 from mea.compression.calibrate.layerwise import evaluating
@@ -33,7 +42,7 @@ from mea.compression.plan import Plan
 
 Dial = tuple[tuple[int, Pair], ...]  # what turns together: layers, and whether their keys, values or both
 MOVES = 8  # h_kv * d over so many is a step of a width
-AT_ONCE = 6  # widths that become wider in one exchange, at most
+AT_ONCE = 6  # ranks that become wider in one exchange, at most
 
 
 class Tried(NamedTuple):
@@ -43,7 +52,7 @@ class Tried(NamedTuple):
     divergence: float
 
 
-def choose_layout(
+def search_ranks(
     model: Any,
     tokens: Int[Tensor, "n t"],
     held_out: HeldOut,
@@ -61,7 +70,7 @@ def choose_layout(
 ) -> list[Tried]:
     """Layouts that cost no more than the start, each better than the one before; take the last.
 
-    The first and the last one's divergences are those of a fit at just these widths, the others' of factors that were
+    The first and the last one's divergences are those of a fit at just these ranks, the others' of factors that were
     fitted for several.
 
     Parameters
@@ -71,13 +80,13 @@ def choose_layout(
     held_out
         To measure on.
     method, shape, start
-        How factors are found, and a layout to begin with, with widths in every layer.
+        How factors are found, and a layout to begin with, with ranks in every layer.
     equal
         As many numbers for keys as for values within a layer.
     same
-        The same widths in all layers.
+        The same ranks in all layers.
     step
-        Widths are multiples of it.
+        Ranks are multiples of it.
     tries
         Exchanges that are measured.
     seed
@@ -89,32 +98,32 @@ def choose_layout(
     """
     report = progress or (lambda *_: None)
     ways = [BOTH] if equal else [VALUES, KEYS]
-    budget = sum(sum(pair) for pair in start.widths if pair)
+    budget = sum(sum(pair) for pair in start.ranks if pair)
     move = max(step, shape.width // MOVES // step * step)
-    widths = [_multiples(pair, step) for pair in start.widths if pair]
-    ladders = fit_ladders(model, tokens, method, widths, shape.width, move, ways, report, folder)
-    weigh(held_out, ladders, ways)
+    ranks = [_multiples(pair, step) for pair in start.ranks if pair]
+    candidates = fit_candidates(model, tokens, method, ranks, shape.width, move, ways, report, folder)
+    weigh(held_out, candidates, ways)
 
     def factors(pairs: list[Pair]) -> list[LayerFactors | None]:
-        return [ladder.factors(pair) for ladder, pair in zip(ladders, pairs, strict=True)]
+        return [candidate.factors(pair) for candidate, pair in zip(candidates, pairs, strict=True)]
 
-    dials = [tuple((place, way) for place in range(len(ladders))) for way in ways]
+    dials = [tuple((place, way) for place in range(len(candidates))) for way in ways]
     if not same:
         dials = [(one,) for dial in dials for one in dial]
-    best = _run(held_out, factors(widths), widths)
-    tried = [Tried(Layout(tuple(widths)), best.divergence)]
+    best = _run(held_out, factors(ranks), ranks)
+    tried = [Tried(Layout(tuple(ranks)), best.divergence)]
     generator = torch.Generator().manual_seed(seed)
     path = folder / "measured.json" if folder else None
     measured: list[float] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else []
     known = iter(measured.copy())
     for number in range(tries):
-        wanted = _exchange(best.widths, dials, ladders, budget, generator)
+        wanted = _exchange(best.ranks, dials, candidates, budget, generator)
         if wanted:
             divergence = next(known, None)
             if divergence is not None:
                 other = _Running(wanted, [], [], divergence)
             else:
-                best = best if best.states else _run(held_out, factors(best.widths), best.widths)
+                best = best if best.states else _run(held_out, factors(best.ranks), best.ranks)
                 other = _run(held_out, factors(wanted), wanted, best)
                 measured.append(other.divergence)
                 if path:
@@ -126,7 +135,7 @@ def choose_layout(
     if len(tried) == 1:
         return tried
     (chosen,) = zip(*fit_layers(model, tokens, [Target(method, tried[-1].layout)]), strict=True)
-    final = _run(held_out, [each.factors for each in chosen], best.widths)
+    final = _run(held_out, [each.factors for each in chosen], best.ranks)
     better = final.divergence < tried[0].divergence
     return [*tried[:-1], Tried(tried[-1].layout, final.divergence)] if better else tried[:1]
 
@@ -137,14 +146,14 @@ def _multiples(pair: Pair, step: int) -> Pair:
 
 
 def _exchange(
-    widths: list[Pair], dials: list[Dial], ladders: list[Ladder], budget: int, generator: torch.Generator
+    ranks: list[Pair], dials: list[Dial], candidates: list[RankCandidates], budget: int, generator: torch.Generator
 ) -> list[Pair] | None:
-    """Widths after an exchange that is drawn at random and within the budget; None if there is none."""
+    """Ranks after an exchange that is drawn at random and within the budget; None if there is none."""
 
     def turn(pairs: list[Pair], dial: Dial, by: int) -> list[Pair] | None:
         turned = list(pairs)
         for place, way in dial:
-            pair = ladders[place].turned(pairs[place], way, by)
+            pair = candidates[place].turned(pairs[place], way, by)
             if pair is None:
                 return None
             turned[place] = pair
@@ -152,14 +161,14 @@ def _exchange(
 
     def drawn(by: int) -> list[Dial]:
         """Dials that can be turned, more or less from the one that promises most."""
-        able = [dial for dial in dials if turn(widths, dial, by)]
-        promised = torch.tensor([sum(ladders[i].promise(widths[i], way, by) for i, way in dial) for dial in able])
+        able = [dial for dial in dials if turn(ranks, dial, by)]
+        promised = torch.tensor([sum(candidates[i].promise(ranks[i], way, by) for i, way in dial) for dial in able])
         noise = torch.randn(len(able), generator=generator) * promised.abs().mean()
         return [able[i] for i in (promised + noise).argsort().tolist()]
 
     many = int(torch.randint(1, AT_ONCE + 1, (), generator=generator))
     wider = drawn(1)[:many]
-    now = widths
+    now = ranks
     for dial in wider:
         now = turn(now, dial, 1) or now
     for dial in drawn(-1):
@@ -167,30 +176,30 @@ def _exchange(
             break
         if dial not in wider:
             now = turn(now, dial, -1) or now
-    return now if now != widths and sum(map(sum, now)) <= budget else None
+    return now if now != ranks and sum(map(sum, now)) <= budget else None
 
 
 class _Running(NamedTuple):
     """A compressed model and what the held-out text is in it, layer by layer; both empty where only measured before."""
 
-    widths: list[Pair]
+    ranks: list[Pair]
     layers: list[Any]
     states: list[Tensor]
     divergence: float
 
 
 def _run(
-    held_out: HeldOut, factors: Sequence[LayerFactors | None], widths: list[Pair], before: _Running | None = None
+    held_out: HeldOut, factors: Sequence[LayerFactors | None], ranks: list[Pair], before: _Running | None = None
 ) -> _Running:
     """Run what differs from an earlier model, and what is above it."""
-    earlier = before.widths if before else [None] * len(widths)
-    same = [old == new for old, new in zip(earlier, widths, strict=True)]
+    earlier = before.ranks if before else [None] * len(ranks)
+    same = [old == new for old, new in zip(earlier, ranks, strict=True)]
     layers = [
         before.layers[place] if before and same[place] else held_out.compressed(place, each)
         for place, each in enumerate(factors)
     ]
     states = held_out.states(layers, before.states[: same.index(False) + 1] if before else ())
-    return _Running(widths, layers, states, held_out.score(states[-1]).divergence.double().mean().item())
+    return _Running(ranks, layers, states, held_out.score(states[-1]).divergence.double().mean().item())
 
 
 def allocated(
@@ -201,7 +210,7 @@ def allocated(
     progress: Progress | None = None,
     folder: Path | None = None,
 ) -> tuple[Plan, list[Tried]]:
-    """The plan with the widths that were chosen, and all that was tried; a plan without an allocation as it is.
+    """The plan with the ranks that were chosen, and all that was tried; a plan without an allocation as it is.
 
     With a `folder`, the choice and all on the way to it is kept there and taken from there.
 
@@ -216,16 +225,16 @@ def allocated(
     path = folder / "layout.json" if folder else None
     if path and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
-        tried = [Tried(Layout(tuple((keys, values) for keys, values in widths)), value) for widths, value in kept]
+        tried = [Tried(Layout(tuple((keys, values) for keys, values in ranks)), value) for ranks, value in kept]
     else:
         text = held_out_tokens(tokenizer, plan.calibration, how.tokens, plan.calibration.window, how.text)
         with evaluating(model):
-            tried = choose_layout(
+            tried = search_ranks(
                 model, tokens[: how.windows], HeldOut(model, text), plan.method, plan.shape, plan.layout,
                 equal=how.equal or plan.method.form == "joint", same=how.same, tries=how.tries,
                 step=how.step or plan.method.step(plan.shape.head_dim).size, seed=plan.calibration.seed,
                 progress=progress, folder=folder,
             )  # fmt: skip
     if path and not path.is_file():
-        write_whole(path, json.dumps([(each.layout.widths, each.divergence) for each in tried]).encode())
+        write_whole(path, json.dumps([(each.layout.ranks, each.divergence) for each in tried]).encode())
     return replace(plan, layout=tried[-1].layout), tried

@@ -199,7 +199,7 @@ class AveragedValuesSum:
         attention: Any,
         inputs: LayerInputs,
         key_projection: Float[Tensor, "n _"],
-        form: str = "rotated",
+        form: str = "post_rope",
         encoder: Float[Tensor, "r _"] | None = None,
         most: int = BLOCK_NUMBERS,
         groups: int = 1,
@@ -228,11 +228,11 @@ class AveragedValuesSum:
         cos, sin = self.inputs.position_embeddings
         rotated = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)
         values = values.transpose(0, 1).reshape(t, g * d)
-        encoded = (rotated[1][0] if self.form == "rotated" else keys).transpose(0, 1).reshape(t, g * d)
+        encoded = (rotated[1][0] if self.form == "post_rope" else keys).transpose(0, 1).reshape(t, g * d)
         if self.encoder is not None:
             encoded = values = torch.cat([encoded, values], dim=1) @ self.encoder.T
         keys = (encoded @ self.key_projection.T).view(t, g, d).transpose(0, 1)
-        if self.form != "rotated":
+        if self.form != "post_rope":
             keys = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)[1][0]
         queries, keys = rotated[0], keys[:, None].transpose(2, 3)
         queries, root, heads = queries[0, :, attending], weight[attending].sqrt()[:, None], heads[attending]

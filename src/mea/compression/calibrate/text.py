@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.text import check_share, encode_text, load_text, read_again, start_token, windows
+from mea.text import check_fraction, encode_text, load_text, repeat_spans, start_token, windows
 
 
 @dataclass(frozen=True)
@@ -22,18 +22,18 @@ class Calibration:
         How much of it, in windows of how many tokens.
     seed
         Chooses the windows.
-    reread
-        Share of the windows in which a part is read a second time, see `mea.text.read_again`.
+    copy_fraction
+        Share of the windows in which a part is read a second time, see `mea.text.repeat_spans`.
     """
 
     text: str = "calibration"
     tokens: int = 16384
     window: int = 1024
     seed: int = 0
-    reread: float = 0.5
+    copy_fraction: float = 0.5
 
     def __post_init__(self) -> None:
-        check_share(self.reread)
+        check_fraction(self.copy_fraction)
         if self.window < 64 or self.tokens < 4 * self.window:
             raise ValueError(
                 f"calibration needs at least 4 windows of at least 64 tokens, not {self.tokens} tokens in windows of "
@@ -50,7 +50,7 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
 
     Each opens with the token that the tokenizer puts before every text, if it has one: what is kept of that token in
     the cache is read by all that follow, and a model may be useless without it. In as many as
-    `Calibration.reread` says a part is read again.
+    `Calibration.copy_fraction` says a part is read again.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
             f"{wanted} are asked for: give a longer text or fewer tokens"
         )
     chosen = rows[calibration.order(len(rows))[:wanted].sort().values]
-    return read_again(chosen, calibration.reread, calibration.seed)
+    return repeat_spans(chosen, calibration.copy_fraction, calibration.seed)
 
 
 def held_out_tokens(

@@ -20,7 +20,7 @@ from mea.compression.methods.values import fit_values
 
 Factorise = Callable[[LayerStatistics, int], Factors]
 FitAveraged = Callable[[AveragedValues, int, int], tuple[Factors, Float[Tensor, "D _"]]]
-WIDTH_STEP = 8  # attention kernels want widths that are multiples of 8
+RANK_STEP = 8  # attention kernels want ranks that are multiples of 8
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class Method:
     Attributes
     ----------
     keys, values
-        From statistics and a width to factors; no `values` means attention-averaged ones.
+        From statistics and a rank to factors; no `values` means attention-averaged ones.
     averaged
-        From attention-averaged values, the number of kv heads and a width to factors and the ``W_O`` fitted to them.
+        From attention-averaged values, the number of kv heads and a rank to factors and the ``W_O`` fitted to them.
     whole_heads
-        Widths are whole component heads, as in arXiv 2601.19611: one scalar per pair of heads.
+        Ranks are whole component heads, as in arXiv 2601.19611: one scalar per pair of heads.
     form
         Of the latents, see `mea.models.latent_attention.FORMS`. The keys of ``"joint"`` ones are keys and values
         stacked, `values` and `averaged` do not count (`mea.compression.methods.joint`).
@@ -49,15 +49,15 @@ class Method:
     values: Factorise | None = None
     whole_heads: bool = False
     averaged: FitAveraged = fit_values
-    form: str = "rotated"
+    form: str = "post_rope"
     attended: bool = False
     groups: int = 1
 
     def step(self, head_dim: int, odd: str = "values") -> Step:
-        """The steps in which a layer's widths grow, every group's alike."""
+        """The steps in which a layer's ranks grow, every group's alike."""
         if self.whole_heads:
             return Step(head_dim * self.groups, paired=False, odd=odd)
-        return Step(WIDTH_STEP * self.groups)
+        return Step(RANK_STEP * self.groups)
 
 
 METHODS = {
@@ -72,7 +72,7 @@ METHODS = {
         Method("position", position.keys),
         Method("attended", attended.keys, attended=True),
         Method("blended", post_rope.keys, attended=True),
-        Method("latent", pre_rope.keys, form="unrotated"),
+        Method("latent", pre_rope.keys, form="pre_rope"),
         Method("joint", joint.keys, form="joint"),
     )
 }

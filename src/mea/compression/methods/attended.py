@@ -17,6 +17,6 @@ def moments(statistics: LayerStatistics) -> Moments:
     return Moments(moment, average_over_positions(attended.queries, cos, sin))
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of rotated keys."""
-    return orthonormal(*weighted_subspace(*moments(statistics), width))
+    return orthonormal(*weighted_subspace(*moments(statistics), rank))

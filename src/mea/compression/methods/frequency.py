@@ -12,8 +12,8 @@ from mea.compression.calibrate.statistics import LayerStatistics
 from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
-    """Factors of rotated keys; `width` is even, two numbers per complex component."""
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
+    """Factors of rotated keys; `rank` is even, two numbers per complex component."""
     moment = average_over_phases(statistics.keys, statistics.head_dim)
     metric = average_over_phases(statistics.queries, statistics.head_dim)
-    return orthonormal(*weighted_subspace(moment, metric, width))
+    return orthonormal(*weighted_subspace(moment, metric, rank))

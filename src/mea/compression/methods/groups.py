@@ -15,7 +15,7 @@ from mea.compression.methods.factors import Factors
 
 
 def in_groups(method: Method, groups: int, num_kv_heads: int) -> Method:
-    """The same method for so many groups of heads, each with an equal share of the widths.
+    """The same method for so many groups of heads, each with an equal share of the ranks.
 
     Raises
     ------
@@ -33,9 +33,9 @@ def in_groups(method: Method, groups: int, num_kv_heads: int) -> Method:
             f"{method.name!r} mixes whole heads, of which {groups} groups have one each: give fewer groups"
         )
 
-    def averaged(moments: AveragedValues, num_kv_heads: int, width: int) -> tuple[Factors, Tensor]:
+    def averaged(moments: AveragedValues, num_kv_heads: int, rank: int) -> tuple[Factors, Tensor]:
         parts = [
-            method.averaged(_averaged_of(moments, place, groups), num_kv_heads // groups, width // groups)
+            method.averaged(_averaged_of(moments, place, groups), num_kv_heads // groups, rank // groups)
             for place in range(groups)
         ]
         return side_by_side([factors for factors, _ in parts]), torch.cat([output for _, output in parts], dim=1)
@@ -52,8 +52,8 @@ def in_groups(method: Method, groups: int, num_kv_heads: int) -> Method:
 def by_group(factorise: Factorise, groups: int) -> Factorise:
     """From a layer's statistics to the factors of all groups, block by block."""
 
-    def grouped(statistics: LayerStatistics, width: int) -> Factors:
-        return side_by_side([factorise(_part(statistics, place, groups), width // groups) for place in range(groups)])
+    def grouped(statistics: LayerStatistics, rank: int) -> Factors:
+        return side_by_side([factorise(_part(statistics, place, groups), rank // groups) for place in range(groups)])
 
     return factorise if groups == 1 else grouped
 

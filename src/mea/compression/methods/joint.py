@@ -22,8 +22,8 @@ from mea.compression.methods.values import alternate
 BALANCES = (0.5, 1.5, 4.0, 12.0, 32.0, 100.0)
 
 
-def keys(statistics: LayerStatistics, width: int, balance: float = 1.0) -> Factors:
-    """Factors of the stacked ``z``, of twice as many numbers as keys have; `width` is that of the one latent."""
+def keys(statistics: LayerStatistics, rank: int, balance: float = 1.0) -> Factors:
+    """Factors of the stacked ``z``, of twice as many numbers as keys have; `rank` is that of the one latent."""
     metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
     moment = torch.cat(
         [
@@ -36,9 +36,9 @@ def keys(statistics: LayerStatistics, width: int, balance: float = 1.0) -> Facto
         for weight, part in ((metric, statistics.keys), (statistics.output, statistics.values))
     )
     weights = torch.cat([metric * balance / key_energy, statistics.output / value_energy])
-    encoder, decoder = weighted_subspace(moment, weights, width)
+    encoder, decoder = weighted_subspace(moment, weights, rank)
     # Not orthonormal in z itself: rounded latents would lose values, which can be much smaller than keys.
-    size = torch.linalg.matrix_norm(decoder) / width**0.5
+    size = torch.linalg.matrix_norm(decoder) / rank**0.5
     return Factors(size * encoder, decoder / size)
 
 

@@ -13,11 +13,11 @@ from mea.compression.methods import attended, position
 from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of rotated keys."""
     pairs = zip(attended.moments(statistics), position.moments(statistics), strict=True)
     moment, metric = (counted / _trace(counted) + alike / _trace(alike) for counted, alike in pairs)
-    return orthonormal(*weighted_subspace(moment, metric, width))
+    return orthonormal(*weighted_subspace(moment, metric, rank))
 
 
 def _trace(moment: Tensor) -> Tensor:

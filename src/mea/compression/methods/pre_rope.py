@@ -10,7 +10,7 @@ from mea.compression.calibrate.statistics import LayerStatistics
 from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of keys before rotation."""
     metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
-    return orthonormal(*weighted_subspace(statistics.keys, metric, width))
+    return orthonormal(*weighted_subspace(statistics.keys, metric, rank))

@@ -41,11 +41,13 @@ def plan_table(preview: dict[str, Any]) -> Table:
     before, after = preview["bytes_per_token_before"], preview["bytes_per_token"]
     context = preview["context"]
     full = f"{_size(preview['bytes_at_context_before'])} → {_size(preview['bytes_at_context'])}"
-    again = f", parts read again in {share:.0%} of the windows" if (share := preview.get("calibration_reread")) else ""
+    again = (
+        f", repeated spans in {share:.0%} of the windows" if (share := preview.get("calibration_copy_fraction")) else ""
+    )
     for line in (
         ("method", preview["method"]),
-        ("widths (keys, values)", _ranges(preview["widths"])),
-        *([("to begin with", "widths are chosen layer by layer")] if preview.get("allocation") else []),
+        ("ranks (keys, values)", _ranges(preview["ranks"])),
+        *([("to begin with", "ranks are chosen layer by layer")] if preview.get("allocation") else []),
         ("cache per token", f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}"),
         (f"cache at {context:,} tokens", full),
         ("calibration", f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}{again}"),
@@ -81,10 +83,10 @@ def compression_table(record: Record, out: str) -> Table:
     return table
 
 
-def _ranges(widths: list[list[int] | None]) -> str:
+def _ranges(ranks: list[list[int] | None]) -> str:
     """``layers 0-2: as they are; 3-29: 96, 96``."""
     runs: list[tuple[int, int, list[int] | None]] = []
-    for layer, pair in enumerate(widths):
+    for layer, pair in enumerate(ranks):
         if runs and runs[-1][2] == pair:
             runs[-1] = (runs[-1][0], layer, pair)
         else:

@@ -6,6 +6,7 @@ from typing import Any
 from mea.records import Record
 from mea.report.parts import ABSENT, Figure, Part, Section, Table
 from mea.report.sections import attention_diagnostics
+from mea.report.sections import pretraining_curves as curves
 from mea.report.sections.scaling_fit import KIND as FIT
 from mea.report.sections.scaling_fit import fit_parts, rate
 

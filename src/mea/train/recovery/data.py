@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.text import encode_text, load_text, read_again, start_token
+from mea.text import encode_text, load_text, repeat_spans, start_token
 from mea.text import windows as cut
 from mea.train.recovery.settings import Recovery
 
@@ -56,7 +56,7 @@ def windows(
     if before + wanted > len(rest):
         raise ValueError(f"{', '.join(map(str, texts))}: too short for a held-out window of each; give fewer texts")
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(settings.seed))
-    return read_again(rest[order[before : before + wanted]], settings.reread, settings.seed), kept_out
+    return repeat_spans(rest[order[before : before + wanted]], settings.copy_fraction, settings.seed), kept_out
 
 
 def overlaps(texts: Sequence[str], tested: Sequence[str], run: int = 13) -> int:

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from mea.evaluate.measure import text_losses
 from mea.evaluate.perplexity import perplexity, ratio
-from mea.models.loading import load, load_config, load_tokenizer, weights_mark
+from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
 from mea.ops.precision import peak_flops
 from mea.records import Record, make_record, write_record
 from mea.text import encode_text, load_text
@@ -85,7 +85,7 @@ def recover_to_folder(
         drawn.append(windows(tokenizer, texts, settings, skip=before))
         before += settings.steps * settings.step_tokens
     work = out.with_name(out.name + ".partial")
-    marks = [weights_mark(source), weights_mark(original) if original else None]
+    marks = [weights_fingerprint(source), weights_fingerprint(original) if original else None]
     tokens = [hashlib.sha256(rows.numpy().tobytes()).hexdigest() for rows, _ in drawn]
     _same_run(work, {"weights": marks, "stages": [describe(settings) for settings in stages], "tokens": tokens})
     shared = overlaps(texts, TESTED)

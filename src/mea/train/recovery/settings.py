@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from mea.ops.precision import named_dtype
-from mea.text import check_share
+from mea.text import check_fraction
 
 Objective = Literal["attention", "logits", "text"]
 Trained = Literal["factors", "attention", "all", "lora"]
@@ -31,13 +31,13 @@ class Recovery:
         Text that is trained on; none of it twice.
     window
         Tokens that are read in one piece.
-    reread
-        Share of the windows in which a part is read a second time, see `mea.text.read_again`.
+    copy_fraction
+        Share of the windows in which a part is read a second time, see `mea.text.repeat_spans`.
     batch
         Windows per step, over all processes.
     micro_batch
         Windows at a time in one process; less takes less memory and gives the same steps.
-    rate, other_rate
+    rate, base_lr
         Peak learning rate of the factors, and of everything else that is trained.
     relative
         Rates are multiplied by each tensor's own RMS at the start, as Adafactor does (arXiv 1804.04235): factors are an
@@ -70,11 +70,11 @@ class Recovery:
     trained: str = "attention"
     tokens: int = 100_000
     window: int = 512
-    reread: float = 0.0
+    copy_fraction: float = 0.0
     batch: int = 4
     micro_batch: int = 4
     rate: float = 1e-3
-    other_rate: float = 1e-3
+    base_lr: float = 1e-3
     relative: bool = True
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -97,15 +97,15 @@ class Recovery:
         for name in ("tokens", "batch", "micro_batch", "rank", "held_out", "evaluations", "checkpoints"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        check_share(self.reread)
+        check_fraction(self.copy_fraction)
         if self.window < 8:
             raise ValueError(f"a window of {self.window} tokens leaves too little to predict: 8 at least")
         if self.batch % self.micro_batch:
             raise ValueError(f"a batch of {self.batch} windows cannot be cut into parts of {self.micro_batch}")
         if self.tokens < self.step_tokens:
             raise ValueError(f"{self.tokens:,} tokens are less than one step: {self.batch} windows of {self.window}")
-        if not (self.rate > 0 and self.other_rate > 0):
-            raise ValueError(f"learning rates must be positive, not {self.rate} and {self.other_rate}")
+        if not (self.rate > 0 and self.base_lr > 0):
+            raise ValueError(f"learning rates must be positive, not {self.rate} and {self.base_lr}")
         if not 0 <= self.warmup < 1:
             raise ValueError(f"warmup is a share of the tokens, 0 to 1, not {self.warmup}")
         if self.objective == "attention" and self.trained in ("all", "lora"):
@@ -129,10 +129,10 @@ class Recovery:
 # tokens is longer than its run of 22B, so that the share here is ours.
 PRESETS: dict[str, dict[str, Any]] = {
     "layers": {"objective": "attention", "trained": "factors", "relative": False},
-    "distil": {"trained": "all", "reread": 0.5},
-    "near": {"trained": "all", "reread": 0.5, "rate": 3e-4, "other_rate": 3e-4},
+    "distil": {"trained": "all", "copy_fraction": 0.5},
+    "near": {"trained": "all", "copy_fraction": 0.5, "rate": 3e-4, "base_lr": 3e-4},
     "cpt": {
-        "objective": "text", "trained": "all", "rate": 1.6e-5, "other_rate": 1.6e-5, "relative": False,
+        "objective": "text", "trained": "all", "rate": 1.6e-5, "base_lr": 1.6e-5, "relative": False,
         "weight_decay": 0.1,
     },
 }  # fmt: skip

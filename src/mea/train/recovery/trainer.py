@@ -141,7 +141,7 @@ class RecoveryTrainer(Trainer):
             trained = [each for each in self.model.parameters() if each.requires_grad]
             own = [each for each in trained if id(each) in self._factors]
             rest = [each for each in trained if id(each) not in self._factors]
-            groups = [{"params": own, "lr": settings.rate}, {"params": rest, "lr": settings.other_rate}]
+            groups = [{"params": own, "lr": settings.rate}, {"params": rest, "lr": settings.base_lr}]
             if settings.relative:
                 size = sizes(self.model)
                 groups = [
@@ -164,7 +164,7 @@ class RecoveryTrainer(Trainer):
         """
         outputs = model(**inputs)
         if not outputs["loss"].isfinite():
-            rates = f"{self.settings.rate:g} and {self.settings.other_rate:g}"
+            rates = f"{self.settings.rate:g} and {self.settings.base_lr:g}"
             raise DivergedError(
                 f"the loss is {outputs['loss'].item()} at step {self.state.global_step + 1} with learning rates "
                 f"{rates}: train with lower ones (--rate, --other-rate)"
@@ -245,7 +245,7 @@ def training_arguments(settings: Recovery, folder: Path, processes: int) -> Trai
         max_steps=steps,
         per_device_train_batch_size=micro,
         gradient_accumulation_steps=share // micro,
-        learning_rate=settings.other_rate,
+        learning_rate=settings.base_lr,
         lr_scheduler_type="cosine",
         warmup_steps=round(settings.warmup * steps),
         max_grad_norm=settings.clip,

@@ -29,18 +29,18 @@ FLOOR = 1e-9  # of the largest energy: what was hardly ever seen
 RTOL = 1e-3  # of the largest singular value: a direction in which decoders are smaller would be read out of rounding
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of rotated keys."""
     d = statistics.head_dim
     energy = average_over_phases(statistics.queries, d).diagonal(dim1=1, dim2=2)
     weight = energy.clamp_min(FLOOR * energy.max().item() or 1.0).sqrt()  # g d, equal for both channels of a frequency
     rows = weight.flatten()
-    maps, scalars = fit_gauge(key_blocks(rows[:, None] * statistics.keys * rows, d), width // d)
+    maps, scalars = fit_gauge(key_blocks(rows[:, None] * statistics.keys * rows, d), rank // d)
     decoder = _decoder(head_matrices(maps) / weight[:, :, None], scalars)
     return Factors(linalg.pinv(rows[:, None] * decoder) * rows, decoder)
 
 
-def values(averaged: AveragedValues, num_kv_heads: int, width: int) -> tuple[Factors, Float[Tensor, "D _"]]:
+def values(averaged: AveragedValues, num_kv_heads: int, rank: int) -> tuple[Factors, Float[Tensor, "D _"]]:
     """Factors of values, and the output projection fitted to them."""
     moment, metric = single_heads(averaged, num_kv_heads)
     d = metric.shape[1]
@@ -48,11 +48,11 @@ def values(averaged: AveragedValues, num_kv_heads: int, width: int) -> tuple[Fac
     scale = energies.clamp_min(FLOOR * energies.max().item() or 1.0).sqrt()
     root, inverse = vectors * scale[:, None] @ vectors.mT, vectors / scale[:, None] @ vectors.mT
     weighted = torch.block_diag(*root)
-    maps, scalars = fit_gauge(value_blocks(weighted @ moment @ weighted, d), width // d)
+    maps, scalars = fit_gauge(value_blocks(weighted @ moment @ weighted, d), rank // d)
     decoder = _decoder(inverse @ head_matrices(maps), scalars)
     encoder = linalg.pinv(weighted @ decoder, rtol=RTOL) @ weighted
     encoder, decoder, output = alternate(averaged, encoder, decoder.view(num_kv_heads, d, -1), _fit_decoder)
-    return Factors(encoder, decoder.reshape(num_kv_heads * d, width)), output
+    return Factors(encoder, decoder.reshape(num_kv_heads * d, rank)), output
 
 
 def fit_gauge(

@@ -13,14 +13,14 @@ from mea.compression.calibrate.statistics import LayerStatistics
 from mea.compression.methods.factors import Factors, from_head_mixing
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of rotated keys."""
-    return _pool(statistics, width)
+    return _pool(statistics, rank)
 
 
-def values(statistics: LayerStatistics, width: int) -> Factors:
+def values(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of values."""
-    return _pool(statistics, width)
+    return _pool(statistics, rank)
 
 
 def neighbours(heads: int, groups: int) -> Int[Tensor, " g"]:
@@ -28,7 +28,7 @@ def neighbours(heads: int, groups: int) -> Int[Tensor, " g"]:
     return torch.arange(heads) * groups // heads
 
 
-def _pool(statistics: LayerStatistics, width: int) -> Factors:
-    heads, groups = statistics.num_kv_heads, width // statistics.head_dim
+def _pool(statistics: LayerStatistics, rank: int) -> Factors:
+    heads, groups = statistics.num_kv_heads, rank // statistics.head_dim
     member = (torch.arange(groups)[:, None] == neighbours(heads, groups)).double()
     return from_head_mixing(member / member.sum(1, keepdim=True).sqrt(), statistics.head_dim)

@@ -16,14 +16,14 @@ from mea.compression.methods.factors import Factors
 ROUNDS = 20
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of rotated keys."""
-    return _pool(key_blocks(statistics.keys, statistics.head_dim), width // statistics.head_dim)
+    return _pool(key_blocks(statistics.keys, statistics.head_dim), rank // statistics.head_dim)
 
 
-def values(statistics: LayerStatistics, width: int) -> Factors:
+def values(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of values."""
-    return _pool(value_blocks(statistics.values, statistics.head_dim), width // statistics.head_dim)
+    return _pool(value_blocks(statistics.values, statistics.head_dim), rank // statistics.head_dim)
 
 
 def grouping(moment: Num[Tensor, "b g a g a"], count: int) -> list[list[int]]:

@@ -11,18 +11,18 @@ from mea.compression.calibrate.statistics import LayerStatistics
 from mea.compression.methods.factors import Factors, from_head_mixing
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of rotated keys."""
-    return _factorise(statistics.keys, statistics.head_dim, width)
+    return _factorise(statistics.keys, statistics.head_dim, rank)
 
 
-def values(statistics: LayerStatistics, width: int) -> Factors:
+def values(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of values."""
-    return _factorise(statistics.values, statistics.head_dim, width)
+    return _factorise(statistics.values, statistics.head_dim, rank)
 
 
-def _factorise(moment: Float[Tensor, "n n"], head_dim: int, width: int) -> Factors:
+def _factorise(moment: Float[Tensor, "n n"], head_dim: int, rank: int) -> Factors:
     heads = moment.shape[0] // head_dim
     products = moment.view(heads, head_dim, heads, head_dim).diagonal(dim1=1, dim2=3).sum(-1)
     _, vectors = linalg.eigh(products)
-    return from_head_mixing(vectors.flip(-1)[:, : width // head_dim].T, head_dim)
+    return from_head_mixing(vectors.flip(-1)[:, : rank // head_dim].T, head_dim)

@@ -14,17 +14,17 @@ from mea.compression.calibrate.statistics import LayerStatistics
 from mea.compression.methods.factors import Factors, from_head_mixing
 
 
-def keys(statistics: LayerStatistics, width: int) -> Factors:
+def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of rotated keys; RoPE is the same for all heads, so the mixing of unrotated keys serves."""
-    return _factorise(statistics.key_weight, statistics.head_dim, width)
+    return _factorise(statistics.key_weight, statistics.head_dim, rank)
 
 
-def values(statistics: LayerStatistics, width: int) -> Factors:
+def values(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of values."""
-    return _factorise(statistics.value_weight, statistics.head_dim, width)
+    return _factorise(statistics.value_weight, statistics.head_dim, rank)
 
 
-def _factorise(weight: Float[Tensor, "n _"], head_dim: int, width: int) -> Factors:
+def _factorise(weight: Float[Tensor, "n _"], head_dim: int, rank: int) -> Factors:
     heads = weight.double().view(-1, head_dim * weight.shape[1])
     mixing, _, _ = linalg.svd(heads, full_matrices=False)
-    return from_head_mixing(mixing[:, : width // head_dim].T, head_dim)
+    return from_head_mixing(mixing[:, : rank // head_dim].T, head_dim)
