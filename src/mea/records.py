@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any
+from typing import Any, Protocol
 
 FORMAT = 1
 PACKAGES = ("mea", "torch", "transformers", "safetensors", "accelerate", "numpy")
@@ -49,6 +49,12 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 }
 
 Record = dict[str, Any]
+
+
+class Progress(Protocol):
+    """Told how far long work has come: a word for what is being done, the steps done, and the steps in all."""
+
+    def __call__(self, what: str, done: int, total: int, /) -> None: ...
 
 
 def make_record(
@@ -92,14 +98,25 @@ def write_record(path: str | Path, record: Record) -> Path:
     ValueError
         It is not a valid record.
     """
-    path = Path(path)
     _validate(record, "the record")
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_atomically(path, text)
+
+
+def write_atomically(path: str | Path, content: str | bytes) -> Path:
+    """Write a file that is there complete or not at all, readable for everybody; its folder must exist.
+
+    Raises
+    ------
+    OSError
+        It could not be written; nothing half written is left.
+    """
+    path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

@@ -17,7 +17,7 @@ from mea.compression.api import Compressed
 from mea.evaluate.continuation import Continuation
 from mea.evaluate.fastest import use_packed_decode
 from mea.evaluate.generation import continue_prompt
-from mea.evaluate.measure import Progress, text_losses
+from mea.evaluate.measure import text_losses
 from mea.evaluate.perplexity import Estimate, block_means, by_position, perplexity, ratio
 from mea.evaluate.speed import MakeCache, cache_size, decode_seconds, speed_ratio
 from mea.evaluate.through_cache import ThroughCache
@@ -25,7 +25,7 @@ from mea.models.accounting import cached_share
 from mea.models.fold import stock_form
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
 from mea.ops.precision import named_dtype
-from mea.records import Record, make_record
+from mea.records import Progress, Record, make_record
 from mea.text import encode_text, load_text, start_token, windows
 
 ORIGINAL = "uncompressed"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mea.comparison.configs import MethodConfig
-from mea.comparison.measure import ORIGINAL, Measuring, Progress, Protocol
+from mea.comparison.measure import ORIGINAL, Measuring, Protocol
 from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
 from mea.compression.budget import CacheShape
@@ -20,7 +20,7 @@ from mea.compression.cost import estimate, reading_seconds
 from mea.compression.plan import Plan, make_plan
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
-from mea.records import Record, make_record, read_record, write_record
+from mea.records import Progress, Record, make_record, read_record, write_record
 
 TRAINING = 4  # times that reading the tokens takes: forth and back (twice as much), and the original
 AT_ONCE = 4  # plans that are carried out in one pass over the layers, whose results are in memory together

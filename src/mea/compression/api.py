@@ -1,7 +1,6 @@
 """The main job: a model in, the same model with a smaller KV cache out."""
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,7 @@ from mea.compression.fit import Target, fit_layers
 from mea.compression.methods import DEFAULT_METHOD
 from mea.compression.plan import Allocation, Plan, make_plan
 from mea.compression.refine import Refined, Refinement, refine_layers
-
-Progress = Callable[[str, int, int], None]  # what is being done, steps done, steps in all
+from mea.records import Progress
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,8 @@ from mea.compression.calibrate.layerwise import (
 from mea.compression.convert import replace_weights
 from mea.models.lm_head import IGNORED, Head, distance
 from mea.ops.precision import fast_dtype
+from mea.records import Progress
 
-Progress = Callable[[str, int, int], None]
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 WARMUP = 0.1  # of the steps
 

@@ -8,7 +8,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.allocate.search import allocated
-from mea.compression.api import Compressed, Progress, run_plans
+from mea.compression.api import Compressed, run_plans
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.card import model_card
 from mea.compression.check import checked_stock_form
@@ -21,7 +21,7 @@ from mea.evaluate.perplexity import perplexity, ratio
 from mea.evaluate.speed import cache_size
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
-from mea.records import make_record, write_record
+from mea.records import Progress, make_record, write_record
 from mea.text import encode_text, load_text
 
 MEASURED_TEXT = "wikitext-2-test"

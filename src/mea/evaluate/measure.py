@@ -1,6 +1,5 @@
 """Measure models by name and write down what came out, as records."""
 
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -10,10 +9,8 @@ from torch import Tensor
 from mea.evaluate.perplexity import Read, block_means, perplexity, ratio, token_losses
 from mea.evaluate.through_cache import reading_in
 from mea.models.loading import load
-from mea.records import Record, make_record
+from mea.records import Progress, Record, make_record
 from mea.text import encode_text, load_text, start_token
-
-Progress = Callable[[str, int, int], None]  # what is being done, windows done, windows in all
 
 
 def text_losses(

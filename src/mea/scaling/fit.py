@@ -1,13 +1,13 @@
 """From pretraining records to the record of a fit: everything that `mea fit` prints and draws."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from mea.records import Record, make_record
+from mea.records import Progress, Record, make_record
 from mea.scaling.curves import CellFit, fit_cell
 from mea.scaling.decay import after_decay
 from mea.scaling.draws import Draws, SeedNoise, interval, pooled_noise
@@ -23,8 +23,6 @@ from mea.scaling.rates import (
 )
 from mea.scaling.runs import CONSTANT, Cell, cells_of, read_runs
 from mea.scaling.stability import score_with_interval
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mea.models.loading import load_tokenizer
+from mea.records import Progress
 from mea.train.recovery.api import describe, recover
 from mea.train.recovery.data import windows
 from mea.train.recovery.settings import Recovery, recovery
-from mea.train.recovery.trainer import Progress
 
 SLOWER = 0.5  # rates relative to the presets', whose steps read four windows: few tokens are spent best one by one
 

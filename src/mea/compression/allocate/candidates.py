@@ -1,6 +1,6 @@
 """One layer of a model at several ranks: what its factors are there, and what they promise."""
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from itertools import zip_longest
 from pathlib import Path
@@ -16,8 +16,8 @@ from mea.compression.convert import LayerFactors
 from mea.compression.fit import FittedLayer, Target, fit_layers
 from mea.compression.methods import Method
 from mea.compression.plan import REACH
+from mea.records import Progress
 
-Progress = Callable[[str, int, int], None]
 Pair = tuple[int, int]
 KEYS, VALUES, BOTH = (1, 0), (0, 1), (1, 1)  # ways of becoming wider
 

@@ -12,7 +12,6 @@ and ``lost`` (share of the attention output's energy); ``samples``: mean losses 
 
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +29,8 @@ from mea.evaluate.perplexity import block_means, ratio
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
 from mea.ops.precision import named_dtype
-from mea.records import Record, make_record, read_record, write_record
+from mea.records import Progress, Record, make_record, read_record, write_record
 
-Progress = Callable[[str, int, int], None]
 KIND = "profile"
 
 

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,8 @@ from mea.evaluate.model_info import check_model, compression_of, identity, label
 from mea.evaluate.paired import average_difference, paired_difference
 from mea.evaluate.suites import SUITES, ZERO_SHOT, select
 from mea.models.loading import load
-from mea.records import Record, make_record, read_record, write_record
+from mea.records import Progress, Record, make_record, read_record, write_record
 
-Progress = Callable[[str, int, int], None]
 KIND, PAIRED = "task", "paired tasks"
 
 

@@ -28,9 +28,8 @@ from mea.evaluate.model_info import check_model, compression_of, identity, label
 from mea.evaluate.perplexity import token_losses
 from mea.evaluate.through_cache import reading_in
 from mea.models.loading import load, load_config, load_tokenizer
-from mea.records import Record, make_record, read_record, write_record
+from mea.records import Progress, Record, make_record, read_record, write_record
 
-Progress = Callable[[str, int, int], None]
 Say = Callable[[str], None]
 KIND = "long context"
 TRIAL = 512  # tokens that are read to tell how long everything will take

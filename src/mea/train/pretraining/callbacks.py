@@ -8,8 +8,8 @@ from typing import Any
 import torch.distributed as dist
 from transformers import TrainerCallback
 
+from mea.records import Progress
 from mea.train.checkpoints import mark_complete
-from mea.train.pretraining.dataset import Progress
 
 DIVERGENCE_WINDOW = 50  # steps over which the loss is averaged to tell divergence from a spike
 

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mea.records import Progress
 from mea.train.checkpoints import checksum_of
 from mea.train.pretraining.documents import documents, is_validation, source_files
 from mea.train.pretraining.settings import DataSettings
@@ -32,7 +33,6 @@ SPLITS = ("train", "validation")
 BATCH_CHARACTERS = 4_000_000  # tokenised at a time
 CHECKED_BYTES = 2 << 30  # up to here checksums are compared on opening; above, sizes alone
 IGNORED = -100  # a label that is not scored
-Progress = Callable[[str, int, int], None]
 
 
 def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenizerFast:

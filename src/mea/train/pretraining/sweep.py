@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from mea.records import read_record
+from mea.records import Progress, read_record
 from mea.train.checkpoints import is_complete
 from mea.train.pretraining.branch import SETTINGS
-from mea.train.pretraining.dataset import Progress, prepare
+from mea.train.pretraining.dataset import prepare
 from mea.train.pretraining.run import KIND
 from mea.train.pretraining.settings import settings_from
 from mea.train.pretraining.sweep_file import Job

@@ -19,10 +19,11 @@ from torch.distributed.tensor import DTensor
 
 from mea.models.latent_attention import MODEL_TYPE_PREFIX
 from mea.ops.memory import keep_freed_memory
+from mea.records import Progress
 from mea.train.recovery.loss import Distilled
 from mea.train.recovery.parameters import choose, factors, merged
 from mea.train.recovery.settings import Recovery
-from mea.train.recovery.trainer import Point, Progress, RecoveryTrainer, last_checkpoint
+from mea.train.recovery.trainer import Point, RecoveryTrainer, last_checkpoint
 from mea.train.recovery_layers import LayerOutputs
 
 

@@ -18,12 +18,11 @@ from mea.evaluate.measure import text_losses
 from mea.evaluate.perplexity import perplexity, ratio
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
 from mea.ops.precision import peak_flops
-from mea.records import Record, make_record, write_record
+from mea.records import Progress, Record, make_record, write_record
 from mea.text import encode_text, load_text
 from mea.train.recovery.api import Recovered, check_pair, describe, recover
 from mea.train.recovery.data import overlaps, windows
 from mea.train.recovery.settings import Recovery
-from mea.train.recovery.trainer import Progress
 
 KIND = "recovery"
 TESTED = ("wikitext-2-test", "wikitext-2-valid", "technical")

@@ -22,10 +22,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
+from mea.records import Progress
 from mea.train.recovery.parameters import sizes
 from mea.train.recovery.settings import Recovery
 
-Progress = Callable[[str, int, int], None]
 Point = dict[str, float | int]
 WEIGHTS, OPTIMISER, SCHEDULE, BEST = "trained.safetensors", "optimizer.pt", "scheduler.pt", "best.safetensors"
 FULL = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True, strict=False)
