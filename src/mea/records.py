@@ -31,7 +31,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 FORMAT = 1
 PACKAGES = ("mea", "torch", "transformers", "safetensors", "accelerate", "numpy")
@@ -51,6 +51,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
 Record = dict[str, Any]
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Told how far long work has come: a word for what is being done, the steps done, and the steps in all."""
 
