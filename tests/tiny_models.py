@@ -7,9 +7,10 @@ import torch
 import transformers
 
 from mea.compression.budget import Layout
-from mea.compression.convert import LayerFactors, assemble, latent_config
-from mea.compression.methods.factors import Factors
+from mea.compression.convert import assemble, latent_config
+from mea.compression.methods.factors import Factors, LayerFactors
 from mea.models.latent_attention import SUPPORTED
+from mea.ops.forms import FORMS
 
 VOCABULARY, WIDTH, WINDOW = 99, 24, 8  # 3 kv heads of 8
 FULL = ((WIDTH, WIDTH),) * 3
@@ -81,9 +82,9 @@ def compress(model: Any, ranks: tuple = REDUCED, form: str = "post_rope") -> Any
 
     def factors(pair: tuple[int, int]) -> LayerFactors:
         both = joint_factors(sum(pair)) if form == "joint" else map(random_factors, pair)
-        return LayerFactors(*both, form=form)
+        return LayerFactors(*both, form=FORMS[form])
 
-    config = latent_config(model.config, Layout(tuple(ranks)), {}, form)
+    config = latent_config(model.config, Layout(tuple(ranks)), {}, FORMS[form])
     return assemble(copy.deepcopy(model), [None if pair is None else factors(pair) for pair in ranks], config)
 
 

@@ -15,9 +15,10 @@ from typing import NamedTuple
 import torch
 
 from mea.compression.api import run_plans
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import checked_stock_form
-from mea.compression.plan import make_plan
+from mea.compression.plan import CompressOptions, make_plan
 from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
 from mea.models.loading import load, packaged_model
 from mea.records import make_record, read_record, write_record
@@ -78,9 +79,9 @@ def losses(model, tokenizer, tokens: dict[str, torch.Tensor]) -> dict[str, torch
 
 def one(run: Run, model, tokenizer, tokens, reference) -> None:
     calibration = Calibration(run.text, run.tokens, seed=run.seed)
-    plan = make_plan(model.config, 4, keep=0.5, calibration=calibration)
+    plan = make_plan(model.config, 4, CompressOptions(keep=0.5, calibration=calibration))
     windows = calibration_tokens(tokenizer, calibration)
-    result = run_plans(checked_stock_form(model, windows), windows, [plan])[0]
+    result = run_plans(LayerWalk(checked_stock_form(model, windows)), windows, [plan])[0]
     texts = {}
     samples = {}
     for text, found in losses(result.model, tokenizer, tokens).items():

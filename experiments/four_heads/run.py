@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from mea.compression.api import run_plans
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import TOLERANCE
 from mea.compression.methods import METHODS
-from mea.compression.plan import make_plan
+from mea.compression.plan import CompressOptions, make_plan
 from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
 from mea.evaluate.speed import cache_size
 from mea.models.loading import load
@@ -46,11 +47,13 @@ def main() -> None:
         return {name: token_losses(measured, ids, options.window) for name, ids in tests.items()}
 
     plans = {
-        (name, keep): make_plan(model.config, model.dtype.itemsize, keep=keep, method=name, calibration=calibration)
+        (name, keep): make_plan(
+            model.config, model.dtype.itemsize, CompressOptions(keep=keep, method=name, calibration=calibration)
+        )
         for name in METHODS
         for keep in (0.5, 1.0)
     }
-    results = dict(zip(plans, run_plans(model, tokens, list(plans.values())), strict=True))
+    results = dict(zip(plans, run_plans(LayerWalk(model), tokens, list(plans.values())), strict=True))
     original, whole = losses(model), cache_size(model)
     figures: dict[str, Any] = {
         "uncompressed": {

@@ -11,7 +11,7 @@ from mea.train.recovery.api import recover
 
 
 def test_compare_writes_records_and_three_reports(mea, models_, text, tmp_path):
-    options = ("--method", "position", "--keep", 0.5, "--keep", 0.75, "--bits", 8, "--press", "KnormPress")
+    options = ("--method", "post_rope:uniform", "--keep", 0.5, "--keep", 0.75, "--bits", 8, "--press", "KnormPress")
     options += ("--text", text, "--tokens", 256, "--window", 64, "--context", 40, "--decode-steps", 0)
     options += ("--calibration-tokens", 256, "--calibration-window", 64)
     result = mea("compare", models_["a"], tmp_path, *options)
@@ -31,7 +31,7 @@ def test_compare_measures_before_and_after_the_same_training(mea, models_, text,
 
     rates: dict[str, float] = {}
     monkeypatch.setattr(same_recovery, "recover", recorded)
-    options = ("--method", "position", "--method", "joint", "--keep", 0.5, "--bits", 8, "--decode-steps", 0)
+    options = ("--method", "post_rope:uniform", "--method", "joint", "--keep", 0.5, "--bits", 8, "--decode-steps", 0)
     options += ("--text", text, "--tokens", 256, "--window", 64, "--context", 40)
     options += ("--calibration-tokens", 256, "--calibration-window", 64, "--recover-tokens", 2 * 64)
     Path(text).write_text(5 * Path(text).read_text())
@@ -41,7 +41,7 @@ def test_compare_measures_before_and_after_the_same_training(mea, models_, text,
     assert result.exit_code == 0, result.output
     records = {record["config"]["label"]: record for record in read_records(tmp_path / "records")}
     assert rates == {"post_rope": 5e-4, "joint": 1.5e-4}
-    for method in ("position", "joint"):
+    for method in ("post_rope:uniform", "joint"):
         before, after = records[f"{method} 0.5"], records[f"{method} 0.5, recovered"]
         assert after["config"]["recovery"]["steps"] == 2
         assert after["results"]["cache"] == before["results"]["cache"]

@@ -18,7 +18,7 @@ from mea.models.loading import load_config
 from mea.report import make_sections, rows
 
 METHOD_CONFIGS = [
-    MethodConfig("position", "position"),
+    MethodConfig("post_rope:uniform", "post_rope:uniform"),
     MethodConfig("svd", "svd"),
     MethodConfig("svd, less", "svd", keep=0.25),
 ]
@@ -61,7 +61,7 @@ CONTINUED = dataclasses.replace(PROTOCOL, context=96, positions=(), prompt="", d
 
 
 def all_kinds(saved, calibration, folder, **options):
-    configs = method_configs(["position"], [0.5, 0.75], bits=(8, 4), presses=("SnapKVPress",))
+    configs = method_configs(["post_rope:uniform"], [0.5, 0.75], bits=(8, 4), presses=("SnapKVPress",))
     return compare(str(saved), folder, configs, protocol=CONTINUED, calibration=calibration, **options)
 
 
@@ -126,13 +126,13 @@ def test_recovered_contenders_are_measured_as_the_training_leaves_them(saved, ca
         return model
 
     names = []
-    configs = method_configs(["position", "svd"], [0.5], bits=(), recovered=True)
+    configs = method_configs(["post_rope:uniform", "svd"], [0.5], bits=(), recovered=True)
     options = {"protocol": CONTINUED, "calibration": calibration, "training": Training(silenced, {"how": "zeros"})}
     records = compare(str(saved), tmp_path / "r", configs, **options)
     found = {record["config"]["label"]: record for record in records}
     assert names == ["position-0-5--recovered", "svd-0-5--recovered"]
     vocabulary = load_config(str(saved)).vocab_size
-    for method in ("position", "svd"):
+    for method in ("post_rope:uniform", "svd"):
         before, after = (found[f"{method} 0.5{end}"] for end in ("", ", recovered"))
         assert after["config"]["recovery"] == {"how": "zeros"}
         assert "recovery" not in before["config"]
@@ -175,7 +175,7 @@ def test_what_a_comparison_costs_is_said_before_any_weight_is_read(saved, calibr
 
 
 def test_what_no_calibration_text_made_is_not_measured_again_for_another(saved, calibration, tmp_path):
-    configs = method_configs(["position"], [0.5], bits=[8])
+    configs = method_configs(["post_rope:uniform"], [0.5], bits=[8])
     for seed in (0, 1):
         before = {path: path.stat().st_mtime_ns for path in tmp_path.glob("r/*.json")}
         seeded = dataclasses.replace(calibration, seed=seed)

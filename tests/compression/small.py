@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import transformers
 
+from mea.compression.plan import CompressOptions, Plan, make_plan
 from mea.models.latent_attention import SUPPORTED
 
 # What an architecture needs beyond `SIZES`.
@@ -37,3 +38,8 @@ def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32, **change
             parameter.data = torch.randn_like(parameter) * (1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
     model.tie_weights()
     return model.to(dtype)
+
+
+def planned(config: Any, **fields: Any) -> Plan:
+    """The plan for a model in fp32."""
+    return make_plan(config, 4, CompressOptions(**fields))

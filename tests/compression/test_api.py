@@ -9,21 +9,22 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import mea
-from compression.small import SIZES, tiny
+from compression.small import SIZES, planned, tiny
 from mea.compression import Calibration, ConversionError
 from mea.compression.api import Compressed, run_plans
 from mea.compression.budget import CacheShape
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import TOLERANCE
 from mea.compression.methods import METHODS
-from mea.compression.plan import make_plan
+from mea.compression.plan import CompressOptions, make_plan
 from mea.evaluate.speed import cache_size
 from mea.models.latent_attention import SUPPORTED
 
 
 def run(model: Any, tokenizer: Any, calibration: Calibration, **options: Any) -> Compressed:
-    plan = make_plan(model.config, model.dtype.itemsize, calibration=calibration, **options)
-    return run_plans(model, calibration_tokens(tokenizer, calibration), [plan])[0]
+    plan = make_plan(model.config, model.dtype.itemsize, CompressOptions(calibration=calibration, **options))
+    return run_plans(LayerWalk(model), calibration_tokens(tokenizer, calibration), [plan])[0]
 
 
 def logits(model: Any, length: int = 40) -> Tensor:
@@ -51,7 +52,7 @@ def test_end_to_end(method: str, tokenizer: Any, calibration: Calibration) -> No
     assert torch.equal(logits(model), expected)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     # What did not change is shared.
-    assert compressed.config.latent_form == METHODS[method].form
+    assert compressed.config.latent_form == METHODS[method].form.name
     for name, parameter in compressed.named_parameters():
         if "v_proj" not in name and "head_mixing" not in name and "o_proj" not in name:
             assert parameter is model.get_parameter(name), name
@@ -62,18 +63,18 @@ def test_end_to_end(method: str, tokenizer: Any, calibration: Calibration) -> No
 def test_everything_kept_computes_the_same(method: str, tokenizer: Any, calibration: Calibration) -> None:
     """At full rank nothing is lost: the self-check's promise, on the whole model and other tokens."""
     model = tiny()
-    plan = make_plan(model.config, 4, keep=1.0, method=method, calibration=calibration)
-    result = run_plans(model, calibration_tokens(tokenizer, calibration), [plan])[0]
+    plan = planned(model.config, keep=1.0, method=method, calibration=calibration)
+    result = run_plans(LayerWalk(model), calibration_tokens(tokenizer, calibration), [plan])[0]
     expected = logits(model)
     assert (logits(result.model) - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp_min(1.0)
-    assert max(result.lost) < 1e-6
+    assert max(result.relative_output_errors) < 1e-6
 
 
 def test_losses_grow_as_less_is_kept(tokenizer: Any, calibration: Calibration) -> None:
     model = tiny()
     tokens = calibration_tokens(tokenizer, calibration)
-    plans = [make_plan(model.config, 4, keep=keep, calibration=calibration) for keep in (0.75, 0.5, 0.25)]
-    lost = torch.tensor([result.lost for result in run_plans(model, tokens, plans)])
+    plans = [planned(model.config, keep=keep, calibration=calibration) for keep in (0.75, 0.5, 0.25)]
+    lost = torch.tensor([result.relative_output_errors for result in run_plans(LayerWalk(model), tokens, plans)])
     assert (lost > 0).all()
     assert (lost[:-1] < lost[1:]).all()
 
@@ -81,12 +82,12 @@ def test_losses_grow_as_less_is_kept(tokenizer: Any, calibration: Calibration) -
 def test_plans_together_give_what_each_gives_alone(tokenizer: Any, calibration: Calibration) -> None:
     model = tiny()
     tokens = calibration_tokens(tokenizer, calibration)
-    plans = [make_plan(model.config, 4, method=method, calibration=calibration) for method in METHODS]
-    together = run_plans(model, tokens, plans)
+    plans = [planned(model.config, method=method, calibration=calibration) for method in METHODS]
+    together = run_plans(LayerWalk(model), tokens, plans)
     for plan, result in zip(plans, together, strict=True):
-        alone = run_plans(model, tokens, [plan])[0]
+        alone = run_plans(LayerWalk(model), tokens, [plan])[0]
         assert torch.equal(logits(alone.model), logits(result.model)), plan.method.name
-        assert alone.lost == result.lost
+        assert alone.relative_output_errors == result.relative_output_errors
 
 
 def measured(model: Any, length: int) -> int:
@@ -108,7 +109,7 @@ def test_the_uncompressed_cache_is_what_the_shape_says(model_type: str, length: 
         {"keep": 0.5},
         {"keep": 0.6},  # 19.2 numbers of 32: layers differ
         {"layout": "deep", "method": "svd"},
-        {"keep": 0.6, "method": "latent"},
+        {"keep": 0.6, "method": "pre_rope"},
         {"keep": 0.6, "method": "joint"},
     ],
 )
@@ -121,7 +122,7 @@ def test_measured_bytes_are_the_layouts_promise(
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mistral", "gemma3_text"])
-@pytest.mark.parametrize("method", ["position", "gram"])
+@pytest.mark.parametrize("method", ["post_rope:uniform", "gram"])
 @pytest.mark.parametrize("context", [20, 100])  # before and after the window of 24 is full
 def test_measured_bytes_are_within_a_byte_budget_and_less_than_a_step_under_it(
     model_type: str, method: str, context: int, tokenizer: Any, calibration: Calibration
@@ -139,11 +140,11 @@ def test_layers_left_alone_are_the_originals(tokenizer: Any, calibration: Calibr
     result = run(model, tokenizer, calibration, layout="deep")
     kinds = [type(layer.self_attn).__name__ for layer in result.model.model.layers]
     assert kinds == ["LlamaAttention"] * 3 + ["MeaLlamaAttention"] * 2
-    assert result.lost[:3] == [0.0] * 3
+    assert result.relative_output_errors[:3] == [0.0] * 3
     assert result.plan.layout.keep(result.plan.shape) == pytest.approx(0.8)
 
 
-@pytest.mark.parametrize("method", ["svd", "position", "latent", "joint"])
+@pytest.mark.parametrize("method", ["svd", "post_rope:uniform", "pre_rope", "joint"])
 @pytest.mark.parametrize("model_type", list(SUPPORTED))
 def test_every_architecture_passes_its_checks(
     model_type: str, method: str, tokenizer: Any, calibration: Calibration, tmp_path: Path
@@ -151,8 +152,8 @@ def test_every_architecture_passes_its_checks(
     tiny(model_type).save_pretrained(tmp_path / "original")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "original")  # knows how its checkpoint was rearranged
     result = run(model, tokenizer, calibration, keep=0.5, method=method)
-    assert set(result.errors) == {"full_rank", "cached"}
-    assert max(result.errors.values()) <= 1e-4
+    assert set(result.self_check) == {"full_rank", "cached"}
+    assert max(result.self_check.values()) <= 1e-4
     # The checks walk the layers one by one; the assembled model must compute what they saw.
     expected = run(model, tokenizer, calibration, keep=1.0, method=method)
     assert (logits(expected.model) - logits(model)).abs().max() <= 1e-4 * logits(model).abs().max().clamp_min(1.0)
@@ -161,14 +162,14 @@ def test_every_architecture_passes_its_checks(
     assert torch.equal(logits(reloaded), logits(result.model))
 
 
-@pytest.mark.parametrize("method", ["position", "latent", "joint"])
+@pytest.mark.parametrize("method", ["post_rope:uniform", "pre_rope", "joint"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_half_precision(model_type: str, method: str, tokenizer: Any, calibration: Calibration) -> None:
     """The fit runs in fp32 whatever the model's dtype, and the result keeps the model's."""
     model = tiny(model_type, torch.bfloat16)
     result = run(model, tokenizer, calibration, keep=1.0, method=method)
     assert {parameter.dtype for parameter in result.model.parameters()} == {torch.bfloat16}
-    assert max(result.errors.values()) <= 1e-4
+    assert max(result.self_check.values()) <= 1e-4
     exact = logits(tiny(model_type, torch.bfloat16).float())
     stock = (logits(model) - exact).abs().mean()
     # Exact up to bf16: keys, values and the two mixings are rounded once more each than in the stock model.
@@ -183,15 +184,16 @@ def test_a_model_in_training_mode_and_with_gradients_is_left_so(tokenizer: Any, 
     assert torch.equal(logits(result.model.eval()), logits(run(model.eval(), tokenizer, calibration).model))
 
 
-@pytest.mark.parametrize("method", ["latent", "joint"])
+@pytest.mark.parametrize("method", ["pre_rope", "joint"])
 @pytest.mark.parametrize("model_type", ["llama", "gemma3_text"])
 def test_latents_before_rotation_lose_less_and_together_least(
     model_type: str, method: str, tokenizer: Any, calibration: Calibration
 ) -> None:
     """Of the same bytes, layer by layer."""
-    before = {"latent": "position", "joint": "latent"}[method]
-    lost = [run(tiny(model_type), tokenizer, calibration, method=each).lost for each in (before, method)]
-    assert all(after < 0.8 * earlier for earlier, after in zip(*lost, strict=True))
+    before = {"pre_rope": "post_rope:uniform", "joint": "pre_rope"}[method]
+    results = [run(tiny(model_type), tokenizer, calibration, method=name) for name in (before, method)]
+    errors = [result.relative_output_errors for result in results]
+    assert all(after < 0.8 * earlier for earlier, after in zip(*errors, strict=True))
 
 
 def test_keys_that_are_rotated_at_the_wrong_positions_are_refused(
@@ -204,7 +206,7 @@ def test_keys_that_are_rotated_at_the_wrong_positions_are_refused(
 
     monkeypatch.setattr(latent_attention, "key_positions", wrong)
     with pytest.raises(ConversionError, match="logits differ"):
-        run(tiny(), tokenizer, calibration, method="latent")
+        run(tiny(), tokenizer, calibration, method="pre_rope")
 
 
 @pytest.mark.parametrize("break_it", ["decoder", "materialise"])
@@ -240,5 +242,5 @@ def test_by_default_half_of_the_calibration_windows_look_back(tokenizer: Any, ca
     default = Calibration(calibration.text, calibration.tokens, calibration.window)
     changed = calibration_tokens(tokenizer, default) != prose
     assert changed.any(1).sum() == len(prose) // 2
-    assert make_plan(tiny().config, 4, keep=0.5, calibration=default).describe()["calibration_copy_fraction"] == 0.5
-    assert "calibration_copy_fraction" not in make_plan(tiny().config, 4, keep=0.5, calibration=calibration).describe()
+    assert planned(tiny().config, keep=0.5, calibration=default).describe()["calibration_copy_fraction"] == 0.5
+    assert "calibration_copy_fraction" not in planned(tiny().config, keep=0.5, calibration=calibration).describe()

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from compression.small import planned
 from mea.compression.budget import (
     CacheShape,
     Layout,
@@ -19,7 +20,6 @@ from mea.compression.budget import (
     read_layout,
 )
 from mea.compression.methods import METHODS
-from mea.compression.plan import make_plan
 
 FINE = Step(8)
 QWEN3_30B = CacheShape(4, 128, (None,) * 48, 2)  # 48 layers, 4 kv heads of 128
@@ -59,20 +59,20 @@ SHAPES = st.tuples(  # heads, head dimension, windows, bytes per number
 )
 
 
-def steps_of(shape: CacheShape, whole_heads: bool, odd: str) -> Step:
-    return Step(shape.head_dim, paired=False, odd=odd) if whole_heads else FINE
+def steps_of(shape: CacheShape, whole_heads: bool) -> Step:
+    return Step(shape.head_dim, paired=False) if whole_heads else FINE
 
 
 def smallest(shape: CacheShape, step: Step) -> Layout:
     return Layout((step.ranks(1 if step.paired else 2),) * len(shape.windows))
 
 
-@given(SHAPES, st.integers(1, 200), st.floats(0.01, 1.2), st.booleans(), st.sampled_from(["keys", "values"]))
+@given(SHAPES, st.integers(1, 200), st.floats(0.01, 1.2), st.booleans())
 def test_bytes_are_never_above_a_byte_budget_and_less_than_one_step_under_it(
-    sizes: tuple, context: int, share: float, whole_heads: bool, odd: str
+    sizes: tuple, context: int, share: float, whole_heads: bool
 ) -> None:
     shape = CacheShape(*sizes)
-    step = steps_of(shape, whole_heads, odd)
+    step = steps_of(shape, whole_heads)
     budget = int(share * shape.bytes(context))
     if smallest(shape, step).bytes(shape, context) > budget:
         with pytest.raises(ValueError, match="no layout meets"):
@@ -94,7 +94,7 @@ def test_bytes_are_never_above_the_kept_fraction_and_less_than_one_step_under_it
     sizes: tuple, keep: float, context: int, whole_heads: bool
 ) -> None:
     shape = CacheShape(*sizes)
-    step = steps_of(shape, whole_heads, "values")
+    step = steps_of(shape, whole_heads)
     whole = shape.bytes(1)
     if smallest(shape, step).bytes(shape, 1) > keep * whole * (1 + 1e-9):
         with pytest.raises(ValueError, match="no layout meets"):
@@ -140,11 +140,10 @@ def test_unknown_preset_lists_the_known() -> None:
         preset_layout(QWEN3_30B, "quarter", FINE)
 
 
-@pytest.mark.parametrize(("odd", "ranks"), [("values", (64, 128)), ("keys", (128, 64))])
-def test_an_odd_head_goes_where_it_is_told(odd: str, ranks: tuple[int, int]) -> None:
+def test_an_odd_head_goes_to_the_values() -> None:
     shape = CacheShape(3, 64, (None,) * 30, 2)
-    layout = layout_for_keep(shape, 0.5, METHODS["svd"].step(64, odd))
-    assert set(layout.ranks) == {ranks}
+    layout = layout_for_keep(shape, 0.5, METHODS["svd"].step(64))
+    assert set(layout.ranks) == {(64, 128)}
     assert layout.keep(shape) == 0.5
 
 
@@ -206,6 +205,4 @@ def test_one_budget_at_a_time() -> None:
     config = LlamaConfig(num_hidden_layers=2, hidden_size=32, num_attention_heads=2)
     for options in ({"keep": 0.5, "budget": "1k in 1 MB"}, {"layout": "half", "budget": "1k in 1 MB"}):
         with pytest.raises(ValueError, match="give one budget"):
-            make_plan(config, 4, **options)
-    with pytest.raises(ValueError, match="'keys' or 'values', not 'both'"):
-        make_plan(config, 4, odd="both")
+            planned(config, **options)

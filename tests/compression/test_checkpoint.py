@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from compression.small import tiny
-from mea.compression import Calibration, fit
+from mea.compression import Calibration
+from mea.compression.methods.base import Method
 from mea.compression.save import compress_to_folder
 
 
@@ -47,13 +48,13 @@ def in_a_process(code: str, *values: object) -> subprocess.CompletedProcess:
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lists the layers' fits from now on."""
     calls: list[int] = []
-    original = fit._fit
+    original = Method.fit
 
     def counted(*args: Any) -> Any:
         calls.append(1)
         return original(*args)
 
-    monkeypatch.setattr(fit, "_fit", counted)
+    monkeypatch.setattr(Method, "fit", counted)
     return calls
 
 
@@ -105,7 +106,7 @@ def test_an_exception_leaves_the_finished_layers(saved: Path, calibration: Calib
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["latent", "joint"])
+@pytest.mark.parametrize("method", ["pre_rope", "joint"])
 def test_finished_layers_remember_the_form_of_their_latents(
     method: str, saved: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
@@ -124,7 +125,8 @@ def test_a_file_cut_short_by_a_crash_does_not_count(saved: Path, calibration: Ca
 
 
 @pytest.mark.parametrize(
-    "changes", [{"keep": 0.75}, {"method": "frequency"}, {"dtype": "bfloat16"}, {"odd": "keys", "method": "svd"}]
+    "changes",
+    [{"keep": 0.75}, {"method": "post_rope:frequency"}, {"dtype": "bfloat16"}, {"method": "svd"}],
 )
 def test_an_interrupted_run_of_other_settings_is_refused(
     changes: dict[str, Any], saved: Path, calibration: Calibration, tmp_path: Path

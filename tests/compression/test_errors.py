@@ -121,7 +121,7 @@ def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: 
     for method in ("svd", "gram"):
         with pytest.raises(ValueError, match=f"{method!r} mixes whole heads .* one kv head only; use frequency, pos"):
             mea.compress(model, tokenizer, method=method, calibration=calibration)
-    for method in ("frequency", "position"):  # these can: a head has many frequencies
+    for method in ("post_rope:frequency", "post_rope:uniform"):  # these can: a head has many frequencies
         mea.compress(model, tokenizer, method=method, calibration=calibration)
 
 

@@ -10,16 +10,16 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import mea
+from compression.small import planned
 from mea.comparison.configs import MethodConfig
 from mea.comparison.run import Protocol, compare
 from mea.compression import Calibration, ConversionError
 from mea.compression.api import run_plans
-from mea.compression.calibrate.layerwise import layer_inputs, run_layer
+from mea.compression.calibrate.layerwise import LayerWalk, run_layer
 from mea.compression.calibrate.statistics import AveragedValuesSum
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import TOLERANCE, checked_stock_form
 from mea.compression.convert import sharing_copy
-from mea.compression.plan import make_plan
 from mea.compression.save import compress_to_folder
 from mea.evaluate.speed import cache_size
 from mea.models.config import MeaConfig
@@ -82,7 +82,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 # Of fewer components `keep` is not all that a joint latent could hold: what is left is exact only up to the moments.
 @pytest.mark.parametrize(
     ("kind", "method"),
-    [(kind, method) for kind in KINDS for method in ("position", "svd")]
+    [(kind, method) for kind in KINDS for method in ("post_rope:uniform", "svd")]
     + [(kind, "joint") for kind in KINDS if "fewer" not in kind],
 )
 def test_at_full_rank_nothing_changes(kind: str, method: str, tokenizer: Any, calibration: Calibration) -> None:
@@ -170,7 +170,7 @@ def test_moments_are_those_of_normed_heads(tokenizer: Any, calibration: Calibrat
     """With uncompressed keys the moments' target is the layer's true output; full-rank factors miss nothing of it."""
     model = stock_form(build("mea"))
     attention, tokens = model.model.layers[0].self_attn, calibration_tokens(tokenizer, calibration)
-    inputs = layer_inputs(model, tokens.shape[1])[0]
+    inputs = LayerWalk(model).inputs(tokens.shape[1])[0]
     total = AveragedValuesSum(attention, inputs, torch.eye(32))
     energy = 0.0
     with torch.no_grad():
@@ -189,11 +189,11 @@ def test_moments_are_those_of_normed_heads(tokenizer: Any, calibration: Calibrat
     assert found.item() == pytest.approx(1.0, rel=1e-4)
 
 
-@pytest.mark.parametrize("method", ["position", "frequency", "svd"])
+@pytest.mark.parametrize("method", ["post_rope:uniform", "post_rope:frequency", "svd"])
 def test_as_many_numbers_as_components_hold_all_of_them(method: str, tokenizer: Any, calibration: Calibration) -> None:
     """`keep` counts from what the model caches, and its components are found again: nothing is lost of them."""
     model = build("mea-fewer_components")
-    plan = make_plan(model.config, 4, keep=1.0, method=method, calibration=calibration)
+    plan = planned(model.config, keep=1.0, method=method, calibration=calibration)
     assert plan.layout.ranks == ((16, 16),) * 3
     assert plan.bytes_before(100) == cache_size(model, 100).bytes
     result = mea.compress(model, tokenizer, keep=1.0, method=method, calibration=calibration)
@@ -207,7 +207,7 @@ def test_fewer_components_of_values_alone_go_with_a_norm_of_keys(calibration: Ca
     options = {"num_component_heads": 1, "mix": "values", "qk_norm": True}
     model = MeaForCausalLM(MeaConfig(**SHAPE, attention="mea", attention_options=options)).eval()
     assert_same(logits(stock_form(model)), logits(model))
-    plan = make_plan(model.config, 4, keep=0.8, calibration=calibration)
+    plan = planned(model.config, keep=0.8, calibration=calibration)
     assert plan.bytes_before(100) == cache_size(model, 100).bytes
 
 
@@ -222,8 +222,8 @@ def test_fewer_components_do_not_grow(tokenizer: Any, calibration: Calibration, 
 def test_losses_grow_as_less_is_kept(tokenizer: Any, calibration: Calibration) -> None:
     tokens = calibration_tokens(tokenizer, calibration)
     model = checked_stock_form(build("mea"), tokens)
-    plans = [make_plan(model.config, 4, keep=keep, calibration=calibration) for keep in (0.75, 0.5, 0.25)]
-    lost = torch.tensor([result.lost for result in run_plans(model, tokens, plans)])
+    plans = [planned(model.config, keep=keep, calibration=calibration) for keep in (0.75, 0.5, 0.25)]
+    lost = torch.tensor([result.relative_output_errors for result in run_plans(LayerWalk(model), tokens, plans)])
     assert (lost > 0).all()
     assert (lost[:-1] < lost[1:]).all()
 

@@ -26,7 +26,7 @@ def on_disk(model: Any) -> list[str]:
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", "gemma3_text"])
-@pytest.mark.parametrize("method", ["position", "svd"])
+@pytest.mark.parametrize("method", ["post_rope:uniform", "svd"])
 @pytest.mark.filterwarnings("ignore:Attempting to save a model with offloaded modules")  # that is the point
 def test_an_offloaded_model_gives_what_one_in_memory_gives(
     model_type: str, method: str, tokenizer: Any, calibration: Calibration, tmp_path: Path

@@ -9,12 +9,11 @@ import torch
 from safetensors.torch import load_file
 
 import mea
-from compression.small import EXTRAS, tiny
+from compression.small import EXTRAS, planned, tiny
 from mea.compression import Calibration
 from mea.compression.api import run_plans
-from mea.compression.calibrate.layerwise import position_embeddings
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.plan import make_plan
 from mea.compression.refine import Refinement, refine_layers, spread_positions
 from mea.compression.save import compress_to_folder
 
@@ -22,13 +21,13 @@ HOW = Refinement(passes=10, window=16, batch=2, held_out=4, rate=3e-3, base_lr=1
 
 
 def refined(model: Any, tokenizer: Any, calibration: Calibration, **options: Any) -> Any:
-    plan = make_plan(model.config, 4, calibration=calibration, **{"keep": 0.5, "refine": HOW, **options})
-    return run_plans(model, calibration_tokens(tokenizer, calibration), [plan])[0]
+    plan = planned(model.config, calibration=calibration, **{"keep": 0.5, "refine": HOW, **options})
+    return run_plans(LayerWalk(model), calibration_tokens(tokenizer, calibration), [plan])[0]
 
 
 @pytest.mark.parametrize(
     ("architecture", "method"),
-    [*((each, "position") for each in ("llama", *EXTRAS)), ("llama", "joint"), ("llama", "svd")],
+    [*((each, "post_rope:uniform") for each in ("llama", *EXTRAS)), ("llama", "joint"), ("llama", "svd")],
 )
 def test_layers_come_nearer_to_the_originals(
     architecture: str, method: str, tokenizer: Any, calibration: Calibration
@@ -55,9 +54,9 @@ def test_layers_come_nearer_to_the_originals(
 @pytest.mark.parametrize("architecture", ["llama", "granite"])  # the latter divides its logits
 def test_the_last_layer_brings_the_next_token_distribution_nearer(architecture: str) -> None:
     model, tokens = tiny(architecture), torch.randint(0, 256, (16, 64))
-    how = Refinement(passes=4, window=16, batch=2, held_out=4, rate=1e-3, base_lr=3e-4)
+    how = Refinement(passes=4, window=16, batch=2, held_out=4, lr=1e-3, base_lr=3e-4)
     calibration = Calibration(tokens=tokens.numel(), window=64)
-    result = run_plans(model, tokens, [make_plan(model.config, 4, refine=how, calibration=calibration)])[0]
+    result = run_plans(LayerWalk(model), tokens, [planned(model.config, refine=how, calibration=calibration)])[0]
     found = result.refined.divergence
     assert found.after < found.before  # by a percent or less: a random model's errors have no pattern to make up for
     # What was reported is the whole model's, on windows that nothing was trained on.
@@ -81,7 +80,7 @@ def test_layers_that_lose_nothing_stay_as_they_are(tokenizer: Any, calibration: 
     plain = run_plans(
         model,
         calibration_tokens(tokenizer, calibration),
-        [make_plan(model.config, 4, keep=1.0, calibration=calibration)],
+        [planned(model.config, keep=1.0, calibration=calibration)],
     )[0]
     first = (result.model.model.layers[0].self_attn, plain.model.model.layers[0].self_attn)
     same = [torch.equal(a, b) for a, b in zip(first[0].parameters(), first[1].parameters(), strict=True)]
@@ -137,7 +136,7 @@ def test_positions_are_runs_over_all_that_the_model_supports() -> None:
 def test_position_embeddings_are_the_models_own(architecture: str) -> None:
     model = tiny(architecture)
     positions = torch.stack([torch.arange(9), 100 + torch.arange(9)])
-    found = position_embeddings(model, positions)
+    found = LayerWalk(model).position_embeddings(positions)
     seen: list[Any] = []
     handles = [
         layer.register_forward_pre_hook(
@@ -159,8 +158,8 @@ def test_what_cannot_be_is_refused(tokenizer: Any, calibration: Calibration) -> 
     with pytest.raises(ValueError, match="learning rates must be positive"):
         Refinement(rate=0.0)
     model = tiny()
-    plan = make_plan(model.config, 4, calibration=calibration)
+    plan = planned(model.config, calibration=calibration)
     tokens = calibration_tokens(tokenizer, calibration)
-    made = run_plans(model, tokens, [plan])[0].model
+    made = run_plans(LayerWalk(model), tokens, [plan])[0].model
     with pytest.raises(ValueError, match="at least 3 windows"):
-        refine_layers(model, made, tokens[:2], Refinement(window=64))
+        refine_layers(LayerWalk(model), made, tokens[:2], Refinement(window=64))

@@ -7,7 +7,8 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 from mea.models.cache import PreallocatedCache
-from mea.models.latent_attention import FORMS, SUPPORTED, HeadMixing
+from mea.models.latent_attention import SUPPORTED, HeadMixing
+from mea.ops.forms import FORMS
 from tiny_models import EVEN, FULL, REDUCED, SLIDING, VOCABULARY, WINDOW, compress, generate, stock, tokens
 
 EXACT = 1e-4  # what a conversion is held to in fp32

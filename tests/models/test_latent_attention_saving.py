@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from mea.models.latent_attention import COMPRESSED_MODELS, FORMS, MODELLING_FILE, SUPPORTED, modelling_source
+from mea.models.latent_attention import COMPRESSED_MODELS, MODELLING_FILE, SUPPORTED, modelling_source
+from mea.ops.forms import FORMS
 from tiny_models import EVEN, REDUCED, compress, generate, stock, tokens
 
 # Loads every model of a folder with the code that was saved beside it, and saves its logits; `mea` cannot be imported.
@@ -169,11 +170,25 @@ def test_a_checkpoint_that_lacks_weights_is_refused(model, tmp_path, lost):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize(("form", "ranks"), [("mixed", [[16, 16]] * 3), ("joint", [[12, 20]] * 3)])
-def test_a_configuration_with_a_form_that_cannot_be_is_refused(form, ranks):
+@pytest.mark.parametrize(
+    ("form", "ranks", "message"),
+    [
+        ("mixed", [[16, 16]] * 3, "the cache forms are post_rope, pre_rope, joint, not 'mixed'"),
+        ("joint", [[12, 20]] * 3, r"cached in two equal halves: .* not \[12, 20\]"),
+    ],
+)
+def test_a_configuration_with_a_form_that_cannot_be_is_refused(form, ranks, message):
     config = compress(stock("llama")).config
     config.latent_form, config.latent_ranks = form, ranks
-    with pytest.raises(ValueError, match=r"latents are post_rope, pre_rope, joint, joint ones cached in two equal"):
+    with pytest.raises(ValueError, match=message):
+        COMPRESSED_MODELS["llama"](config)
+
+
+def test_a_model_of_an_older_version_is_refused_with_what_to_do():
+    """Its configuration names ranks otherwise: without a word every layer would be uncompressed, or fail to load."""
+    config = compress(stock("llama")).config
+    config.latent_widths, config.latent_ranks = config.latent_ranks, None
+    with pytest.raises(ValueError, match=r"older version of mea .* mea compress MODEL OUT"):
         COMPRESSED_MODELS["llama"](config)
 
 

@@ -19,13 +19,11 @@ def compress(
     layout: Annotated[str | None, typer.Option(help="Instead: full, half or deep, or a JSON file of ranks.")] = None,
     method: Annotated[
         str,
-        typer.Option(
-            help="blended, attended, position, frequency, latent, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."
-        ),
-    ] = "blended",
-    odd: Annotated[
-        str, typer.Option(help="Which get an odd component head, keys or values (methods with whole heads).")
-    ] = "values",
+        typer.Option(help="post_rope, pre_rope, joint, gauge, gqa-procrustes, gqa-mean, gram or svd."),
+    ] = "post_rope",
+    weighting: Annotated[
+        str | None, typer.Option(help="Of post_rope: mean (default), uniform, sensitivity or frequency.")
+    ] = None,
     groups: Annotated[
         int, typer.Option(help="Groups of neighbouring heads with latents of their own, for tensor parallelism.")
     ] = 1,
@@ -54,18 +52,19 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it costs.")] = False,
 ) -> None:
     """Make a model cache half of its keys and values, check the result, and save it as an ordinary model."""
-    from mea.compression import Calibration, allocation, compress_to_folder, preview
+    from mea.compression import Allocation, Calibration, CompressOptions, compress_to_folder, preview
     from mea.report.render.terminal import compression_table, plan_table
 
     calibration = Calibration(text, tokens, window, seed, copy_fraction)
-    options = {"keep": keep, "budget": budget, "layout": layout, "method": method, "odd": odd, "groups": groups}
-    options["refine"] = refine
-    options["allocate"] = allocation(allocate, equal=equal, same=same, step=step)
-    Console(stderr=not dry_run).print(plan_table(preview(model, dtype=dtype, calibration=calibration, **options)))
+    if not allocate and (equal or same or step is not None):
+        raise ValueError("--equal, --same and --step say how to allocate ranks: give --allocate too")
+    options = CompressOptions(
+        keep, budget, layout, method, weighting, groups, calibration,
+        allocate=Allocation(equal=equal, same=same, step=step) if allocate else False, refine=refine,
+    )  # fmt: skip
+    Console(stderr=not dry_run).print(plan_table(preview(model, options, dtype=dtype)))
     if dry_run:
         return
     with progress() as report:
-        record = compress_to_folder(
-            model, out, dtype=dtype, measure_tokens=measure, progress=report, calibration=calibration, **options
-        )
+        record = compress_to_folder(model, out, options, dtype=dtype, measure_tokens=measure, progress=report)
     Console().print(compression_table(record, str(out)))

@@ -13,7 +13,7 @@ def profile(
     model: Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.")],
     out: Annotated[Path, typer.Argument(help="Record to write, a .json file; an unfinished one is gone on with.")],
     keep: Annotated[float, typer.Option(help="Fraction of its cache's bytes that each layer keeps in its turn.")] = 0.5,
-    method: Annotated[str, typer.Option(help="As in mea compress.")] = "blended",
+    method: Annotated[str, typer.Option(help="As in mea compress.")] = "post_rope",
     text: Annotated[
         str | None, typer.Option(help="Held-out text; by default what calibration leaves of its text.")
     ] = None,
@@ -26,7 +26,7 @@ def profile(
     copy_fraction: Annotated[float, typer.Option(help="As in mea compress.")] = 0.5,
 ) -> None:
     """Compress one layer at a time and show what each costs: which layers can spare their cache."""
-    from mea.compression import Calibration
+    from mea.compression import Calibration, CompressOptions
     from mea.compression.allocate.profile import describe_cost
     from mea.compression.allocate.profile import profile as run
     from mea.report.sections.profile import profile_table
@@ -35,8 +35,8 @@ def profile(
     errors.print(describe_cost(model, tokens, window), highlight=False)
     with progress() as report:
         record = run(
-            model, out, keep=keep, method=method, text=text, tokens=tokens, window=window, dtype=dtype,
-            calibration=calibration, progress=report,
+            model, out, CompressOptions(keep=keep, method=method, calibration=calibration),
+            text=text, tokens=tokens, window=window, dtype=dtype, progress=report,
         )  # fmt: skip
     Console().print(profile_table(record))
     Console().print(f"mea report {out} --out profile.html draws it.", soft_wrap=True, highlight=False)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 from mea.comparison.measure import CacheConfig
 from mea.compression.methods import DEFAULT_METHOD
-from mea.compression.plan import Allocation
+from mea.compression.plan import Allocation, CompressOptions
 
 
 @dataclass(frozen=True)
@@ -16,9 +16,10 @@ class MethodConfig:
     ----------
     label
         Its name in tables and of its record.
-    method, keep, odd, allocate, refine
-        Options of `mea.compression.plan.make_plan`; a `method` of ``"none"`` leaves ranks as they are, and one of
-        ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that method of the peer, scored on continuations alone.
+    method, keep, allocate, refine
+        As in `mea.compression.plan.CompressOptions`; a weighting stands behind a colon, ``"post_rope:uniform"``. A
+        `method` of ``"none"`` leaves ranks as they are, and one of ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that
+        method of the peer, scored on continuations alone.
     bits, backend
         See `CacheConfig`; None is an ordinary cache.
     series
@@ -30,7 +31,6 @@ class MethodConfig:
     label: str
     method: str
     keep: float = 0.5
-    odd: str = "values"
     allocate: Allocation | bool = False
     refine: int = 0
     bits: int | None = None
@@ -39,13 +39,11 @@ class MethodConfig:
     recovered: bool = False
 
     @property
-    def plan(self) -> tuple[str, float, str, Allocation | bool, int] | None:
-        """What configs with one fit share; None where nothing is fitted."""
-        return (
-            None
-            if self.method == "none" or self.peer
-            else (self.method, self.keep, self.odd, self.allocate, self.refine)
-        )
+    def options(self) -> CompressOptions | None:
+        """Of the fit, but for the calibration text; None where nothing is fitted."""
+        if self.method == "none" or self.peer:
+            return None
+        return CompressOptions(keep=self.keep, method=self.method, allocate=self.allocate, refine=self.refine)
 
     @property
     def peer(self) -> str:
@@ -55,7 +53,7 @@ class MethodConfig:
     @property
     def calibrated(self) -> bool:
         """Whether its result depends on the calibration text."""
-        return self.plan is not None or self.peer == "cacheshrink"
+        return self.options is not None or self.peer == "cacheshrink"
 
     @property
     def stored(self) -> CacheConfig | None:
@@ -65,11 +63,10 @@ class MethodConfig:
 
 DEMO = (
     MethodConfig(f"{DEFAULT_METHOD} (default)", DEFAULT_METHOD),
-    MethodConfig("attended", "attended"),
-    MethodConfig("position", "position"),
+    MethodConfig("post_rope:sensitivity", "post_rope:sensitivity"),
+    MethodConfig("post_rope:uniform", "post_rope:uniform"),
     MethodConfig("joint latent, slower to read", "joint"),
     MethodConfig("paper's svd, 1 key and 2 value heads", "svd"),
-    MethodConfig("paper's svd, 2 key heads and 1 value head", "svd", odd="keys"),
 )
 REFINED = MethodConfig(f"{DEFAULT_METHOD}, refined", DEFAULT_METHOD, refine=2)
 

@@ -155,14 +155,14 @@ class Measuring:
             config |= {**result.plan.describe(), "ranks": result.plan.layout.ranks}
             results |= {
                 "compress_seconds": result.seconds,
-                "self_check": result.errors,
-                "layers": {"what": "share of the attention output's energy that is lost", "values": result.lost},
+                "self_check": result.self_check,
+                "layers": {"what": "relative output error", "values": result.relative_output_errors},
             }
         if stored is not None:
             config |= {"bits": stored.bits, "backend": stored.backend or "mea"}
             config["method"] = "few bits" if result is None else config["method"]
         if self.protocol.decode_steps and not plain:
-            key = (result.plan.layout.ranks, result.plan.method.form, stored) if result else (stored,)
+            key = (result.plan.layout.ranks, result.plan.method.form.name, stored) if result else (stored,)
             if key not in self.decoded:  # all that speed depends on
                 self.decoded[key] = self._decode(result.model if result else self.model, stored)
             samples["decode_seconds"], results["decode"] = self.decoded[key]

@@ -14,10 +14,11 @@ from mea.comparison.measure import ORIGINAL, Measuring, Protocol
 from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
 from mea.compression.budget import CacheShape
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import checked_stock_form
 from mea.compression.cost import estimate, reading_seconds
-from mea.compression.plan import Plan, make_plan
+from mea.compression.plan import CompressOptions, Plan, make_plan
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
 from mea.records import Progress, Record, make_record, read_record, write_record
@@ -75,8 +76,10 @@ def compare(
     if len(set(paths.values())) < len(labels):
         raise ValueError(f"configs need labels of their own, not {', '.join(labels)}")
     for each in configs:
-        if each.recovered and (training is None or each.plan is None):
-            raise ValueError(f"{each.label}: {'no training is given' if each.plan else 'it has no factors to train'}")
+        if each.recovered and (training is None or each.options is None):
+            raise ValueError(
+                f"{each.label}: {'no training is given' if each.options else 'it has no factors to train'}"
+            )
     settings = {ORIGINAL: {"protocol": asdict(protocol), "model": Path(source).name}}
     for each in configs:
         settings[each.label] = settings[ORIGINAL] | ({"calibration": asdict(calibration)} if each.calibrated else {})
@@ -119,7 +122,7 @@ def _measure(
 
     keep(ORIGINAL, measuring.record(ORIGINAL, None, settings[ORIGINAL]))
     for method_config in configs:
-        if method_config.plan is None and not method_config.peer:
+        if method_config.options is None and not method_config.peer:
             absent = method_config.stored.absent(model.config) if method_config.stored else ""
             if absent:
                 config = dict(
@@ -143,12 +146,12 @@ def _measure(
     plans = _plans(model.config, configs, calibration)
     if not plans:
         return
-    stock, keys = checked_stock_form(model, tokens), list(plans)
+    walk, keys = LayerWalk(checked_stock_form(model, tokens), tokens.shape[1]), list(plans)
     for start in range(0, len(keys), AT_ONCE):
         some = keys[start : start + AT_ONCE]
-        chosen = [allocated(stock, tokenizer, tokens, plans[key], progress)[0] for key in some]
-        for key, result in zip(some, run_plans(stock, tokens, chosen, progress=progress), strict=True):
-            same = [each for each in configs if each.plan == key]
+        chosen = [allocated(walk, tokenizer, tokens, plans[key], progress)[0] for key in some]
+        for key, result in zip(some, run_plans(walk, tokens, chosen, progress=progress), strict=True):
+            same = [each for each in configs if each.options == key]
             for method_config in (each for each in same if not each.recovered):
                 measure(method_config, result)
             after = [each for each in same if each.recovered]
@@ -195,15 +198,10 @@ def describe_cost(
     )
 
 
-def _plans(config: Any, configs: list[MethodConfig], calibration: Calibration) -> dict[tuple, Plan]:
+def _plans(config: Any, configs: list[MethodConfig], calibration: Calibration) -> dict[CompressOptions, Plan]:
     """One plan for all configs that differ in how their cache is stored only."""
-    keys = dict.fromkeys(method_config.plan for method_config in configs if method_config.plan is not None)
-    return {
-        (method, keep, odd, allocate, refine): make_plan(
-            config, 4, calibration=calibration, method=method, keep=keep, odd=odd, allocate=allocate, refine=refine
-        )
-        for method, keep, odd, allocate, refine in keys
-    }
+    fits = dict.fromkeys(method_config.options for method_config in configs if method_config.options is not None)
+    return {options: make_plan(config, 4, replace(options, calibration=calibration)) for options in fits}
 
 
 def _slug(label: str) -> str:

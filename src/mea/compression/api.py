@@ -2,22 +2,20 @@
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.allocate.search import allocated
-from mea.compression.calibrate.layerwise import check_weights, evaluating
-from mea.compression.calibrate.text import Calibration, calibration_tokens
+from mea.compression.calibrate.layerwise import LayerWalk, check_weights, evaluating
+from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import SelfCheck, checked_stock_form
 from mea.compression.checkpoint import FactorStore
-from mea.compression.convert import LayerFactors, assemble, latent_config
-from mea.compression.fit import Target, fit_layers
-from mea.compression.methods import DEFAULT_METHOD
-from mea.compression.plan import Allocation, Plan, make_plan
-from mea.compression.refine import Refined, Refinement, refine_layers
+from mea.compression.convert import assemble, latent_config
+from mea.compression.fit import FittedLayer, Target, fit_layers
+from mea.compression.plan import CompressOptions, Plan, make_plan
+from mea.compression.refine import Refined, refine_layers
 from mea.records import Progress
 
 
@@ -27,10 +25,10 @@ class Compressed:
 
     Attributes
     ----------
-    lost
-        Per layer, the share of the attention output's energy that is lost; 0 where the layer is as it was.
-    errors
-        Of the two self-checks, see `mea.compression.check`.
+    relative_output_errors
+        Of every layer's attention, see `mea.compression.fit.relative_output_error`; 0 where the layer is as it was.
+    self_check
+        Errors of the two self-checks, see `mea.compression.check`.
     seconds
         For calibration, fit, checks and refinement.
     refined
@@ -39,8 +37,8 @@ class Compressed:
 
     model: Any
     plan: Plan
-    lost: list[float]
-    errors: dict[str, float]
+    relative_output_errors: list[float]
+    self_check: dict[str, float]
     seconds: float
     refined: Refined | None = None
 
@@ -48,19 +46,12 @@ class Compressed:
 def compress(
     model: Any,
     tokenizer: Any,
+    options: CompressOptions | None = None,
     *,
-    keep: float | None = None,
-    budget: str | None = None,
-    layout: str | Path | None = None,
-    method: str = DEFAULT_METHOD,
-    odd: str = "values",
-    groups: int = 1,
-    calibration: Calibration | None = None,
-    allocate: Allocation | bool = False,
-    refine: Refinement | int = 0,
     progress: Progress | None = None,
+    **fields: Any,
 ) -> Any:
-    """Make a model cache half of what it did, or any other share.
+    """Make a model cache half of what it did, or any other fraction.
 
     Parameters
     ----------
@@ -69,12 +60,8 @@ def compress(
         change are shared with the result. Of this package's decoder, whose mixing is folded first, all are copied.
     tokenizer
         Its tokenizer, for the calibration text.
-    keep, budget, layout, method, odd, groups, refine
-        See `mea.compression.plan.make_plan`.
-    calibration
-        Text, its length and the windows' seed.
-    allocate
-        Choose ranks layer by layer in the budget, by what they cost on held-out text: `True`, or how.
+    options
+        What to do, by default `CompressOptions` with the `fields`: ``compress(model, tokenizer, keep=0.25)``.
     progress
         Called with a word, the layers done and the layers in all.
 
@@ -86,21 +73,20 @@ def compress(
     ------
     ValueError
         The model or the budget cannot be, the text is too short, or weights or activations are not finite.
+    TypeError
+        A field is none of `CompressOptions`, or both are given.
     ConversionError
         The result does not compute what it must.
     """
-    plan = make_plan(
-        model.config, model.dtype.itemsize, keep=keep, budget=budget, layout=layout, method=method, odd=odd,
-        groups=groups, calibration=calibration, allocate=allocate, refine=refine,
-    )  # fmt: skip
+    plan = make_plan(model.config, model.dtype.itemsize, CompressOptions.of(options, fields))
     tokens = calibration_tokens(tokenizer, plan.calibration)
-    model = checked_stock_form(model, tokens)
-    plan, _ = allocated(model, tokenizer, tokens, plan, progress)
-    return run_plans(model, tokens, [plan], progress=progress)[0].model
+    walk = LayerWalk(checked_stock_form(model, tokens), tokens.shape[1])
+    plan, _ = allocated(walk, tokenizer, tokens, plan, progress)
+    return run_plans(walk, tokens, [plan], progress=progress)[0].model
 
 
 def run_plans(
-    model: Any,
+    walk: LayerWalk,
     tokens: Int[Tensor, "n t"],
     plans: list[Plan],
     *,
@@ -119,38 +105,51 @@ def run_plans(
         The result does not compute what it must.
     """
     start = time.perf_counter()
-    check_weights(model)
-    largest, size = int(tokens.max()), model.config.vocab_size
+    check_weights(walk.model)
+    largest, size = int(tokens.max()), walk.model.config.vocab_size
     if largest >= size:
         raise ValueError(
             f"token {largest} is outside the model's vocabulary of {size:,}: the tokenizer belongs to another model"
         )
-    factors: list[list[LayerFactors | None]] = [[] for _ in plans]
-    lost: list[list[float]] = [[] for _ in plans]
     known = store.get if store else lambda _: None
     targets = [Target(plan.method, plan.layout, known) for plan in plans]
-    with evaluating(model):
-        checks = [SelfCheck(model, tokens) for _ in plans]
-        for done, fitted in enumerate(fit_layers(model, tokens, targets), start=1):
-            for check, found, shares, layer in zip(checks, factors, lost, fitted, strict=True):
+    fitted: list[list[FittedLayer]] = [[] for _ in plans]
+    with evaluating(walk.model):
+        checks = [SelfCheck(walk, tokens) for _ in plans]
+        for done, layers in enumerate(fit_layers(walk, tokens, targets), start=1):
+            for check, of_plan, layer in zip(checks, fitted, layers, strict=True):
                 check.advance(layer)
-                found.append(layer.factors)
-                shares.append(layer.lost)
+                of_plan.append(layer._replace(layer=None, full_rank=None))  # what is large is not needed again
                 if store and layer.factors:
                     store.put(layer.index, layer.factors)
             if progress:
-                progress("compressing", done, len(model.model.layers))
+                progress("compressing", done, len(walk.layers))
         errors = [check.result() for check in checks]
     seconds = time.perf_counter() - start
-    results = []
-    for plan, found, shares, error in zip(plans, factors, lost, errors, strict=True):
-        start = time.perf_counter()
-        form, groups = plan.method.form, plan.method.groups
-        config = latent_config(model.config, plan.layout, plan.describe(), form, groups)
-        made = assemble(model, found, config)
-        refined = None
-        if plan.refinement:
-            kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}
-            refined = refine_layers(model, made, tokens, plan.refinement, progress=progress, **kept)
-        results.append(Compressed(made, plan, shares, error, seconds + time.perf_counter() - start, refined))
-    return results
+    return [
+        _finished(walk, tokens, plan, of_plan, error, seconds, store, progress)
+        for plan, of_plan, error in zip(plans, fitted, errors, strict=True)
+    ]
+
+
+def _finished(
+    walk: LayerWalk,
+    tokens: Int[Tensor, "n t"],
+    plan: Plan,
+    fitted: list[FittedLayer],
+    self_check: dict[str, float],
+    seconds: float,
+    store: FactorStore | None,
+    progress: Progress | None,
+) -> Compressed:
+    """The compressed model, refined if the plan says so; `seconds` have gone by before."""
+    start = time.perf_counter()
+    form, groups = plan.method.form, plan.method.groups
+    config = latent_config(walk.model.config, plan.layout, plan.describe(), form, groups)
+    compressed = assemble(walk.model, [layer.factors for layer in fitted], config)
+    refined, refinement = None, plan.options.refinement
+    if refinement:
+        kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}
+        refined = refine_layers(walk, compressed, tokens, refinement, progress=progress, **kept)
+    errors = [layer.relative_output_error for layer in fitted]
+    return Compressed(compressed, plan, errors, self_check, seconds + time.perf_counter() - start, refined)

@@ -49,7 +49,7 @@ def balance_latents(model: Any, tokens: Int[Tensor, "n t"], *, scale: bool = Tru
         raise ValueError("no layer of this model caches latents: there is nothing to balance")
     if any(attention.head_mixing.groups > 1 for attention in layers):
         raise ValueError("latents of groups of heads cannot be balanced: compress without groups")
-    if any(attention.head_mixing.form == "joint" for attention in layers):
+    if any(attention.head_mixing.form.shared for attention in layers):
         raise ValueError("joint latents cannot be balanced: their halves are not keys and values; use another method")
     moments = _moments(model, layers, tokens) if scale else {}
     generator = torch.Generator().manual_seed(seed)

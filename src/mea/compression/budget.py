@@ -88,21 +88,17 @@ class Step:
         Numbers per step.
     paired
         A step goes to keys and values alike, so that ``r_k = r_v``, the only case in which common attention kernels
-        are fast. Otherwise (whole heads) steps alternate, and an odd one goes to ``odd``.
-    odd
-        ``"keys"`` or ``"values"``.
+        are fast. Otherwise (whole heads) steps alternate, and an odd one goes to the values.
     """
 
     size: int
     paired: bool = True
-    odd: str = "values"
 
     def ranks(self, steps: int) -> tuple[int, int]:
         """``(r_k, r_v)`` of a layer that has so many steps."""
         if self.paired:
             return self.size * steps, self.size * steps
-        less, more = self.size * (steps // 2), self.size * (steps - steps // 2)
-        return (less, more) if self.odd == "values" else (more, less)
+        return self.size * (steps // 2), self.size * (steps - steps // 2)
 
     @property
     def numbers(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.calibrate.layerwise import embed, layer_inputs, read_out, run_layer_cached
+from mea.compression.calibrate.layerwise import LayerWalk, run_layer_cached
 from mea.compression.convert import latent_copy
 from mea.compression.fit import FittedLayer
 from mea.models.fold import stock_form
@@ -59,17 +59,17 @@ class SelfCheck:
 
     Parameters
     ----------
-    model
-        The original.
+    walk
+        Through the original.
     tokens
         Calibration tokens, of which the first few are used.
     """
 
-    def __init__(self, model: Any, tokens: Int[Tensor, "n t"]):
-        self.model = model
+    def __init__(self, walk: LayerWalk, tokens: Int[Tensor, "n t"]):
+        self.walk = walk
         self.tokens = tokens[:1, :CHECKED_TOKENS]
-        self.inputs = layer_inputs(model, self.tokens.shape[1])
-        self.original = self.full = self.chosen = embed(model, self.tokens).float()
+        self.inputs = walk.inputs(self.tokens.shape[1])
+        self.original = self.full = self.chosen = walk.embed(self.tokens).float()
         self.cached_error = 0.0
 
     @torch.no_grad()
@@ -77,10 +77,10 @@ class SelfCheck:
         """Take all streams through one layer, and read the chosen one's in both ways."""
         layer, inputs = fitted.layer, self.inputs[fitted.index]
         self.original = layer(self.original, **inputs.options)
-        if fitted.factors is None or fitted.full is None:
+        if fitted.factors is None or fitted.full_rank is None:
             self.full, self.chosen = (layer(stream, **inputs.options) for stream in (self.full, self.chosen))
             return
-        self.full = latent_copy(layer, fitted.full, inputs.rotary)(self.full, **inputs.options)
+        self.full = latent_copy(layer, fitted.full_rank, inputs.rotary)(self.full, **inputs.options)
         chosen = latent_copy(layer, fitted.factors, inputs.rotary)
         with _attention_outputs(chosen) as cached:
             chosen.self_attn.reading = "absorbed"
@@ -104,7 +104,7 @@ class SelfCheck:
         ConversionError
             An error is above the tolerance.
         """
-        original, full = read_out(self.model, self.tokens, torch.cat([self.original, self.full]))
+        original, full = self.walk.read_out(self.tokens, torch.cat([self.original, self.full]))
         full_error = ((full - original).abs().max() / original.abs().max().clamp_min(1.0)).item()
         errors = {"full_rank": full_error, "cached": self.cached_error}
         explanations = {

@@ -14,9 +14,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mea.compression.convert import LayerFactors
-from mea.compression.methods.factors import Factors
+from mea.compression.methods.factors import Factors, LayerFactors
 from mea.compression.plan import Plan
+from mea.ops.forms import FORMS
+from mea.records import write_atomically
 
 SETTINGS = "run.json"
 
@@ -48,7 +49,7 @@ class FactorStore:
                     f"remove that folder, or repeat its settings to go on"
                 )
         else:
-            write_whole(settings, json.dumps(fingerprint).encode())
+            write_file(settings, json.dumps(fingerprint))
 
     def get(self, index: int) -> LayerFactors | None:
         """The factors of a layer, if an earlier run came that far."""
@@ -56,13 +57,14 @@ class FactorStore:
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
-            tensors, told = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 (no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            metadata = file.metadata()
         return LayerFactors(
             Factors(tensors["key_encoder"], tensors["key_decoder"]),
             Factors(tensors["value_encoder"], tensors["value_decoder"]),
             tensors.get("output"),
-            told["form"],
-            int(told["groups"]),
+            FORMS[metadata["form"]],
+            int(metadata["groups"]),
         )
 
     def put(self, index: int, factors: LayerFactors) -> None:
@@ -79,7 +81,7 @@ class FactorStore:
         if factors.output is not None:
             tensors["output"] = factors.output
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        write_whole(path, save(tensors, {"form": factors.form, "groups": str(factors.groups)}))
+        write_file(path, save(tensors, {"form": factors.form.name, "groups": str(factors.groups)}))
 
     def get_refined(self, index: int) -> dict[str, Tensor] | None:
         """The refined weights of a layer, if an earlier run came that far."""
@@ -88,7 +90,7 @@ class FactorStore:
 
     def put_refined(self, index: int, weights: dict[str, Tensor]) -> None:
         """Keep a layer's refined weights."""
-        write_whole(self._path(index, "refined-"), save({name: each.contiguous() for name, each in weights.items()}))
+        write_file(self._path(index, "refined-"), save({name: weight.contiguous() for name, weight in weights.items()}))
 
     def _path(self, index: int, prefix: str = "") -> Path:
         return self.folder / f"{prefix}{index:05d}.safetensors"
@@ -104,20 +106,17 @@ def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: st
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there complete or not at all.
+def write_file(path: Path, content: str | bytes) -> None:
+    """`mea.records.write_atomically`, with an error that says how to go on.
 
     Raises
     ------
     OSError
         It could not be written.
     """
-    part = path.with_suffix(path.suffix + ".part")
     try:
-        part.write_bytes(content)
-        os.replace(part, path)
+        write_atomically(path, content)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise _not_written(path, error) from error
 
 

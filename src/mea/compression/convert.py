@@ -1,42 +1,29 @@
 """Put factors into layers, and compressed layers into a model of the compressed class."""
 
 import copy
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from mea.compression.budget import Layout
-from mea.compression.calibrate.layerwise import weights_of
-from mea.compression.methods.factors import Factors
+from mea.compression.calibrate.offload import weights_of
+from mea.compression.methods.factors import LayerFactors
 from mea.models.latent_attention import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedProjection, to_latent_attention
-
-
-class LayerFactors(NamedTuple):
-    """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
-
-    `form` is that of the latents (`mea.models.latent_attention.FORMS`). Encoders of joint latents add up to the one
-    latent that both decoders read. With `groups`, encoders and decoders have as many blocks and are zero elsewhere.
-    """
-
-    keys: Factors
-    values: Factors
-    output: Float[Tensor, "D h*d"] | None = None
-    form: str = "post_rope"
-    groups: int = 1
+from mea.ops.forms import FORMS, PostRope
 
 
 @torch.no_grad()
 def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> None:
     """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new modules.
 
-    Its weights must be there (`calibrate.layerwise.weights_of`); `rotary` is the model's rotary embedding.
+    Its weights must be there (`calibrate.offload.weights_of`); `rotary` is the model's rotary embedding.
     """
     value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
     (key_encoder, key_decoder), (value_encoder, value_decoder), output, form, groups = factors
-    half = 2 if form == "joint" else 1
-    to_latent_attention(attention, len(key_encoder) // half, len(value_encoder) // half, form, rotary, groups)
+    ranks = form.cached_ranks(len(key_encoder), len(value_encoder))
+    to_latent_attention(attention, *ranks, form.name, rotary, groups)
     mixing = attention.head_mixing
     mixing.key_encoder.copy_(_blocks(key_encoder, groups))
     mixing.key_decoder.copy_(_blocks(key_decoder, groups).view_as(mixing.key_decoder))
@@ -104,13 +91,13 @@ def latent_copy(layer: Any, factors: LayerFactors, rotary: Any) -> Any:
 
 
 def latent_config(
-    config: Any, layout: Layout, compression: dict[str, Any], form: str = "post_rope", groups: int = 1
+    config: Any, layout: Layout, compression: dict[str, Any], form: PostRope = FORMS["post_rope"], groups: int = 1
 ) -> Any:
     """The configuration of the compressed model: the original's, with the latents and how they came about."""
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     kept.pop("quantization_config", None)
     ranks = [None if pair is None else list(pair) for pair in layout.ranks]
-    kept |= {"latent_ranks": ranks, "latent_form": form, "latent_groups": groups, "compression": compression}
+    kept |= {"latent_ranks": ranks, "latent_form": form.name, "latent_groups": groups, "compression": compression}
     compressed = COMPRESSED_CONFIGS[config.model_type](**kept)
     compressed._attn_implementation = config._attn_implementation
     compressed._experts_implementation = config._experts_implementation
@@ -128,8 +115,8 @@ def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any
     compressed._tp_plan = {}
     # How the original's checkpoint was rearranged at loading; the compressed model's is saved as it is in memory.
     compressed.__dict__.pop("_weight_conversions", None)
-    for layer, found in zip(compressed.model.layers, factors, strict=True):
-        if found is not None:
+    for layer, layer_factors in zip(compressed.model.layers, factors, strict=True):
+        if layer_factors is not None:
             with weights_of(layer.self_attn):
-                compress_attention(layer.self_attn, found, compressed.model.rotary_emb)
+                compress_attention(layer.self_attn, layer_factors, compressed.model.rotary_emb)
     return compressed

@@ -36,9 +36,9 @@ def estimate(config: Any, plan: Plan) -> Cost:
     attention, active, feed_forward = _layer_weights(config, plan.shape)
     layer_weights = attention + feed_forward
 
-    averaged, rank = width, max((pair[1] for pair in plan.layout.ranks if pair), default=0)
-    if plan.method.form == "joint":
-        averaged = rank = 2 * rank
+    form, value_rank = plan.method.form, max((pair[1] for pair in plan.layout.ranks if pair), default=0)
+    rank = form.decoder_ranks(value_rank, value_rank)[1]
+    averaged = rank if form.shared else width  # numbers of a token that are averaged
     block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * averaged <= BLOCK_NUMBERS))
     moments = h // block * (block * averaged) ** 2
     forward = 2 * tokens * (attention + active + t * h * d)
@@ -46,23 +46,27 @@ def estimate(config: Any, plan: Plan) -> Cost:
     solving = 3 * ROUNDS * CG_STEPS * moments * rank
     if plan.method.values:
         averages = solving = 0
-    if plan.method.attended:
+    if plan.method.needs_scores:
         forward += 4 * tokens * t * h * d // EVERY
     layers = len(plan.layout.ranks)
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
     work = layers * (forward + averages + solving)
-    if how := plan.allocation:  # values of all ranks share one pass beside the same keys; a try is a pass, on average
-        share = min(1.0, how.windows * t / tokens)
+    if (
+        allocation := plan.options.allocation
+    ):  # values of all ranks share one pass beside the same keys; a try is a pass, on average
+        share = min(1.0, allocation.windows * t / tokens)
         keys = 1 + 2 * REACH
-        fits = keys * (1 if how.equal else 2)
+        fits = keys * (1 if allocation.equal else 2)
         work += layers * (share * ((keys + 1) * averages + 2 * forward) + (fits + 1) * solving)
         memory += 4 * layers * fits * attention
-        work += (6 + how.tries) * how.tokens * (layers * forward / tokens + 4 * hidden * config.vocab_size)
-    if plan.refinement:  # per pass forth and back through attention; besides, the windows' way through both models
-        part = 2 * tokens * (attention + min(t, plan.refinement.window) * h * d)
-        work += layers * (3 * plan.refinement.passes * part + 4 * part + 4 * tokens * active)
-        work += 2 * tokens * hidden * config.vocab_size * 3 * plan.refinement.passes
+        work += (
+            (6 + allocation.tries) * allocation.tokens * (layers * forward / tokens + 4 * hidden * config.vocab_size)
+        )
+    if refinement := plan.options.refinement:  # passes forth and back through attention, and once through both models
+        part = 2 * tokens * (attention + min(t, refinement.window) * h * d)
+        work += layers * (3 * refinement.passes * part + 4 * part + 4 * tokens * active)
+        work += 2 * tokens * hidden * config.vocab_size * 3 * refinement.passes
         memory += 4 * 4 * tokens * hidden
     return Cost(memory, work / _speed())
 

@@ -5,28 +5,19 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mea.compression.budget import Layout
-from mea.compression.calibrate.layerwise import (
-    AttentionPass,
-    LayerInputs,
-    embed,
-    layer_inputs,
-    resident,
-    rotations,
-    run_layer,
-)
-from mea.compression.calibrate.score_sensitivity import AttendedSum
+from mea.compression.calibrate.layerwise import AttentionPass, LayerInputs, LayerWalk, run_layer
+from mea.compression.calibrate.offload import resident
+from mea.compression.calibrate.score_sensitivity import ScoreMomentsSum
 from mea.compression.calibrate.statistics import AveragedValues, AveragedValuesSum, LayerStatistics, StatisticsSum
-from mea.compression.convert import LayerFactors, latent_copy
-from mea.compression.methods import Method, joint
-from mea.compression.methods.factors import Factors
-from mea.compression.methods.groups import by_group
-from mea.compression.methods.values import covariance_values
+from mea.compression.convert import latent_copy
+from mea.compression.methods.base import CalibratedLayer, Method
+from mea.compression.methods.factors import LayerFactors
 
-ERROR_WINDOWS = 2
+ERROR_WINDOWS = 2  # calibration windows on which the error of a layer's output is measured
 
 
 class FittedLayer(NamedTuple):
@@ -38,18 +29,18 @@ class FittedLayer(NamedTuple):
         The original layer, with its weights there, and what it is called with.
     factors
         None where the layout leaves the layer as it is.
-    full
+    full_rank
         Factors of the same method at full rank, for the self-check.
-    lost
-        The share of the attention output's energy that the factors lose, on a few calibration windows.
+    relative_output_error
+        See the function of that name; on `ERROR_WINDOWS` calibration windows.
     """
 
     index: int
     layer: Any
     inputs: LayerInputs
     factors: LayerFactors | None
-    full: LayerFactors | None
-    lost: float
+    full_rank: LayerFactors | None
+    relative_output_error: float
 
 
 class Target(NamedTuple):
@@ -61,7 +52,7 @@ class Target(NamedTuple):
 
 
 @torch.no_grad()
-def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) -> Iterator[list[FittedLayer]]:
+def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target]) -> Iterator[list[FittedLayer]]:
     """Fit layer after layer; each yields one result per target.
 
     Statistics are those of the *uncompressed* model: factors fitted on what compressed layers below hand up were worse
@@ -72,107 +63,87 @@ def fit_layers(model: Any, tokens: Int[Tensor, "n t"], targets: list[Target]) ->
     ValueError
         Activations are not finite.
     """
-    hidden = embed(model, tokens).float()
-    inputs, tables = layer_inputs(model, tokens.shape[1]), rotations(model)
-    attended = any(target.method.attended for target in targets)
-    for index, stored in enumerate(model.model.layers):
+    hidden = walk.embed(tokens).float()
+    inputs = walk.inputs(tokens.shape[1])
+    needs_scores = any(target.method.needs_scores for target in targets)
+    for index, stored in enumerate(walk.layers):
         layer = resident(stored)
-        passes, statistics = _calibrate(layer, hidden, inputs[index], tables[index], attended)
+        passes, statistics = _calibrate(layer, hidden, inputs[index], walk.rotations[index], needs_scores)
         hidden = torch.stack([window.layer_out for window in passes])
         if not hidden.isfinite().all():
             raise ValueError(f"layer {index}: activations are not finite on the calibration text; the model overflows")
-        fitted, shared, full = [], {}, {}
-        for target in targets:
-            ranks = target.layout.ranks[index]
+        calibrated = _calibrated(layer, inputs[index], passes, statistics)
+        fitted: list[FittedLayer] = []
+        full_rank: dict[str, LayerFactors] = {}
+        for method, layout, known in targets:
+            ranks = layout.ranks[index]
             if ranks is None:
                 fitted.append(FittedLayer(index, layer, inputs[index], None, None, 0.0))
                 continue
-            factors = target.known(index)
-            if factors is None:
-                factors = _fit(target.method, layer, inputs[index], passes, statistics, ranks, shared)
-            lost = relative_output_error(layer, factors, inputs[index], passes[:ERROR_WINDOWS])
-            if target.method.name not in full:
-                full[target.method.name] = full_rank(target.method, statistics)
-            fitted.append(FittedLayer(index, layer, inputs[index], factors, full[target.method.name], lost))
+            factors = known(index) or method.fit(calibrated, ranks)
+            if method.label not in full_rank:
+                full_rank[method.label] = method.full_rank(statistics)
+            error = calibrated.error(factors)
+            fitted.append(FittedLayer(index, layer, inputs[index], factors, full_rank[method.label], error))
         yield fitted
 
 
 def _calibrate(
-    layer: Any, hidden: Tensor, inputs: LayerInputs, table: tuple[Tensor, Tensor], attended: bool
+    layer: Any, hidden: Tensor, inputs: LayerInputs, rotations: tuple[Tensor, Tensor], needs_scores: bool
 ) -> tuple[list[AttentionPass], LayerStatistics]:
     total = StatisticsSum(layer.self_attn)
-    scores = AttendedSum(layer.self_attn, inputs) if attended else None
+    scores = ScoreMomentsSum(layer.self_attn, inputs) if needs_scores else None
     passes = []
     for window in run_layer(layer, hidden, inputs):
         total.add(window.attention_in)
         if scores:
             scores.add(window)
         passes.append(window)
-    return passes, replace(total.result(*table), attended=scores and scores.result())
+    return passes, replace(total.result(*rotations), scores=scores and scores.result())
 
 
-def _fit(
-    method: Method,
-    layer: Any,
-    inputs: LayerInputs,
-    passes: list[AttentionPass],
-    statistics: LayerStatistics,
-    ranks: tuple[int, int],
-    shared: dict[tuple[str, int], AveragedValues],
-) -> LayerFactors:
-    """One layer's factors. What values of several ranks need beside the same keys is in `shared`, the last of it."""
+def _calibrated(
+    layer: Any, inputs: LayerInputs, passes: list[AttentionPass], statistics: LayerStatistics
+) -> CalibratedLayer:
+    """The layer for its methods. Values of several ranks beside the same keys share one pass: the last one is kept."""
+    kept: dict[tuple[str, int], AveragedValues] = {}
 
-    def averaged(key_projection: Tensor, encoder: Tensor | None = None) -> AveragedValues:
-        encoder = None if encoder is None else encoder.float()
-        total = AveragedValuesSum(
-            layer.self_attn, inputs, key_projection.float(), method.form, encoder, groups=method.groups
-        )
-        for window in passes:
-            total.add(window.attention_in, window.heads_out, window.weight)
-        return total.result()
+    def average(
+        method: Method,
+        key_rank: int,
+        key_projection: Float[Tensor, "n _"],
+        encoder: Float[Tensor, "r _"] | None = None,
+    ) -> AveragedValues:
+        key = (method.label, key_rank)
+        if key not in kept:
+            kept.clear()
+            encoder = None if encoder is None else encoder.float()
+            total = AveragedValuesSum(
+                layer.self_attn, inputs, key_projection.float(), method.form, encoder, groups=method.groups
+            )
+            for window in passes:
+                total.add(window.attention_in, window.heads_out, window.weight)
+            kept[key] = total.result()
+        return kept[key]
 
-    def lost(factors: Factors) -> float:
-        return relative_output_error(
-            layer, LayerFactors(*joint.split(factors), form="joint"), inputs, passes[:ERROR_WINDOWS]
-        )
+    def error(factors: LayerFactors) -> float:
+        return relative_output_error(layer, factors, inputs, passes[:ERROR_WINDOWS])
 
-    if method.form == "joint":
-        both = min((joint.keys(statistics, sum(ranks), balance) for balance in joint.BALANCES), key=lost)
-        keys, values = joint.split(both)
-        rest = joint.values(averaged(keys.decoder, both.encoder), values, statistics.num_kv_heads)
-        return LayerFactors(keys, *rest, method.form)
-    keys = method.keys(statistics, ranks[0])
-    if method.values is not None:
-        return LayerFactors(keys, method.values(statistics, ranks[1]), form=method.form, groups=method.groups)
-    name = (method.name, ranks[0])
-    if name not in shared:
-        shared.clear()
-        shared[name] = averaged(keys.projection)
-    rest = method.averaged(shared[name], statistics.num_kv_heads, ranks[1])
-    return LayerFactors(keys, *rest, method.form, method.groups)
+    return CalibratedLayer(statistics, average, error)
 
 
 @torch.no_grad()
 def relative_output_error(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: list[AttentionPass]) -> float:
-    """The share of the attention output's energy that is lost with these factors: 0 is exact, 1 is nothing kept.
+    """Energy of the error of the attention's output over the output's own: 0 is exact, 1 is nothing kept.
 
     Tokens count as in `AttentionPass.weight`.
     """
     compressed = latent_copy(layer, factors, inputs.rotary).self_attn
-    lost = total = 0.0
+    options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
+    error = energy = 0.0
     for window in passes:
-        options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
         output = compressed(window.attention_in[None], **options)[0][0]
         true = layer.self_attn.o_proj(window.heads_out)
-        lost += ((output - true).square().sum(-1) * window.weight).sum().item()
-        total += (true.square().sum(-1) * window.weight).sum().item()
-    return lost / total
-
-
-def full_rank(method: Method, statistics: LayerStatistics) -> LayerFactors:
-    """The method's factors at full rank, which must reproduce the layer."""
-    n = statistics.num_kv_heads * statistics.head_dim
-    if method.form == "joint":
-        return LayerFactors(*joint.split(joint.keys(statistics, 2 * n)), form=method.form)
-    values = method.values or by_group(covariance_values, method.groups)
-    return LayerFactors(method.keys(statistics, n), values(statistics, n), form=method.form, groups=method.groups)
+        error += ((output - true).square().sum(-1) * window.weight).sum().item()
+        energy += (true.square().sum(-1) * window.weight).sum().item()
+    return error / energy

@@ -1,6 +1,6 @@
 """What a compression will do, before any weight is loaded."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from mea.compression.budget import (
     read_layout,
 )
 from mea.compression.calibrate.text import Calibration
-from mea.compression.methods import DEFAULT_METHOD, Method, find_method
+from mea.compression.methods import DEFAULT_METHOD, find_method
+from mea.compression.methods.base import Method
 from mea.compression.methods.groups import in_groups
 from mea.compression.refine import Refinement
 from mea.models.accounting import cached_share
@@ -24,7 +25,7 @@ from mea.models.fold import stock_config
 from mea.models.loading import check_supported
 
 DEFAULT_KEEP = 0.5
-REACH = 2  # steps to either side that an allocation may take a width
+REACH = 2  # steps to either side that an allocation may take a rank
 
 
 @dataclass(frozen=True)
@@ -34,9 +35,9 @@ class Allocation:
     Attributes
     ----------
     equal
-        As many numbers for keys as for values within a layer: PyTorch's fast kernels on processors need it.
+        Keys and values get the same rank within a layer: PyTorch's fast kernels on processors need it.
     same
-        The same ranks in all layers.
+        All layers get the same ranks.
     step
         Ranks are multiples of it; by default the method's own step.
     text, tokens
@@ -62,86 +63,12 @@ class Allocation:
             raise ValueError(f"ranks are multiples of a positive step, not of {self.step}")
 
 
-def allocation(wanted: bool, **options: Any) -> Allocation | bool:
-    """An allocation with those of the options that are given, or False.
-
-    Raises
-    ------
-    ValueError
-        Options are given and no allocation is wanted.
-    """
-    given = {name: value for name, value in options.items() if value not in (None, False)}
-    if given and not wanted:
-        raise ValueError(f"{', '.join(given)} say how to allocate ranks: give --allocate too")
-    return Allocation(**given) if wanted else False
-
-
 @dataclass(frozen=True)
-class Plan:
-    """Method and layout for one model.
+class CompressOptions:
+    """Every option of a compression, from the command line to the record.
 
     Attributes
     ----------
-    cached
-        What the given model caches, as a fraction of `shape`: below 1 for this package's models with fewer component
-        than key/value heads.
-    allocation
-        How `layout` is or was chosen, if it is not the budget's own.
-    refinement
-        How layers are refined after the closed form, if they are.
-    """
-
-    method: Method
-    layout: Layout
-    shape: CacheShape
-    calibration: Calibration
-    cached: float = 1.0
-    allocation: Allocation | None = None
-    refinement: Refinement | None = None
-
-    def bytes_before(self, context: int) -> int:
-        """Bytes of the given model's cache after `context` tokens of one sequence."""
-        return round(self.shape.bytes(context) * self.cached)
-
-    def describe(self) -> dict[str, Any]:
-        """What is written into the compressed model's configuration and the record."""
-        calibration = self.calibration
-        return {
-            "method": self.method.name,
-            "keep": round(self.layout.keep(self.shape) / self.cached, 6),
-            "calibration_text": Path(calibration.text).name,
-            "calibration_tokens": calibration.tokens,
-            "calibration_window": calibration.window,
-            "seed": calibration.seed,
-            **({"groups": self.method.groups} if self.method.groups > 1 else {}),
-            **({"calibration_copy_fraction": calibration.copy_fraction} if calibration.copy_fraction else {}),
-            **({} if self.allocation is None else {"allocation": asdict(self.allocation)}),
-            **({} if self.refinement is None else {"refinement": asdict(self.refinement)}),
-        }
-
-
-def make_plan(
-    config: Any,
-    itemsize: int,
-    *,
-    keep: float | None = None,
-    budget: str | None = None,
-    layout: str | Path | None = None,
-    method: str = DEFAULT_METHOD,
-    odd: str = "values",
-    groups: int = 1,
-    calibration: Calibration | None = None,
-    allocate: Allocation | bool = False,
-    refine: Refinement | int = 0,
-) -> Plan:
-    """Decide ranks and method.
-
-    Parameters
-    ----------
-    config
-        Of the model, from transformers or of this package.
-    itemsize
-        Bytes of a cached number.
     keep
         The fraction of the cache's bytes that stays, `DEFAULT_KEEP` if no other budget is given.
     budget
@@ -150,63 +77,173 @@ def make_plan(
         Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep`, of the layers that they name), or a file of ranks.
     method
         A name in `mea.compression.methods.METHODS`.
-    odd
-        ``"keys"`` or ``"values"``: which of them get an odd component head, for methods with whole heads.
+    weighting
+        Of the method ``"post_rope"``: a name in `mea.compression.methods.post_rope.WEIGHTINGS`.
     groups
-        Of neighbouring heads, each with latents of its own: as many as ranks that share an attention layer.
+        Of neighbouring heads, each with latents of its own: as many as ranks that share an attention layer in tensor
+        parallelism.
+    calibration
+        The text, its length, and the seed of its windows.
     allocate
-        The layout is only where to begin, and ranks will be chosen layer by layer: how.
+        Choose ranks layer by layer; the layout is only where the search begins. True stands for an `Allocation`.
     refine
-        Passes over the calibration text in which every layer is refined after the closed form, or how; 0 for none.
+        Passes over the calibration text in which every layer is refined after the closed form, or a `Refinement`.
+    """
+
+    keep: float | None = None
+    budget: str | None = None
+    layout: str | Path | None = None
+    method: str = DEFAULT_METHOD
+    weighting: str | None = None
+    groups: int = 1
+    calibration: Calibration = field(default_factory=Calibration)
+    allocate: Allocation | bool = False
+    refine: Refinement | int = 0
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and (self.keep is not None or self.layout is not None):
+            raise ValueError("give one budget: keep, bytes at a context length, or a layout")
+
+    @classmethod
+    def of(cls, options: "CompressOptions | None", fields: dict[str, Any]) -> "CompressOptions":
+        """The options that are given, or new ones with these fields.
+
+        Raises
+        ------
+        TypeError
+            Both are given, or a field is unknown.
+        """
+        if options is None:
+            return cls(**fields)
+        if fields:
+            raise TypeError(f"give options or {', '.join(fields)}, not both")
+        return options
+
+    @property
+    def allocation(self) -> Allocation | None:
+        """How ranks are chosen layer by layer, if they are."""
+        return Allocation() if self.allocate is True else self.allocate or None
+
+    @property
+    def refinement(self) -> Refinement | None:
+        """How layers are refined, if they are."""
+        return self.refine if isinstance(self.refine, Refinement) else Refinement(self.refine) if self.refine else None
+
+    def find_method(self, num_kv_heads: int) -> Method:
+        """The method for a model with so many kv heads.
+
+        Raises
+        ------
+        ValueError
+            There is no such method, or it cannot do anything for such a model.
+        """
+        name = self.method if self.weighting is None else f"{self.method}:{self.weighting}"
+        return in_groups(find_method(name, num_kv_heads), self.groups, num_kv_heads)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Options, and what they come to for one model.
+
+    Attributes
+    ----------
+    layout
+        Ranks per layer; where they are allocated, those that the search begins with or has chosen.
+    cached
+        What the given model caches, as a fraction of `shape`: below 1 for this package's models with fewer component
+        than key/value heads.
+    """
+
+    options: CompressOptions
+    method: Method
+    layout: Layout
+    shape: CacheShape
+    cached: float = 1.0
+
+    @property
+    def calibration(self) -> Calibration:
+        """The calibration text."""
+        return self.options.calibration
+
+    def bytes_before(self, context: int) -> int:
+        """Bytes of the given model's cache after `context` tokens of one sequence."""
+        return round(self.shape.bytes(context) * self.cached)
+
+    def describe(self) -> dict[str, Any]:
+        """What is written into the compressed model's configuration and the record."""
+        calibration, method = self.calibration, self.method
+        allocation, refinement = self.options.allocation, self.options.refinement
+        return {
+            "method": method.name,
+            **({} if method.weighting is None else {"weighting": method.weighting}),
+            "keep": round(self.layout.keep(self.shape) / self.cached, 6),
+            "calibration_text": Path(calibration.text).name,
+            "calibration_tokens": calibration.tokens,
+            "calibration_window": calibration.window,
+            "seed": calibration.seed,
+            **({"groups": method.groups} if method.groups > 1 else {}),
+            **({"calibration_copy_fraction": calibration.copy_fraction} if calibration.copy_fraction else {}),
+            **({} if allocation is None else {"allocation": asdict(allocation)}),
+            **({} if refinement is None else {"refinement": asdict(refinement)}),
+        }
+
+
+def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None) -> Plan:
+    """Decide ranks and method.
+
+    Parameters
+    ----------
+    config
+        Of the model, from transformers or of this package.
+    itemsize
+        Bytes of a cached number.
+    options
+        What is asked for; by default half of the bytes.
 
     Raises
     ------
     ValueError
-        The model is not supported, no layout meets the budget, the heads do not make such groups, or `refine` is
-        negative.
+        The model is not supported, no layout meets the budget, the heads do not make such groups, or the calibration
+        windows are longer than the model's context.
     """
+    options = options or CompressOptions()
     cached, config = cached_share(config), stock_config(config)
     check_supported(config)
-    if budget is not None and (keep is not None or layout is not None):
-        raise ValueError("give one budget: keep, bytes at a context length, or a layout")
-    if odd not in ("keys", "values"):
-        raise ValueError(f"odd heads go to 'keys' or 'values', not {odd!r}")
     shape = CacheShape.of(config, itemsize)
-    chosen = in_groups(find_method(method, shape.num_kv_heads), groups, shape.num_kv_heads)
-    step = chosen.step(shape.head_dim, odd)
-    fraction = (DEFAULT_KEEP if keep is None else keep) * cached
-    if budget is not None:
-        ranks = layout_for_bytes(shape, *parse_budget(budget), step)
-    elif layout is None:
-        ranks = layout_for_keep(shape, fraction, step)
-    elif str(layout) in PRESETS:
-        ranks = preset_layout(shape, str(layout), step, fraction)
-    elif keep is not None:
-        raise ValueError("give one budget: keep, or a file of ranks")
-    else:
-        ranks = read_layout(Path(layout), shape, step)
-    if chosen.form == "joint" and any(pair and pair[0] != pair[1] for pair in ranks.ranks):
-        raise ValueError("a joint latent is cached in two equal halves: give [r, r] or null for each layer")
-    calibration = calibration or Calibration()
-    if calibration.window > config.max_position_embeddings:
+    method = options.find_method(shape.num_kv_heads)
+    layout = _layout(options, shape, method.step(shape.head_dim), cached)
+    for ranks in layout.ranks:
+        if ranks:
+            method.form.check(*ranks)
+    window, context = options.calibration.window, config.max_position_embeddings
+    if window > context:
+        raise ValueError(f"a calibration window of {window} tokens is longer than the model's context of {context}")
+    plan = Plan(options, method, layout, shape, cached)
+    if cached < 1 and layout.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(
-            f"a calibration window of {calibration.window} tokens is longer than the model's context of "
-            f"{config.max_position_embeddings}"
-        )
-    if allocate:
-        how = Allocation() if allocate is True else allocate
-        ranks = _to_begin_with(ranks, how, shape, step, budget is not None)
-    refinement = (Refinement(refine) if refine else None) if isinstance(refine, int) else refine
-    plan = Plan(chosen, ranks, shape, calibration, cached, how if allocate else None, refinement)
-    if cached < 1 and ranks.bytes(shape, 1) > plan.bytes_before(1):
-        raise ValueError(
-            f"the result would cache {ranks.bytes(shape, 1):,} bytes per token and the model, with its fewer "
+            f"the result would cache {layout.bytes(shape, 1):,} bytes per token and the model, with its fewer "
             f"component heads, caches {plan.bytes_before(1):,}; give a smaller budget, and ranks to every layer"
         )
     return plan
 
 
-def _to_begin_with(layout: Layout, how: Allocation, shape: CacheShape, step: Step, absolute: bool) -> Layout:
+def _layout(options: CompressOptions, shape: CacheShape, step: Step, cached: float) -> Layout:
+    fraction = (DEFAULT_KEEP if options.keep is None else options.keep) * cached
+    if options.budget is not None:
+        layout = layout_for_bytes(shape, *parse_budget(options.budget), step)
+    elif options.layout is None:
+        layout = layout_for_keep(shape, fraction, step)
+    elif str(options.layout) in PRESETS:
+        layout = preset_layout(shape, str(options.layout), step, fraction)
+    elif options.keep is not None:
+        raise ValueError("give one budget: keep, or a file of ranks")
+    else:
+        layout = read_layout(Path(options.layout), shape, step)
+    allocation = options.allocation
+    return _search_start(layout, allocation, shape, step, options.budget is not None) if allocation else layout
+
+
+def _search_start(layout: Layout, allocation: Allocation, shape: CacheShape, step: Step, absolute: bool) -> Layout:
     """The layout from which an allocation starts.
 
     Raises
@@ -218,12 +255,14 @@ def _to_begin_with(layout: Layout, how: Allocation, shape: CacheShape, step: Ste
         raise ValueError("allocate chooses the ranks of all layers: give keep or budget instead of a layout of some")
     if absolute and any(shape.windows):
         raise ValueError(
-            "bytes at a context length cannot be allocated in a model with sliding windows, where what a layer's width "
+            "bytes at a context length cannot be allocated in a model with sliding windows, where what a layer's rank "
             "costs depends on its window: give keep"
         )
-    if how.step is not None and how.step % step.size:
-        raise ValueError(f"the method's ranks are multiples of {step.size}, and so must be those of step {how.step}")
-    if how.equal and not step.paired and any(pair and pair[0] != pair[1] for pair in layout.ranks):
+    if allocation.step is not None and allocation.step % step.size:
+        raise ValueError(
+            f"the method's ranks are multiples of {step.size}, and so must be those of step {allocation.step}"
+        )
+    if allocation.equal and not step.paired and any(pair and pair[0] != pair[1] for pair in layout.ranks):
         raise ValueError("as many key as value heads do not come out at this budget: give a keep for which they do")
     least = min(pair for pair in layout.ranks if pair)
-    return replace(layout, ranks=(least,) * len(layout.ranks)) if how.same else layout
+    return replace(layout, ranks=(least,) * len(layout.ranks)) if allocation.same else layout

@@ -22,14 +22,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mea.compression.calibrate.layerwise import (
-    LayerInputs,
-    embed,
-    evaluating,
-    layer_inputs,
-    position_embeddings,
-    resident,
-)
+from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, evaluating
+from mea.compression.calibrate.offload import resident
 from mea.compression.convert import replace_weights
 from mea.models.lm_head import IGNORED, Head, distance
 from mea.ops.precision import fast_dtype
@@ -51,7 +45,7 @@ class Refinement:
         Tokens that are read in one piece, at most those of a calibration window.
     batch
         Windows a step.
-    rate, base_lr
+    lr, base_lr
         Peak learning rates of the factors (encoders and decoders), and of the projections of queries, keys and output.
     held_out
         One window in so many is not trained on: a layer on which its loss did not fall stays as it was.
@@ -62,7 +56,7 @@ class Refinement:
     passes: int = 1
     window: int = 512
     batch: int = 2
-    rate: float = 5e-4
+    lr: float = 5e-4
     base_lr: float = 2e-4
     held_out: int = 16
     seed: int = 0
@@ -73,8 +67,8 @@ class Refinement:
                 "refinement takes at least 1 pass, windows of 8 tokens, 1 window a step and 1 window in 2 to train on, "
                 f"not {self.passes}, {self.window}, {self.batch} and 1 in {self.held_out}"
             )
-        if not (self.rate > 0 and self.base_lr > 0):
-            raise ValueError(f"learning rates must be positive, not {self.rate} and {self.base_lr}")
+        if not (self.lr > 0 and self.base_lr > 0):
+            raise ValueError(f"learning rates must be positive, not {self.lr} and {self.base_lr}")
 
 
 class RefinedLayer(NamedTuple):
@@ -105,7 +99,7 @@ Keep = Callable[[int, dict[str, Tensor]], None]
 
 
 def refine_layers(
-    model: Any,
+    walk: LayerWalk,
     compressed: Any,
     tokens: Int[Tensor, "n t"],
     settings: Refinement,
@@ -118,8 +112,8 @@ def refine_layers(
 
     Parameters
     ----------
-    model
-        The original; nothing of it changes.
+    walk
+        Through the original; nothing of it changes.
     compressed
         What `mea.compression.convert.assemble` made of it. Trained weights replace those it shares with the original.
     tokens
@@ -140,36 +134,36 @@ def refine_layers(
     if len(rows) < 3:
         raise ValueError(f"refinement needs at least 3 windows of calibration text, not {len(rows)}: give more tokens")
     generator = torch.Generator().manual_seed(settings.seed)
-    places = spread_positions(rows.shape[0], rows.shape[1], model.config.max_position_embeddings, generator)
+    positions = spread_positions(rows.shape[0], rows.shape[1], walk.model.config.max_position_embeddings, generator)
     losses: list[RefinedLayer | None] = []
     divergence = None
-    Head(model)  # refuses what it does not know, before any work
-    with evaluating(model), evaluating(compressed), torch.no_grad():
-        inputs, turns = layer_inputs(model, rows.shape[1]), position_embeddings(model, places)
-        original = embed(model, rows).float()
+    Head(walk.model)  # refuses what it does not know, before any work
+    with evaluating(walk.model), evaluating(compressed), torch.no_grad():
+        inputs, turns = walk.inputs(rows.shape[1]), walk.position_embeddings(positions)
+        original = walk.embed(rows).float()
         ours = original
-        for index, (stored, changed) in enumerate(zip(model.model.layers, compressed.model.layers, strict=True)):
-            reading = _Reading(inputs[index], turns[index], places)
+        for index, (stored, changed) in enumerate(zip(walk.layers, compressed.model.layers, strict=True)):
+            reading = _Reading(inputs[index], turns[index], positions)
             target = reading.all(resident(stored), original)
             if hasattr(changed.self_attn, "head_mixing"):
-                layer, found = copy.deepcopy(resident(changed)), known(index)
-                if found is None:
+                layer, weights = copy.deepcopy(resident(changed)), known(index)
+                if weights is None:
                     losses.append(_train(_Errors(layer, reading, ours, target), settings, index))
-                    if index == len(model.model.layers) - 1:
-                        loss = _Divergences(layer, reading, ours, target, model)
+                    if index == len(walk.layers) - 1:
+                        loss = _Divergences(layer, reading, ours, target, walk.model)
                         divergence = _train(loss, settings, index + 1)
-                    found = {name: weight.detach() for name, weight in _trained(layer.self_attn).items()}
-                    keep(index, found)
+                    weights = {name: weight.detach() for name, weight in _trained(layer.self_attn).items()}
+                    keep(index, weights)
                 else:
                     losses.append(None)
-                    layer.self_attn.load_state_dict(found, strict=False)
-                replace_weights(changed.self_attn, found)
+                    layer.self_attn.load_state_dict(weights, strict=False)
+                replace_weights(changed.self_attn, weights)
             else:
                 losses.append(None)
                 layer = resident(changed)
             ours, original = reading.all(layer, ours), target
             if progress:
-                progress("refining", index + 1, len(model.model.layers))
+                progress("refining", index + 1, len(walk.layers))
     return Refined(tuple(losses), divergence)
 
 
@@ -188,9 +182,9 @@ class _Reading:
         self,
         inputs: LayerInputs,
         turns: tuple[Float[Tensor, "n t d"], Float[Tensor, "n t d"]],
-        places: Int[Tensor, "n t"],
+        positions: Int[Tensor, "n t"],
     ):
-        self.places = places
+        self.positions = positions
         self.options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
         self.turns = turns
 
@@ -198,7 +192,7 @@ class _Reading:
         """Some windows, given by number."""
         options = self.options | {"position_embeddings": (self.turns[0][which], self.turns[1][which])}
         if "position_ids" in options:  # latents of unrotated keys are rotated by them
-            options["position_ids"] = self.places[which].to(hidden.device)
+            options["position_ids"] = self.positions[which].to(hidden.device)
         with _fast_products(hidden.device):
             return layer(hidden, **options).float()
 
@@ -272,10 +266,10 @@ def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
     fast = [p for n, p in trained.items() if n.startswith(("head_mixing", "v_proj"))]
     slow = [p for n, p in trained.items() if not n.startswith(("head_mixing", "v_proj"))]
-    groups = [{"params": fast, "lr": settings.rate}, {"params": slow, "lr": settings.base_lr}]
+    groups = [{"params": fast, "lr": settings.lr}, {"params": slow, "lr": settings.base_lr}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     steps = settings.passes * -(-len(rest) // settings.batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _rate(step, steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: _lr_factor(step, steps))
     with torch.enable_grad():
         for parameter in trained.values():
             parameter.requires_grad_(True)
@@ -294,6 +288,6 @@ def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
     return RefinedLayer(before, after)
 
 
-def _rate(step: int, steps: int) -> float:
+def _lr_factor(step: int, steps: int) -> float:
     """Up in a line, down in a cosine."""
     return min(1.0, (step + 1) / max(1.0, WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -9,16 +9,17 @@ from torch import Tensor
 
 from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.card import model_card
 from mea.compression.check import checked_stock_form
 from mea.compression.checkpoint import FactorStore, check_output, complete_folder, fingerprint
 from mea.compression.cost import estimate
-from mea.compression.plan import make_plan
+from mea.compression.plan import CompressOptions, make_plan
 from mea.compression.refine import Refined
 from mea.evaluate.measure import text_losses
 from mea.evaluate.perplexity import perplexity, ratio
 from mea.evaluate.speed import cache_size
+from mea.models.card import model_card
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
 from mea.records import Progress, make_record, write_record
@@ -32,13 +33,14 @@ SHARD_SIZE = "4GB"  # each is in memory as a whole while it is written
 def compress_to_folder(
     source: str,
     out: str | Path,
+    options: CompressOptions | None = None,
     *,
     dtype: str = "auto",
     measure_tokens: int = 4096,
     progress: Progress | None = None,
-    **options: Any,
+    **fields: Any,
 ) -> dict[str, Any]:
-    """Load, compress, check, measure and save; `options` are those of `make_plan`.
+    """Load, compress, check, measure and save.
 
     The folder appears when everything in it is complete. An interrupted run started again with the same arguments goes
     on after the last finished layer, which it finds in ``<out>.partial``.
@@ -49,6 +51,10 @@ def compress_to_folder(
         Folder, GGUF file or hub id.
     out
         A folder that does not exist or is empty.
+    options
+        What to do, by default `CompressOptions` with the `fields`.
+    dtype
+        Of the weights and the cache, ``"auto"`` for the model's own.
     measure_tokens
         How much of the WikiText-2 test text the perplexities in the model card are measured on; 0 for none.
 
@@ -67,7 +73,7 @@ def compress_to_folder(
     check_output(out)
     given = load_config(source)
     config = stock_config(given)
-    plan = make_plan(given, resolve_dtype(given, dtype).itemsize, **options)
+    plan = make_plan(given, resolve_dtype(given, dtype).itemsize, CompressOptions.of(options, fields))
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, plan.calibration)
     # Before the work, because more tokens than there are are refused.
@@ -80,20 +86,23 @@ def compress_to_folder(
     before = cache_size(model, min(CACHE_TOKENS, config.max_position_embeddings)).bytes_per_token
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
-    plan, tried = allocated(model, tokenizer, tokens, plan, progress, work / "choice")
-    result = run_plans(model, tokens, [plan], store=store, progress=progress)[0]
+    walk = LayerWalk(model, tokens.shape[1])
+    plan, tried = allocated(walk, tokenizer, tokens, plan, progress, work / "choice")
+    result = run_plans(walk, tokens, [plan], store=store, progress=progress)[0]
     record = _measure(source, model, tokenizer, result, before, measured, progress)
     if tried:
         record["results"]["tried"] = [{"divergence": x.divergence, "ranks": list(x.layout.ranks)} for x in tried]
     with complete_folder(out, work) as folder:
         result.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(model_card(record), encoding="utf-8")
+        (folder / "README.md").write_text(_card(record), encoding="utf-8")
         write_record(folder / "compression.json", record)
     return record
 
 
-def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, Any]:
+def preview(
+    source: str, options: CompressOptions | None = None, *, dtype: str = "auto", **fields: Any
+) -> dict[str, Any]:
     """What `compress_to_folder` would do with these arguments and what it costs; no weights are read.
 
     Bytes are those of the cache of one sequence, `memory` is beyond the model's weights.
@@ -105,7 +114,7 @@ def preview(source: str, *, dtype: str = "auto", **options: Any) -> dict[str, An
     """
     given = load_config(source)
     config, kind = stock_config(given), resolve_dtype(given, dtype)
-    plan = make_plan(given, kind.itemsize, **options)
+    plan = make_plan(given, kind.itemsize, CompressOptions.of(options, fields))
     cost, context = estimate(config, plan), config.max_position_embeddings
     return {
         "model": Path(source).name,
@@ -136,9 +145,9 @@ def _measure(
     results: dict[str, Any] = {
         "cache_bytes_per_token_before": before,
         "cache_bytes_per_token": cache_size(result.model, length).bytes_per_token,
-        "layer_relative_output_error": result.lost,
-        **_told(result.refined),
-        "self_check": result.errors,
+        "layer_relative_output_error": result.relative_output_errors,
+        **_refinement_results(result.refined),
+        "self_check": result.self_check,
         "seconds": result.seconds,
     }
     if measured is not None:
@@ -162,12 +171,38 @@ def _measure(
     return make_record("compression", config, results=results, seeds={"calibration": plan.calibration.seed})
 
 
-def _told(refined: Refined | None) -> dict[str, Any]:
+def _card(record: dict[str, Any]) -> str:
+    config, results = record["config"], record["results"]
+    before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
+    fraction = config.get("calibration_copy_fraction")
+    method = ", ".join(f"{name} `{config[name]}`" for name in ("method", "weighting") if name in config)
+    summary = (
+        f"Compressed with mea {record['versions'].get('mea', '')}: {method}, calibrated on "
+        f"{config['calibration_tokens']:,} tokens of `{config['calibration_text']}`"
+        f"{f', {fraction:.0%} of the windows with repeated spans' if fraction else ''}, no training."
+    )
+    rows = [(f"cache bytes per token ({config['dtype']})", f"{before:,.0f}", f"{after:,.0f}")]
+    if "perplexity" in results:
+        rows.append((
+            f"perplexity, WikiText-2 raw test, first {config['measured_tokens']:,} tokens",
+            f"{results['perplexity_before']:.2f}",
+            f"{results['perplexity']:.2f} "
+            f"({results['perplexity_ratio']:.3f} ± {results['perplexity_ratio_error']:.3f} times)",
+        ))  # fmt: skip
+    for name, check in (
+        ("full_rank", "logit error at full rank"), ("cached", "error of cached decoding in a layer")
+    ):  # fmt: skip
+        rows.append((f"largest relative {check}, fp32", "", f"{results['self_check'][name]:.1e}"))
+    title = f"{config['model']} with {after / before:.0%} of its KV cache"
+    return model_card(title, summary, ("measured", "original", "compressed"), rows, "compression.json")
+
+
+def _refinement_results(refined: Refined | None) -> dict[str, Any]:
     if refined is None:
         return {}
     layers, divergence = refined
-    found: dict[str, Any] = {"refined": [pair and pair._asdict() for pair in layers]}
-    return found | ({"refined_divergence": divergence._asdict()} if divergence else {})
+    results: dict[str, Any] = {"refined": [losses and losses._asdict() for losses in layers]}
+    return results | ({"refined_divergence": divergence._asdict()} if divergence else {})
 
 
 def _check_space(folder: Path, model: Any) -> None:

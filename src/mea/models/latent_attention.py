@@ -2,15 +2,12 @@
 
 One attention forward serves every supported architecture: `LatentAttention` is mixed into the architecture's own
 attention class and caches latents (`ops/latent.py`) where the original caches keys and values. Keys are encoded *after*
-their norm, which so need not be undone when reading; values are encoded by the projection itself. Latents have a form:
+their norm, so that reading need not undo it; the projection itself encodes values. What is cached and how it is read is
+the cache form's (`ops/forms.py`).
 
-- ``"post_rope"``: of rotated keys. Decoding never rebuilds them.
-- ``"pre_rope"``: of keys before rotation, which are rebuilt and rotated at every read.
-- ``"joint"``: unrotated, and keys and values share one latent; one half of it is cached in the place of keys, the other
-  in the place of values.
-
-This file and ``ops/latent.py`` together are also the self-contained modelling file that `save_pretrained` writes beside
-the weights, for ``from_pretrained(..., trust_remote_code=True)`` where this package is not installed.
+This file, ``ops/latent.py`` and ``ops/forms.py`` together are also the self-contained modelling file that
+`save_pretrained` writes beside the weights, for ``from_pretrained(..., trust_remote_code=True)`` where this package is
+not installed.
 
 Dimensions: ``b`` batch, ``h`` query heads, ``g`` kv heads, ``q`` query tokens, ``t`` cached tokens, ``d`` head
 dimension, ``r`` latent width.
@@ -18,6 +15,7 @@ dimension, ``r`` latent width.
 
 import ast
 import copy
+import functools
 import sys
 from pathlib import Path
 from typing import Any, Literal
@@ -28,19 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mea.ops import latent
-from mea.ops.latent import (
-    absorb,
-    absorbed_is_cheaper,
-    attend_rebuilt,
-    encode,
-    key_positions,
-    materialise,
-    read,
-    rebuilt_scores,
-    rotate,
-    unmix,
-)
+from mea.ops import forms, latent
+from mea.ops.forms import FORMS
+from mea.ops.latent import absorbed_is_cheaper, key_positions, read
 
 # Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because an
 # attention that looks alike may not be: layers without RoPE (SmolLM3) or one norm over all heads (OLMo2) would convert
@@ -56,7 +44,6 @@ SUPPORTED = {
 }
 MODEL_TYPE_PREFIX = "mea_"
 MODELLING_FILE = "modeling_mea.py"
-FORMS = ("post_rope", "pre_rope", "joint")
 NO_PAGES = "a compressed cache cannot be paged: use generate() instead of continuous batching"
 
 
@@ -68,10 +55,10 @@ class HeadMixing(nn.Module):
     num_kv_heads, head_dim
         ``g`` and ``d`` of the original attention.
     key_rank, value_rank
-        Latent ranks ``r_k`` and ``r_v``: numbers cached per token. With the form ``"joint"`` both ranks of all
-        tensors below are their sum.
+        Latent ranks ``r_k`` and ``r_v``: numbers cached per token. The tensors below have the ranks that
+        `mea.ops.forms.PostRope.decoder_ranks` makes of them.
     form
-        One of `FORMS`.
+        A name in `mea.ops.forms.FORMS`.
     groups
         ``c``: so many groups of neighbouring heads have latents of their own, each an equal share of the ranks.
 
@@ -87,9 +74,8 @@ class HeadMixing(nn.Module):
 
     def __init__(self, num_kv_heads: int, head_dim: int, key_rank: int, value_rank: int, form: str, groups: int = 1):
         super().__init__()
-        self.form, self.groups = form, groups
-        if form == "joint":
-            key_rank = value_rank = key_rank + value_rank
+        self.form, self.groups = FORMS[form], groups
+        key_rank, value_rank = self.form.decoder_ranks(key_rank, value_rank)
         self.key_encoder = nn.Parameter(torch.empty(key_rank, num_kv_heads * head_dim // groups))
         self.key_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, key_rank // groups))
         self.value_decoder = nn.Parameter(torch.empty(num_kv_heads, head_dim, value_rank // groups))
@@ -188,33 +174,23 @@ class LatentAttention(_Mixin):
             self.reading == "auto" and absorbed_is_cheaper(q, keys.shape[2], h, mixing.key_decoder.shape)
         )
         absorbed = absorbed and is_dense and (q == 1 or attention_mask is not None)
-        if mixing.form != "post_rope":
-            latents, averaged = ((keys, values),) * 2 if mixing.form == "joint" else ((keys,), (values,))
+        form, decoders = mixing.form, (mixing.key_decoder, mixing.value_decoder)
+        turn = None
+        if form.pre_rope:
             turn = self._key_turns(keys, attention_mask, past_key_values, kwargs.get("position_ids"))
-            if absorbed:
-                scores = rebuilt_scores(queries, latents, mixing.key_decoder, *turn)
-                output, weights = attend_rebuilt(scores, averaged, attention_mask, self.scaling, options["dropout"])
-                output = unmix(output, mixing.value_decoder).transpose(1, 2)
-            else:
-                keys = rotate(materialise(torch.cat(latents, -1), mixing.key_decoder), *turn)
-                values = materialise(torch.cat(averaged, -1), mixing.value_decoder)
-                output, weights = attend(self, queries, keys, values, attention_mask, **options)
-        elif absorbed:
-            # The heads of a group read the same latents: as rows of one head's queries they share every read of them.
-            c = mixing.groups
-            packed = absorb(queries, mixing.key_decoder).reshape(queries.shape[0], c, h // c * q, -1)
-            if attention_mask is not None:
-                shape = (attention_mask.shape[0], 1, h // c * q, -1)
-                attention_mask = attention_mask.expand(-1, h // c, -1, -1).reshape(shape)
-            output, weights = self._read_absorbed(packed, keys, values, attention_mask, options)
-            weights = None if weights is None else weights.view(weights.shape[0], h, q, -1)
-            output = unmix(output.reshape(output.shape[0], h, q, -1), mixing.value_decoder).transpose(1, 2)
+        if absorbed:
+            output, weights = form.read(
+                queries, keys, values, decoders, attention_mask, turn,
+                attend=functools.partial(self._attend_latents, options=options),
+                scale=self.scaling, dropout=options["dropout"],
+            )  # fmt: skip
+            output = output.transpose(1, 2)
         else:
-            keys, values = materialise(keys, mixing.key_decoder), materialise(values, mixing.value_decoder)
+            keys, values = form.rebuild(keys, values, decoders, turn)
             output, weights = attend(self, queries, keys, values, attention_mask, **options)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), weights
 
-    def _read_absorbed(
+    def _attend_latents(
         self, packed: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
         """Attend with the queries of a group as rows ``[b, c, h / c * q, r_k / c]``; the output has as many."""
@@ -241,10 +217,7 @@ class LatentAttention(_Mixin):
         queries, rotated = modelling.apply_rotary_pos_emb(queries.transpose(1, 2), keys, *position_embeddings)
         mixing = self.head_mixing
         values = self.v_proj(x).unflatten(-1, (mixing.groups, -1)).transpose(1, 2)
-        latents = encode(rotated if mixing.form == "post_rope" else keys, mixing.key_encoder)
-        if mixing.form == "joint":
-            latents, values = (latents + values).chunk(2, dim=-1)
-        return latents, values, queries
+        return *mixing.form.encode(keys, rotated, values, mixing.key_encoder), queries
 
     def _key_turns(
         self, latents: Tensor, mask: Any, past_key_values: Any, position_ids: Tensor | None
@@ -274,8 +247,8 @@ class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
     ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
-    ``config.latent_form`` is one of `FORMS`, ``config.latent_groups`` the number of groups of heads that have latents
-    of their own. With ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
+    ``config.latent_form`` names one of `mea.ops.forms.FORMS`, ``config.latent_groups`` is the number of groups of heads
+    that have latents of their own. With ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
     """
 
     _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
@@ -283,6 +256,11 @@ class LatentCausalLM(_Mixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
+        if hasattr(config, "latent_widths"):
+            raise ValueError(
+                "an older version of mea made this model (its configuration has latent_widths): compress the original "
+                "anew with mea compress MODEL OUT"
+            )
         if len(config.latent_ranks or ()) != config.num_hidden_layers:
             raise ValueError(
                 f"config.latent_ranks must give [r_k, r_v] or null for each of the {config.num_hidden_layers} layers, "
@@ -346,23 +324,18 @@ def to_latent_attention(
     latent_class = LATENT_ATTENTION.get(stock)
     if latent_class is None:
         raise TypeError(f"{stock.__name__} cannot cache latents; supported: {', '.join(SUPPORTED)}")
-    if form not in FORMS or (form == "joint" and key_rank != value_rank):
-        raise ValueError(
-            f"latents are {', '.join(FORMS)}, joint ones cached in two equal halves, not {form!r} with "
-            f"[{key_rank}, {value_rank}]"
-        )
+    if form not in FORMS:
+        raise ValueError(f"the cache forms are {', '.join(FORMS)}, not {form!r}")
+    FORMS[form].check(key_rank, value_rank, groups)
     weight = attention.k_proj.weight
     heads = weight.shape[0] // attention.head_dim
-    if any(number % groups for number in (heads, key_rank, value_rank)) or (groups > 1 and form == "joint"):
-        raise ValueError(
-            f"{groups} groups divide neither {heads} kv heads nor ranks of [{key_rank}, {value_rank}] evenly, or "
-            f"latents are joint ones, which have none"
-        )
+    if any(number % groups for number in (heads, key_rank, value_rank)):
+        raise ValueError(f"{groups} groups must divide {heads} kv heads and ranks of [{key_rank}, {value_rank}] evenly")
     with torch.device(weight.device):
         mixing = HeadMixing(heads, attention.head_dim, key_rank, value_rank, form, groups)
         has_bias, encoded = attention.v_proj.bias is not None, groups * mixing.value_decoder.shape[-1]
         v_proj = nn.Linear(attention.v_proj.in_features, encoded, bias=has_bias)
-    if form != "post_rope":
+    if FORMS[form].pre_rope:
         if rotary is None:
             raise ValueError("keys that are rotated when they are read need the model's rotary embedding")
         attention.rotary = copy.deepcopy(rotary).to(weight.device)
@@ -378,7 +351,7 @@ def auto_map(config_class: str, model_class: str) -> dict[str, str]:
 
 
 def modelling_source() -> str:
-    """The text of the self-contained modelling file: this module and the mathematics it imports."""
+    """The text of the self-contained modelling file: this module and the mathematics that it imports."""
     own = Path(__file__).read_text(encoding="utf-8")
     body = ast.parse(own).body
     ours = [node for node in body if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mea.")]
@@ -386,13 +359,19 @@ def modelling_source() -> str:
         return own
     lines = own.splitlines()
     head, rest = lines[: ours[0].lineno - 1], lines[ours[-1].end_lineno or ours[-1].lineno :]
-    mathematics = Path(latent.__file__).read_text(encoding="utf-8")
-    start = max(n.end_lineno or 0 for n in ast.parse(mathematics).body if isinstance(n, ast.Import | ast.ImportFrom))
     shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
     shim += ["Bool = Int = Float", ""]
     shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
-    return "\n".join([*head, *shim, *mathematics.splitlines()[start:], *rest, ""])
+    mathematics = [line for module in (latent, forms) for line in _without_imports(module)]
+    return "\n".join([*head, *shim, *mathematics, *rest, ""])
+
+
+def _without_imports(module: Any) -> list[str]:
+    """The lines of a module's source behind its imports."""
+    source = Path(module.__file__).read_text(encoding="utf-8")
+    imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return source.splitlines()[imports[-1].end_lineno :]
 
 
 LATENT_ATTENTION: dict[type, type] = {}

@@ -9,6 +9,7 @@ from tokenizers.processors import TemplateProcessing
 from compression.small import tiny
 from mea.compression.allocate.held_out import HeldOut
 from mea.compression.budget import Layout
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.fit import Target, fit_layers
 from mea.compression.methods import METHODS
@@ -26,20 +27,20 @@ def tokens(count: int = 2, length: int = 40) -> torch.Tensor:
 
 def variants(model, ranks) -> list[list]:
     """Per pair of ranks the factors of all layers."""
-    targets = [Target(METHODS["position"], Layout((pair,) * 3)) for pair in ranks]
-    fitted = list(fit_layers(model, tokens(4, 64), targets))
+    targets = [Target(METHODS["post_rope:uniform"], Layout((pair,) * 3)) for pair in ranks]
+    fitted = list(fit_layers(LayerWalk(model), tokens(4, 64), targets))
     return [[layer[target] for layer in fitted] for target in range(len(targets))]
 
 
 def test_losses_are_those_of_the_model_itself(model):
-    held_out = HeldOut(model, tokens(), torch.float32)
+    held_out = HeldOut(LayerWalk(model), tokens(), torch.float32)
     found = held_out.score(held_out.reference)
     torch.testing.assert_close(found.loss, token_losses(model, held_out.tokens.flatten(), 40))
     assert found.divergence.abs().max() < 1e-5  # rounding alone
 
 
 def test_layers_above_a_change_are_enough(model):
-    held_out = HeldOut(model, tokens(), torch.float32)
+    held_out = HeldOut(LayerWalk(model), tokens(), torch.float32)
     (fitted,) = variants(model, [(16, 16)])
     changed = held_out.compressed(1, fitted[1].factors)
     partly = held_out.above(held_out.through(held_out.states(held_out.layers)[1], changed, 1), 2)
@@ -50,7 +51,7 @@ def test_layers_above_a_change_are_enough(model):
 
 def test_slopes_are_those_of_a_small_step(model):
     """Against a central difference, the variant's attention output taken a little way in."""
-    held_out = HeldOut(model, tokens(), torch.float32)
+    held_out = HeldOut(LayerWalk(model), tokens(), torch.float32)
     now, other = variants(model, [(16, 16), (24, 24)])
     layers = [held_out.compressed(x.index, x.factors) for x in now]
     others = [{"wider": held_out.compressed(x.index, x.factors)} for x in other]

@@ -1,15 +1,17 @@
 """One layer at a time: what is written down is what replacing that layer costs; a run goes on where it stopped."""
 
 import math
+from dataclasses import replace
 
 import pytest
 
+from compression.small import planned
 from mea.compression.allocate import profile as module
 from mea.compression.allocate.profile import profile
 from mea.compression.api import run_plans
 from mea.compression.budget import Layout
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
-from mea.compression.plan import make_plan
 from mea.evaluate.perplexity import ratio, token_losses
 from mea.models.loading import load
 from mea.records import read_record
@@ -24,16 +26,16 @@ def record(saved, calibration, tmp_path):
 
 def test_a_layer_adds_what_compressing_it_alone_adds(record, saved, calibration):
     model, tokenizer = load(str(saved), "float32")
-    plan = make_plan(model.config, 4, keep=0.5, calibration=calibration)
+    plan = planned(model.config, keep=0.5, calibration=calibration)
     alone = Layout((None, plan.layout.ranks[1], None))
     tokens = calibration_tokens(tokenizer, calibration)
-    (compressed,) = run_plans(model, tokens, [plan.__class__(plan.method, alone, plan.shape, calibration)])
+    (compressed,) = run_plans(LayerWalk(model), tokens, [replace(plan, layout=alone)])
     text = held_out_tokens(tokenizer, calibration, 256, 64).flatten()
     expected = ratio(token_losses(compressed.model, text, 64), token_losses(model, text, 64))
     found = record["results"]["layers"][1]
     assert found["added"] == pytest.approx(math.log(expected.value), abs=1e-5)
     assert found["standard_error"] == pytest.approx(expected.standard_error / expected.value, rel=1e-3)
-    assert found["lost"] == pytest.approx(compressed.lost[1], rel=1e-4)
+    assert found["relative_output_error"] == pytest.approx(compressed.relative_output_errors[1], rel=1e-4)
 
 
 def test_an_interrupted_run_goes_on_with_the_layer_that_is_missing(record, saved, calibration, tmp_path, monkeypatch):

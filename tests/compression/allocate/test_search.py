@@ -1,22 +1,25 @@
 """Ranks chosen by measured exchanges: in the budget, within the options, and no worse than where they began."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
 import mea
-from compression.small import tiny
-from mea.compression import Allocation, compress_to_folder, fit, save
+from compression.small import planned, tiny
+from mea.compression import Allocation, compress_to_folder, save
 from mea.compression.allocate import search
 from mea.compression.allocate.candidates import BOTH, KEYS, VALUES, RankCandidates
 from mea.compression.allocate.held_out import HeldOut
 from mea.compression.allocate.search import search_ranks
 from mea.compression.api import run_plans
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.fit import FittedLayer
-from mea.compression.plan import make_plan
+from mea.compression.methods.base import Method
+from mea.compression.plan import CompressOptions, make_plan
 from mea.evaluate.perplexity import token_losses
 from mea.records import read_record
 
@@ -29,9 +32,9 @@ def uneven():
 
 
 def chosen(model, tokenizer, calibration, **options):
-    plan = make_plan(model.config, 4, keep=0.5, calibration=calibration)
+    plan = planned(model.config, keep=0.5, calibration=calibration)
     tokens = calibration_tokens(tokenizer, calibration)
-    held_out = HeldOut(model, held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
+    held_out = HeldOut(LayerWalk(model), held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
     return plan, search_ranks(
         model, tokens, held_out, plan.method, plan.shape, plan.layout, **({"tries": 16} | options)
     )
@@ -53,7 +56,7 @@ def test_a_tried_divergence_is_that_of_the_compressed_model(tokenizer, calibrati
     tokens = calibration_tokens(tokenizer, calibration)
     text = held_out_tokens(tokenizer, calibration, 256, 64)
     for each in (tried[0], tried[-1]):
-        (result,) = run_plans(model, tokens, [plan.__class__(plan.method, each.layout, plan.shape, calibration)])
+        (result,) = run_plans(LayerWalk(model), tokens, [replace(plan, layout=each.layout)])
         with torch.no_grad():
             own, true = (m(text).logits[:, :-1].log_softmax(-1) for m in (result.model, model))
         assert each.divergence == pytest.approx((true.exp() * (true - own)).sum(-1).mean().item(), rel=1e-3)
@@ -90,11 +93,11 @@ def test_where_no_exchange_is_possible_the_start_stays(tokenizer, calibration):
 
 def test_what_a_step_leaves_over_is_spent(tokenizer, calibration):
     """Ranks of 24 in steps of 16 begin at 16; what that leaves makes some of them 32."""
-    plan = make_plan(tiny().config, 4, keep=0.75, calibration=calibration)
+    plan = planned(tiny().config, keep=0.75, calibration=calibration)
     assert plan.layout.ranks == ((24, 24),) * 3
     tokens = calibration_tokens(tokenizer, calibration)
-    held_out = HeldOut(uneven(), held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
-    tried = search_ranks(uneven(), tokens, held_out, plan.method, plan.shape, plan.layout, step=16, tries=16)
+    held_out = HeldOut(LayerWalk(uneven()), held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
+    tried = search_ranks(LayerWalk(uneven()), tokens, held_out, plan.method, plan.shape, plan.layout, step=16, tries=16)
     assert tried[0].layout.ranks == ((16, 16),) * 3
     assert sum(map(sum, tried[-1].layout.ranks)) == 144
 
@@ -161,7 +164,7 @@ def test_a_choice_goes_on_where_it_was_stopped(tokenizer, calibration, tmp_path,
     path = tmp_path / "measured.json"
     before = len(json.loads(path.read_text())) if path.is_file() else 0
     assert kept
-    fits, runs = counted(monkeypatch, fit, "_fit"), counted(monkeypatch, search, "_run")
+    fits, runs = counted(monkeypatch, Method, "fit"), counted(monkeypatch, search, "_run")
     went_on = chosen(uneven(), tokenizer, calibration, folder=tmp_path)
     rest, again = len(fits), len(runs)
     assert went_on == chosen(uneven(), tokenizer, calibration)
@@ -186,9 +189,13 @@ def counted(monkeypatch, module, name):
 )
 def test_what_cannot_be_allocated_is_refused_before_any_work(calibration, options, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(tiny().config, 4, calibration=calibration, **({"allocate": True} | options))
+        planned(tiny().config, calibration=calibration, **({"allocate": True} | options))
 
 
 def test_a_context_in_bytes_is_refused_with_sliding_windows(calibration):
     with pytest.raises(ValueError, match="sliding windows"):
-        make_plan(tiny("gemma3_text").config, 4, budget="256 tokens in 40 kB", calibration=calibration, allocate=True)
+        make_plan(
+            tiny("gemma3_text").config,
+            4,
+            CompressOptions(budget="256 tokens in 40 kB", calibration=calibration, allocate=True),
+        )

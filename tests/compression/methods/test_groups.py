@@ -8,17 +8,16 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import mea
-from compression.small import tiny
+from compression.small import planned, tiny
 from mea.compression import Allocation
 from mea.compression.balance import balance_latents
 from mea.compression.methods import METHODS
-from mea.compression.plan import make_plan
 from mea.evaluate.speed import cache_size
 from mea.models.latent_attention import to_latent_attention
 from mea.ops.latent import encode, materialise, read
 
 GROUPS = 2
-DIVISIBLE = [name for name, method in METHODS.items() if method.form != "joint"]
+DIVISIBLE = [name for name, method in METHODS.items() if not method.form.shared]
 
 
 @pytest.fixture(params=DIVISIBLE)
@@ -126,7 +125,7 @@ def test_operations_on_groups_are_those_on_blocks():
 )
 def test_what_cannot_be_grouped_is_refused_before_any_work(calibration, options, message):
     with pytest.raises(ValueError, match=message):
-        make_plan(tiny().config, 4, calibration=calibration, **options)
+        planned(tiny().config, calibration=calibration, **options)
 
 
 def test_latents_of_groups_are_not_balanced(tokenizer, calibration):

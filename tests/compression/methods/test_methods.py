@@ -9,15 +9,15 @@ from torch import Tensor
 
 from compression.rotary import rotation, tables
 from mea.compression.calibrate.rope_moments import average_over_positions
-from mea.compression.calibrate.statistics import Attended, LayerStatistics
-from mea.compression.methods import METHODS, find_method, joint, position
+from mea.compression.calibrate.statistics import LayerStatistics, ScoreMoments
+from mea.compression.methods import METHODS, RENAMED, find_method, joint
 from mea.compression.methods.baselines import gram, svd
 from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
 
 G, D, WIDTH = 3, 8, 20  # kv heads, head dimension, model width
 N = G * D
-SEPARATE = [name for name, method in METHODS.items() if method.form != "joint"]
-ROTATED = [name for name, method in METHODS.items() if method.form == "post_rope"]
+SEPARATE = [name for name, method in METHODS.items() if not method.form.shared]
+ROTATED = [name for name, method in METHODS.items() if not method.form.pre_rope]
 
 
 def statistics(theta: Tensor | None = None, count: int = 4096, bias: bool = True) -> LayerStatistics:
@@ -34,7 +34,7 @@ def statistics(theta: Tensor | None = None, count: int = 4096, bias: bool = True
     return LayerStatistics(
         keys.T @ keys / 500, queries.transpose(1, 2) @ queries / 400, values.T @ values / 500, cos, sin,
         key_weight.float(), value_weight.float(), keys.T @ values / 500, output.mT @ output,
-        Attended(keys.T @ keys / 500, torch.zeros(N, N, dtype=torch.float64), queries.mT @ queries / 400),
+        ScoreMoments(keys.T @ keys / 500, torch.zeros(N, N, dtype=torch.float64), queries.mT @ queries / 400),
     )  # fmt: skip
 
 
@@ -101,7 +101,7 @@ def test_gram_loses_least_of_all_scalar_mixings(which: str, heads: int) -> None:
 
 def test_frequency_factors_commute_with_rotation() -> None:
     given = statistics()
-    projection = METHODS["frequency"].keys(given, 10).projection
+    projection = METHODS["post_rope:frequency"].keys(given, 10).projection
     keys = torch.randn(N, 30, dtype=torch.float64)
     for cos, sin in zip(given.cos[::500], given.sin[::500], strict=True):
         turn = rotation(cos, sin, G)
@@ -111,7 +111,7 @@ def test_frequency_factors_commute_with_rotation() -> None:
 def test_position_factors_do_not_commute_where_frequencies_are_slow() -> None:
     """Else the test above would show nothing."""
     given = statistics()
-    projection = METHODS["position"].keys(given, 10).projection
+    projection = METHODS["post_rope:uniform"].keys(given, 10).projection
     turn = rotation(given.cos[1000], given.sin[1000], G)
     assert (projection @ turn - turn @ projection).abs().max() > 1e-3
 
@@ -121,7 +121,10 @@ def test_position_is_frequency_where_all_frequencies_are_fast() -> None:
     gaps = []
     for count in (1000, 100_000):
         given = statistics(fast, count)
-        gap = METHODS["position"].keys(given, 10).projection - METHODS["frequency"].keys(given, 10).projection
+        gap = (
+            METHODS["post_rope:uniform"].keys(given, 10).projection
+            - METHODS["post_rope:frequency"].keys(given, 10).projection
+        )
         gaps.append(gap.abs().max().item())
         torch.manual_seed(0)
     assert gaps[1] < 1e-3
@@ -156,7 +159,7 @@ def test_position_holds_at_long_positions_where_pca_of_short_ones_fails() -> Non
         moments[1] += turn @ torch.block_diag(*given.queries) @ turn.T
     metric = torch.stack([moments[1][g * D : (g + 1) * D, g * D : (g + 1) * D] for g in range(G)])
     pca = orthonormal(*weighted_subspace(moments[0], metric, 12))
-    ours = METHODS["position"].keys(given, 12)
+    ours = METHODS["post_rope:uniform"].keys(given, 12)
 
     assert weighted_error_at(pca, given, short) < 0.05
     assert weighted_error_at(pca, given, long) > 10 * weighted_error_at(pca, given, short)
@@ -164,20 +167,18 @@ def test_position_holds_at_long_positions_where_pca_of_short_ones_fails() -> Non
     assert weighted_error_at(ours, given, long) < 1.5 * weighted_error_at(ours, given, short)
 
 
-def test_position_loses_least_over_all_positions() -> None:
+def test_uniform_weights_lose_least_over_all_positions() -> None:
     given = statistics(count=200)
     everywhere = range(200)
     losses = {name: weighted_error_at(METHODS[name].keys(given, 16), given, everywhere) for name in ROTATED}
-    for name in [
-        name for name in ROTATED if METHODS[name].attended
-    ]:  # all scores count alike here: up to rounding the same
-        assert losses.pop(name) == pytest.approx(losses["position"], rel=1e-12)
-    assert min(losses, key=losses.__getitem__) == "position"
-    assert losses["frequency"] < losses["gram"]
-    best = position.keys(given, 16)
+    for name in [name for name in ROTATED if METHODS[name].needs_scores]:  # all scores count alike here
+        assert losses.pop(name) == pytest.approx(losses["post_rope:uniform"], rel=1e-12)
+    assert min(losses, key=losses.__getitem__) == "post_rope:uniform"
+    assert losses["post_rope:frequency"] < losses["gram"]
+    best = METHODS["post_rope:uniform"].keys(given, 16)
     for _ in range(30):
         near = Factors(best.encoder + 0.01 * torch.randn_like(best.encoder), best.decoder)
-        assert weighted_error_at(near, given, everywhere) > losses["position"]
+        assert weighted_error_at(near, given, everywhere) > losses["post_rope:uniform"]
 
 
 def turned_error(residual: Tensor, given: LayerStatistics) -> float:
@@ -200,7 +201,7 @@ def test_latent_is_the_best_approximation_of_keys_before_rotation() -> None:
     scores = torch.linalg.cholesky(metric).T @ torch.linalg.cholesky(given.keys + 1e-12 * torch.eye(N))
     singular = torch.linalg.svdvals(scores)
     for width in (4, 10, 17):
-        factors = METHODS["latent"].keys(given, width)
+        factors = METHODS["pre_rope"].keys(given, width)
         found = turned_error(torch.eye(N, dtype=torch.float64) - factors.projection, given)
         assert found == pytest.approx(singular[width:].square().sum().item(), rel=1e-6, abs=1e-9)
 
@@ -210,8 +211,8 @@ def test_unrotated_keys_lose_less_than_rotated_ones() -> None:
     given = statistics(count=200)
     energy = turned_error(torch.eye(N, dtype=torch.float64), given)
     for width in (8, 16):
-        residual = torch.eye(N, dtype=torch.float64) - METHODS["latent"].keys(given, width).projection
-        rotated = weighted_error_at(METHODS["position"].keys(given, width), given, range(200))
+        residual = torch.eye(N, dtype=torch.float64) - METHODS["pre_rope"].keys(given, width).projection
+        rotated = weighted_error_at(METHODS["post_rope:uniform"].keys(given, width), given, range(200))
         assert turned_error(residual, given) / energy < 0.8 * rotated
 
 
@@ -240,7 +241,7 @@ def test_joint_factors_are_a_minimum_and_better_than_separate_ones(balance: floa
         near = Factors(both.encoder + 0.01 * torch.randn_like(both.encoder), both.decoder)
         assert joint_error(near, given, balance) > best
     for width in (4, 8, 12):
-        keys = METHODS["latent"].keys(given, width)
+        keys = METHODS["pre_rope"].keys(given, width)
         values = orthonormal(*weighted_subspace(given.values, given.output, 16 - width))
         apart = Factors(*(torch.block_diag(a, b) for a, b in zip(keys, values, strict=True)))
         assert joint_error(apart, given, balance) > best
@@ -259,7 +260,11 @@ def test_a_joint_latent_as_wide_as_the_input_loses_nothing() -> None:
 
 def test_methods_are_found_by_name() -> None:
     assert find_method("gram", 4) is METHODS["gram"]
-    with pytest.raises(ValueError, match=r"the methods are svd, gram, .*, joint, not 'garm'; did you mean 'gram'"):
+    with pytest.raises(ValueError, match=r"the methods are post_rope, .*, gram, .*, not 'garm'; did you mean 'gram'"):
         find_method("garm", 4)
-    with pytest.raises(ValueError, match="one kv head only; use frequency, position"):
+    with pytest.raises(ValueError, match="one kv head only; use post_rope, post_rope:uniform"):
         find_method("svd", 1)
+    assert find_method("post_rope:mean", 4) is METHODS["post_rope"]
+    for name in RENAMED:
+        with pytest.raises(ValueError, match=f"the method '{name}' is now p"):
+            find_method(name, 4)

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mea.compression.allocate.held_out import HeldOut
 from mea.compression.budget import Layout
+from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.checkpoint import FactorStore
-from mea.compression.convert import LayerFactors
 from mea.compression.fit import FittedLayer, Target, fit_layers
-from mea.compression.methods import Method
+from mea.compression.methods.base import Method
+from mea.compression.methods.factors import LayerFactors
 from mea.compression.plan import REACH
 from mea.records import Progress
 
@@ -56,17 +57,17 @@ class RankCandidates:
     def promise(self, pair: Pair, way: Pair, by: int) -> float:
         """What being so much wider or narrower would add to the divergence, by the weight and by what is lost."""
 
-        def lost(by: int) -> float:
+        def error(by: int) -> float:
             at = self.turned(pair, way, by)
             assert at
             keys, values = (own if along else first for own, along, first in zip(at, way, self.start, strict=True))
-            return self.fitted[keys, values].lost
+            return self.fitted[keys, values].relative_output_error
 
-        return self.weights[way] * (lost(by) - lost(0))
+        return self.weights[way] * (error(by) - error(0))
 
 
 def fit_candidates(
-    model: Any,
+    walk: LayerWalk,
     tokens: Int[Tensor, "n t"],
     method: Method,
     start: list[Pair],
@@ -83,7 +84,7 @@ def fit_candidates(
     known = [store.get for store in stores] or [lambda _: None] * len(columns)
     targets = [Target(method, Layout(column), get) for column, get in zip(columns, known, strict=True)]
     candidates = []
-    for layers in fit_layers(model, tokens, targets):
+    for layers in fit_layers(walk, tokens, targets):
         place = len(candidates)
         for store, layer in zip(stores, layers, strict=False):
             if layer.factors:
@@ -115,5 +116,9 @@ def weigh(held_out: HeldOut, candidates: list[RankCandidates], ways: list[Pair])
     for candidate, each, slope in zip(candidates, wider, slopes, strict=True):
         for way, pair in each.items():
             saved = max(-slope[way], 0.0) / 2 if pair else 0.0
-            less = candidate.fitted[candidate.start].lost - candidate.fitted[pair].lost if pair else 0.0
+            less = (
+                candidate.fitted[candidate.start].relative_output_error - candidate.fitted[pair].relative_output_error
+                if pair
+                else 0.0
+            )
             candidate.weights[way] = saved / less if less > 0 else 0.0

@@ -15,8 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from mea.compression.calibrate.layerwise import embed, layer_inputs
-from mea.compression.convert import LayerFactors, latent_copy
+from mea.compression.calibrate.layerwise import LayerWalk
+from mea.compression.convert import latent_copy
+from mea.compression.methods.factors import LayerFactors
 from mea.models.lm_head import replaced_forward
 from mea.ops.precision import fast_dtype
 
@@ -35,30 +36,27 @@ class HeldOut:
 
     Parameters
     ----------
-    model
-        The uncompressed one, in memory. Where it is of another dtype than `dtype`, a copy is scored.
+    walk
+        Through the uncompressed model, in memory. Where it is of another dtype than `dtype`, a copy is scored.
     tokens
         The windows.
     dtype
         To compute in, by default `fast_dtype`; sums of losses are in fp32.
     """
 
-    def __init__(self, model: Any, tokens: Int[Tensor, "n t"], dtype: torch.dtype | None = None):
-        dtype = dtype or fast_dtype(model.device)
+    def __init__(self, walk: LayerWalk, tokens: Int[Tensor, "n t"], dtype: torch.dtype | None = None):
+        model, dtype = walk.model, dtype or fast_dtype(walk.model.device)
         self.model = model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+        self.rotary = model.model.rotary_emb  # not the copy's: a cast rounds its frequencies
         self.tokens, self.dtype = tokens, dtype
         self.layers: list[Any] = list(self.model.model.layers)
-        self.options = [_cast(inputs.options, dtype) for inputs in layer_inputs(self.model, tokens.shape[1])]
-        self.first = embed(self.model, tokens).to(dtype)
+        self.options = [_cast(inputs.options, dtype) for inputs in walk.inputs(tokens.shape[1])]
+        self.first = walk.embed(tokens).to(dtype)
         self.reference = self.states(self.layers)[-1]
 
     def compressed(self, index: int, factors: LayerFactors | None) -> Any:
         """Layer `index` with factors, or as it is; what does not change is shared."""
-        return (
-            self.layers[index]
-            if factors is None
-            else latent_copy(self.layers[index], factors, self.model.model.rotary_emb)
-        )
+        return self.layers[index] if factors is None else latent_copy(self.layers[index], factors, self.rotary)
 
     @torch.no_grad()
     def through(self, hidden: Float[Tensor, "n t D"], layer: Any, index: int) -> Float[Tensor, "n t D"]:

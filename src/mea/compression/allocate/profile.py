@@ -7,7 +7,7 @@ half of it on average.
 Fields of a record of the kind `KIND`: ``config``: ``model``, ``method``, ``keep``, ``text``, ``tokens``, ``window``,
 the calibration's, ``layers`` in all and ``layouts`` (name -> layers that it compresses); ``results``: ``loss`` of the
 uncompressed model in nats, ``layers``, a list as far as the run came of ``added`` (nats), ``standard_error`` (paired)
-and ``lost`` (share of the attention output's energy); ``samples``: mean losses of blocks, uncompressed and per layer.
+and ``relative_output_error`` of the layer's attention; ``samples``: mean losses of blocks, uncompressed and per layer.
 """
 
 import math
@@ -19,12 +19,11 @@ import torch
 
 from mea.compression.allocate.held_out import HeldOut
 from mea.compression.budget import Layout, preset_layout
-from mea.compression.calibrate.layerwise import evaluating
-from mea.compression.calibrate.text import Calibration, calibration_tokens, held_out_tokens
+from mea.compression.calibrate.layerwise import LayerWalk, evaluating
+from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.check import checked_stock_form
 from mea.compression.fit import Target, fit_layers
-from mea.compression.methods import DEFAULT_METHOD
-from mea.compression.plan import Plan, make_plan
+from mea.compression.plan import DEFAULT_KEEP, CompressOptions, Plan, make_plan
 from mea.evaluate.perplexity import block_means, ratio
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
@@ -37,14 +36,12 @@ KIND = "profile"
 def profile(
     source: str,
     out: Path,
+    options: CompressOptions | None = None,
     *,
-    keep: float = 0.5,
-    method: str = DEFAULT_METHOD,
     text: str | None = None,
     tokens: int = 4096,
     window: int = 1024,
     dtype: str = "fast",
-    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Record:
     """Compress one layer at a time and write down what each costs; an interrupted run goes on from `out`.
@@ -55,8 +52,8 @@ def profile(
         Folder, GGUF file or hub id.
     out
         The record. It is written after every layer.
-    keep, method
-        Of each layer, when its turn comes.
+    options
+        How each layer is compressed when its turn comes: a fraction and a method.
     text, tokens, window
         What losses are measured on; by default calibration text that the factors have not seen.
     dtype
@@ -67,22 +64,22 @@ def profile(
     ValueError
         `out` is something else than this run's record; or as `mea.compression.api.compress`.
     """
-    calibration, dtype = calibration or Calibration(), named_dtype(dtype)
-    plan = make_plan(load_config(source), 2, keep=keep, method=method, calibration=calibration)
-    config = _config(source, plan, keep, text, tokens, window, dtype)
+    options, dtype = options or CompressOptions(), named_dtype(dtype)
+    plan = make_plan(load_config(source), 2, options)
+    config = _config(source, plan, text, tokens, window, dtype)
     record = _begun(out, config)
     if record and len(record["results"]["layers"]) == config["layers"]:
         return record
     model, tokenizer = load(source, dtype)
-    fitted_on = calibration_tokens(tokenizer, calibration)
-    model = checked_stock_form(model, fitted_on)
-    held_out = HeldOut(model, held_out_tokens(tokenizer, calibration, tokens, window, text), model.dtype)
-    with evaluating(model):
-        return _run(model, fitted_on, held_out, plan, config, record, out, progress)
+    fitted_on = calibration_tokens(tokenizer, plan.calibration)
+    walk = LayerWalk(checked_stock_form(model, fitted_on), max(window, fitted_on.shape[1]))
+    held_out = HeldOut(walk, held_out_tokens(tokenizer, plan.calibration, tokens, window, text), walk.model.dtype)
+    with evaluating(walk.model):
+        return _run(walk, fitted_on, held_out, plan, config, record, out, progress)
 
 
 def _run(
-    model: Any,
+    walk: LayerWalk,
     tokens: torch.Tensor,
     held_out: HeldOut,
     plan: Plan,
@@ -98,15 +95,15 @@ def _run(
         results, samples = record["results"], record["samples"]
     done, hidden, began = len(results["layers"]), held_out.first, time.perf_counter()
     missing = Layout(tuple(None if i < done else pair for i, pair in enumerate(plan.layout.ranks)))
-    for (fitted,) in fit_layers(model, tokens, [Target(plan.method, missing)]):
+    for (fitted,) in fit_layers(walk, tokens, [Target(plan.method, missing)]):
         place = fitted.index
         if fitted.factors is not None:
             compressed = held_out.compressed(place, fitted.factors)
             last = held_out.above(held_out.through(hidden, compressed, place), place + 1)
             loss = held_out.score(last).loss
             relative = ratio(loss, plain)
-            error = relative.standard_error / relative.value
-            results["layers"].append({"added": math.log(relative.value), "standard_error": error, "lost": fitted.lost})
+            costs = {"added": math.log(relative.value), "standard_error": relative.standard_error / relative.value}
+            results["layers"].append(costs | {"relative_output_error": fitted.relative_output_error})
             samples[f"loss_layer_{place}"] = block_means(loss)
             results["seconds"] += time.perf_counter() - began
             began = time.perf_counter()
@@ -121,15 +118,14 @@ def _run(
     return record
 
 
-def _config(
-    source: str, plan: Plan, keep: float, text: str | None, tokens: int, window: int, dtype: str
-) -> dict[str, Any]:
+def _config(source: str, plan: Plan, text: str | None, tokens: int, window: int, dtype: str) -> dict[str, Any]:
     layouts = {}
     for name in ("full", "half", "deep"):
         ranks = preset_layout(plan.shape, name, plan.method.step(plan.shape.head_dim), 0.5).ranks
         layouts[name] = [place for place, pair in enumerate(ranks) if pair]
     return {
-        **plan.describe(), "model": Path(source).name, "keep": keep, "layers": len(plan.layout.ranks),
+        **plan.describe(), "model": Path(source).name, "layers": len(plan.layout.ranks),
+        "keep": DEFAULT_KEEP if plan.options.keep is None else plan.options.keep,
         "text": text or f"{Path(plan.calibration.text).name}, what the calibration left of it",
         "tokens": tokens, "window": window, "dtype": dtype, "layouts": layouts,
     }  # fmt: skip

@@ -6,8 +6,8 @@ attention outputs, its gradient is ``H e``, and taking back ``e_w`` of one layer
 (`HeldOut.slopes`), twice what that really saves. But errors meet further up: ranks chosen by adding up what layers
 save one by one, by such slopes or even measured, are hardly better than equal ones (docs/LOG.md). So savings only say
 what to *try*: a few ranks become a step wider and as many narrower as the budget wants, drawn with a preference for
-what promises most, and what lowers the divergence that is measured on held-out text stays. The layout never becomes
-worse than the one that it began with, by that measure.
+what promises most, and what lowers the divergence that is measured on held-out text stays. By that measure the layout
+never gets worse than the one that it began with.
 """
 
 import json
@@ -32,12 +32,12 @@ from mea.compression.allocate.candidates import (
 )
 from mea.compression.allocate.held_out import HeldOut
 from mea.compression.budget import CacheShape, Layout
-from mea.compression.calibrate.layerwise import evaluating
+from mea.compression.calibrate.layerwise import LayerWalk, evaluating
 from mea.compression.calibrate.text import held_out_tokens
-from mea.compression.checkpoint import write_whole
-from mea.compression.convert import LayerFactors
+from mea.compression.checkpoint import write_file
 from mea.compression.fit import Target, fit_layers
-from mea.compression.methods import Method
+from mea.compression.methods.base import Method
+from mea.compression.methods.factors import LayerFactors
 from mea.compression.plan import Plan
 
 Dial = tuple[tuple[int, Pair], ...]  # what turns together: layers, and whether their keys, values or both
@@ -53,7 +53,7 @@ class Tried(NamedTuple):
 
 
 def search_ranks(
-    model: Any,
+    walk: LayerWalk,
     tokens: Int[Tensor, "n t"],
     held_out: HeldOut,
     method: Method,
@@ -75,7 +75,7 @@ def search_ranks(
 
     Parameters
     ----------
-    model, tokens
+    walk, tokens
         To fit on.
     held_out
         To measure on.
@@ -101,7 +101,7 @@ def search_ranks(
     budget = sum(sum(pair) for pair in start.ranks if pair)
     move = max(step, shape.width // MOVES // step * step)
     ranks = [_multiples(pair, step) for pair in start.ranks if pair]
-    candidates = fit_candidates(model, tokens, method, ranks, shape.width, move, ways, report, folder)
+    candidates = fit_candidates(walk, tokens, method, ranks, shape.width, move, ways, report, folder)
     weigh(held_out, candidates, ways)
 
     def factors(pairs: list[Pair]) -> list[LayerFactors | None]:
@@ -127,14 +127,14 @@ def search_ranks(
                 other = _run(held_out, factors(wanted), wanted, best)
                 measured.append(other.divergence)
                 if path:
-                    write_whole(path, json.dumps(measured).encode())
+                    write_file(path, json.dumps(measured))
             if other.divergence < best.divergence:
                 best = other
                 tried.append(Tried(Layout(tuple(wanted)), other.divergence))
         report("trying exchanges", number + 1, tries)
     if len(tried) == 1:
         return tried
-    (chosen,) = zip(*fit_layers(model, tokens, [Target(method, tried[-1].layout)]), strict=True)
+    (chosen,) = zip(*fit_layers(walk, tokens, [Target(method, tried[-1].layout)]), strict=True)
     final = _run(held_out, [each.factors for each in chosen], best.ranks)
     better = final.divergence < tried[0].divergence
     return [*tried[:-1], Tried(tried[-1].layout, final.divergence)] if better else tried[:1]
@@ -203,7 +203,7 @@ def _run(
 
 
 def allocated(
-    model: Any,
+    walk: LayerWalk,
     tokenizer: Any,
     tokens: Int[Tensor, "n t"],
     plan: Plan,
@@ -219,22 +219,22 @@ def allocated(
     ValueError
         There is not enough text to hold out.
     """
-    how = plan.allocation
-    if how is None:
+    allocation = plan.options.allocation
+    if allocation is None:
         return plan, []
     path = folder / "layout.json" if folder else None
     if path and path.is_file():
         kept = json.loads(path.read_text(encoding="utf-8"))
         tried = [Tried(Layout(tuple((keys, values) for keys, values in ranks)), value) for ranks, value in kept]
     else:
-        text = held_out_tokens(tokenizer, plan.calibration, how.tokens, plan.calibration.window, how.text)
-        with evaluating(model):
+        text = held_out_tokens(tokenizer, plan.calibration, allocation.tokens, plan.calibration.window, allocation.text)
+        with evaluating(walk.model):
             tried = search_ranks(
-                model, tokens[: how.windows], HeldOut(model, text), plan.method, plan.shape, plan.layout,
-                equal=how.equal or plan.method.form == "joint", same=how.same, tries=how.tries,
-                step=how.step or plan.method.step(plan.shape.head_dim).size, seed=plan.calibration.seed,
+                walk, tokens[: allocation.windows], HeldOut(walk, text), plan.method, plan.shape, plan.layout,
+                equal=allocation.equal or plan.method.form.shared, same=allocation.same, tries=allocation.tries,
+                step=allocation.step or plan.method.step(plan.shape.head_dim).size, seed=plan.calibration.seed,
                 progress=progress, folder=folder,
             )  # fmt: skip
     if path and not path.is_file():
-        write_whole(path, json.dumps([(each.layout.ranks, each.divergence) for each in tried]).encode())
+        write_file(path, json.dumps([(each.layout.ranks, each.divergence) for each in tried]))
     return replace(plan, layout=tried[-1].layout), tried

@@ -1,20 +1,22 @@
 """Run a model one decoder layer at a time, so that only one layer's weights need be in memory.
 
-What the model's own forward hands to each layer (mask, rotary embedding, whatever an architecture adds) is recorded
-once by a pass in which recorders stand in for the layers; nothing of that is written again here.
+`LayerWalk` records once what the model's own forward hands to each layer; nothing of that is written again here.
 """
 
-import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
-from accelerate.hooks import remove_hook_from_module
 from accelerate.utils import align_module_device
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
+
+from mea.compression.calibrate.offload import resident
+
+MOST_POSITIONS, RUN = 8192, 256
 
 
 class LayerInputs(NamedTuple):
@@ -112,100 +114,130 @@ def _recording(model: Any, implementation: str) -> Iterator[list[_Recorder]]:
         model.config._attn_implementation = used
 
 
-@torch.no_grad()
-def embed(model: Any, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t D"]:
-    """What the first layer sees: embeddings, scaled where the architecture scales them."""
-    hidden = []
-    with _recording(model, "sdpa") as recorders:
-        for window in tokens.split(1):
-            model.model(input_ids=window.to(model.device), use_cache=False)
-            hidden.append(recorders[0].hidden)
-    return torch.cat(hidden)
+class LayerWalk:
+    """A model taken layer by layer.
 
+    The model's own forward is recorded once, with recorders in the place of the layers: what it hands to each layer
+    (masks, rotary embeddings, whatever an architecture adds) serves for all windows up to that length.
 
-@torch.no_grad()
-def layer_inputs(model: Any, length: int) -> list[LayerInputs]:
-    """Record every layer's further inputs for windows of `length` tokens."""
-    embeddings = torch.zeros(1, length, model.config.hidden_size, device=model.device)  # fp32, and so the angles
-    with _recording(model, "sdpa") as recorders:
-        model.model(inputs_embeds=embeddings, use_cache=False)
-        options = [recorder.options for recorder in recorders]
-    with _recording(model, "eager") as recorders:
-        model.model(inputs_embeds=embeddings, use_cache=False)
-        masks = [recorder.options["attention_mask"] for recorder in recorders]
-    return [
-        LayerInputs(given, given["position_embeddings"], mask, model.model.rotary_emb)
-        for given, mask in zip(options, masks, strict=True)
-    ]
-
-
-@torch.no_grad()
-def read_out(model: Any, tokens: Int[Tensor, "1 t"], hidden: Float[Tensor, "n t D"]) -> Float[Tensor, "n t vocabulary"]:
-    """Logits in fp32 from what the last layer gave; norm, output projection and scales are the model's own."""
-    decoder, head, norm = model.model, model.lm_head, model.model.norm
-    try:
-        model.lm_head, decoder.norm = resident(head), resident(norm)
-        with _recording(model, "sdpa") as recorders:
-            logits = []
-            for recorders[-1].replacement in hidden.split(1):
-                logits.append(model(input_ids=tokens.to(model.device), use_cache=False).logits)
-    finally:
-        model.lm_head, decoder.norm = head, norm
-    return torch.cat(logits)
-
-
-@torch.no_grad()
-def rotations(model: Any, most: int = 8192, run: int = 256) -> list[tuple[Tensor, Tensor]]:
-    """Cosines and sines ``[p, d]`` of every layer's rotary embedding, over all positions that the model supports.
-
-    Beyond `most` positions, runs of `run` neighbours are taken at equal distances instead of all.
+    Parameters
+    ----------
+    model
+        Its weights may be offloaded.
+    length
+        Tokens of the longest window, if it is known: longer ones later are recorded again.
     """
-    length = model.config.max_position_embeddings
-    count = min(most, length) // run or 1
-    run = min(run, length)
-    starts = torch.tensor([(length - run) * block // max(1, count - 1) for block in range(count)])
-    tables = position_embeddings(model, starts[:, None] + torch.arange(run))
-    return [(cos.flatten(0, 1), sin.flatten(0, 1)) for cos, sin in tables]
+
+    def __init__(self, model: Any, length: int = 0):
+        self.model, self.length = model, length
+        self._recorded: list[LayerInputs] = []
+
+    @property
+    def layers(self) -> list[Any]:
+        """The decoder layers, as the model has them."""
+        return list(self.model.model.layers)
+
+    def inputs(self, length: int) -> list[LayerInputs]:
+        """Every layer's further inputs for windows of `length` tokens."""
+        if not self._recorded or length > self.length:
+            self.length = max(length, self.length)
+            self._recorded = self._record(self.length)
+        return [_first_tokens(inputs, length, self.length) for inputs in self._recorded]
+
+    @torch.no_grad()
+    def embed(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t D"]:
+        """What the first layer sees: embeddings, scaled where the architecture scales them."""
+        hidden = []
+        with _recording(self.model, "sdpa") as recorders:
+            for window in tokens.split(1):
+                self.model.model(input_ids=window.to(self.model.device), use_cache=False)
+                hidden.append(recorders[0].hidden)
+        return torch.cat(hidden)
+
+    @torch.no_grad()
+    def read_out(self, tokens: Int[Tensor, "1 t"], hidden: Float[Tensor, "n t D"]) -> Float[Tensor, "n t vocabulary"]:
+        """Logits in fp32 from the last layer's output; norm, output projection and scales are the model's own."""
+        model, decoder = self.model, self.model.model
+        head, norm = model.lm_head, decoder.norm
+        try:
+            model.lm_head, decoder.norm = resident(head), resident(norm)
+            with _recording(model, "sdpa") as recorders:
+                logits = []
+                for recorders[-1].replacement in hidden.split(1):
+                    logits.append(model(input_ids=tokens.to(model.device), use_cache=False).logits)
+        finally:
+            model.lm_head, decoder.norm = head, norm
+        return torch.cat(logits)
+
+    @cached_property
+    def rotations(self) -> list[tuple[Float[Tensor, "p d"], Float[Tensor, "p d"]]]:
+        """Cosines and sines of every layer's rotary embedding, over all positions that the model supports.
+
+        Beyond `MOST_POSITIONS`, runs of `RUN` neighbours at equal distances stand for all.
+        """
+        length = self.model.config.max_position_embeddings
+        count = min(MOST_POSITIONS, length) // RUN or 1
+        run = min(RUN, length)
+        starts = torch.tensor([(length - run) * block // max(1, count - 1) for block in range(count)])
+        tables = self.position_embeddings(starts[:, None] + torch.arange(run))
+        return [(cos.flatten(0, 1), sin.flatten(0, 1)) for cos, sin in tables]
+
+    @torch.no_grad()
+    def position_embeddings(
+        self, positions: Int[Tensor, "n t"]
+    ) -> list[tuple[Float[Tensor, "n t d"], Float[Tensor, "n t d"]]]:
+        """Every layer's rotary embedding at the windows' positions; layers that share one get the same tensors."""
+        made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
+        tables: list[list[tuple[Tensor, Tensor]]] = []
+        with _recording(self.model, "sdpa") as recorders:
+            for row in positions:
+                ids = row[None].to(self.model.device)
+                self.model.model(inputs_embeds=self._zeros(len(row)), position_ids=ids, use_cache=False)
+                tables.append([recorder.options["position_embeddings"] for recorder in recorders])
+        layers = []
+        for windows in zip(*tables, strict=True):
+            same = tuple(id(cos) for cos, _ in windows)
+            if same not in made:
+                cosines, sines = zip(*windows, strict=True)
+                made[same] = torch.cat(cosines), torch.cat(sines)
+            layers.append(made[same])
+        return layers
+
+    @torch.no_grad()
+    def _record(self, length: int) -> list[LayerInputs]:
+        with _recording(self.model, "sdpa") as recorders:
+            self.model.model(inputs_embeds=self._zeros(length), use_cache=False)
+            options = [recorder.options for recorder in recorders]
+        with _recording(self.model, "eager") as recorders:
+            self.model.model(inputs_embeds=self._zeros(length), use_cache=False)
+            masks = [recorder.options["attention_mask"] for recorder in recorders]
+        rotary = self.model.model.rotary_emb
+        return [
+            LayerInputs(layer_options, layer_options["position_embeddings"], mask, rotary)
+            for layer_options, mask in zip(options, masks, strict=True)
+        ]
+
+    def _zeros(self, length: int) -> Float[Tensor, "1 t D"]:
+        """Embeddings in fp32, and so the angles."""
+        return torch.zeros(1, length, self.model.config.hidden_size, device=self.model.device)
 
 
-@torch.no_grad()
-def position_embeddings(
-    model: Any, positions: Int[Tensor, "n t"]
-) -> list[tuple[Float[Tensor, "n t d"], Float[Tensor, "n t d"]]]:
-    """Every layer's rotary embedding at the positions of some windows; layers that share one get the same tensors."""
-    made: dict[tuple[int, ...], tuple[Tensor, Tensor]] = {}
-    tables: list[list[tuple[Tensor, Tensor]]] = []
-    with _recording(model, "sdpa") as recorders:
-        for row in positions:
-            embeddings = torch.zeros(1, len(row), model.config.hidden_size, device=model.device)
-            model.model(inputs_embeds=embeddings, position_ids=row[None].to(model.device), use_cache=False)
-            tables.append([recorder.options["position_embeddings"] for recorder in recorders])
-    layers = []
-    for windows in zip(*tables, strict=True):
-        same = tuple(id(cos) for cos, _ in windows)
-        if same not in made:
-            cosines, sines = zip(*windows, strict=True)
-            made[same] = torch.cat(cosines), torch.cat(sines)
-        layers.append(made[same])
-    return layers
+def _first_tokens(inputs: LayerInputs, length: int, recorded: int) -> LayerInputs:
+    """The inputs of a window's first `length` tokens."""
+    if length == recorded:
+        return inputs
 
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(cut(part) for part in value)
+        if not isinstance(value, Tensor):
+            return value
+        if value.dim() == 4:  # a mask; other tensors count tokens in their first dimension behind the batch
+            return value[..., :length, :length]
+        return value[:length] if value.dim() == 1 else value[:, :length]
 
-def resident(layer: Any) -> Any:
-    """The layer in memory and fp32: itself, or a copy where its weights are offloaded to disk or of another dtype."""
-    if all(parameter.device.type != "meta" and parameter.dtype == torch.float32 for parameter in layer.parameters()):
-        return layer
-    with weights_of(layer):
-        local = copy.deepcopy(layer)  # keeps its weights when the original gives them back
-    return remove_hook_from_module(local, recurse=True).float()
-
-
-@contextmanager
-def weights_of(module: nn.Module) -> Iterator[None]:
-    """Have the weights of a module and of all below it in memory, also where they are offloaded."""
-    with ExitStack() as there:
-        for each in module.modules():
-            there.enter_context(align_module_device(each))
-        yield
+    options = {name: cut(value) for name, value in inputs.options.items()}
+    return LayerInputs(options, options["position_embeddings"], cut(inputs.mask), inputs.rotary)
 
 
 @torch.no_grad()

@@ -20,11 +20,11 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mea.compression.calibrate.layerwise import AttentionPass, LayerInputs
-from mea.compression.calibrate.statistics import EVERY, Attended, Projected, head_scale, project
+from mea.compression.calibrate.statistics import EVERY, Projected, ScoreMoments, head_scale, project
 
 
-class AttendedSum:
-    """Adds up `Attended` over windows.
+class ScoreMomentsSum:
+    """Adds up `ScoreMoments` over windows.
 
     Parameters
     ----------
@@ -71,6 +71,6 @@ class AttendedSum:
         away += (seen * outputs).sum(-1)[..., None]
         return maps.square() * away.clamp_min(0) * scale.T.unflatten(0, (g, -1))[..., None]
 
-    def result(self) -> Attended:
+    def result(self) -> ScoreMoments:
         """The moments so far; only proportions within keys and within queries mean anything."""
-        return Attended(self.keys, self.first, self.queries)
+        return ScoreMoments(self.keys, self.first, self.queries)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mea.compression.calibrate.layerwise import LayerInputs
 from mea.models.latent_attention import NormedProjection
+from mea.ops.forms import FORMS, PostRope
 
 EVERY = 2  # one query in so many is averaged for: neighbours attend alike, and cost as much as more text
 BLOCK_NUMBERS = 4096  # a block of query heads with all kv heads' values: 64 MiB of second moments
@@ -28,8 +29,8 @@ class Projected(NamedTuple):
     values: Float[Tensor, "g t d"]
 
 
-class Attended(NamedTuple):
-    """Second moments before rotation; scores count by what their errors do (`calibrate.score_sensitivity`).
+class ScoreMoments(NamedTuple):
+    """Second moments before rotation, in which each score counts by its sensitivity (`calibrate.score_sensitivity`).
 
     Attributes
     ----------
@@ -62,8 +63,8 @@ class LayerStatistics:
         ``[W | b]`` of the projections; key rows are multiplied by the gain of the key norm, where there is one.
     output
         What ``W_O`` makes of errors in the values: ``W_i^T W_i``, summed over the query heads of each group.
-    attended
-        Only where a method asks for it.
+    scores
+        Moments weighted by score sensitivity, only where a method asks for them.
     """
 
     keys: Float[Tensor, "n n"]
@@ -75,7 +76,7 @@ class LayerStatistics:
     value_weight: Float[Tensor, "n _"]
     cross: Float[Tensor, "n n"]
     output: Float[Tensor, "g d d"]
-    attended: Attended | None = None
+    scores: ScoreMoments | None = None
 
     @property
     def num_kv_heads(self) -> int:
@@ -91,7 +92,7 @@ class LayerStatistics:
 class AveragedValues(NamedTuple):
     """Second moments of attention-averaged values ``u_i = A_i v``: all kv heads' values, averaged by query head i.
 
-    For joint latents, ``v`` here is the latent, of ``n`` numbers.
+    For a shared latent, ``v`` here is the latent, of ``n`` numbers.
 
     Query heads come in ``c`` blocks of ``m = h / c``; products between blocks are not kept. One block is exact.
 
@@ -183,11 +184,11 @@ class AveragedValuesSum:
     attention, inputs
         The original module, and the mask and rotary embedding of a window.
     key_projection
-        Decoder times encoder of the compressed keys; of joint latents, the decoder of keys.
+        Decoder times encoder of the compressed keys; of a shared latent, the decoder of keys.
     form
-        Of the latents, see `mea.models.latent_attention.FORMS`.
+        Of the cache.
     encoder
-        Of joint latents: from the keys and values of all heads, stacked.
+        Of a shared latent: from the keys and values of all heads, stacked.
     most
         A block takes as many query heads as keep its ``m * n`` at or below this.
     groups
@@ -199,7 +200,7 @@ class AveragedValuesSum:
         attention: Any,
         inputs: LayerInputs,
         key_projection: Float[Tensor, "n _"],
-        form: str = "post_rope",
+        form: PostRope = FORMS["post_rope"],
         encoder: Float[Tensor, "r _"] | None = None,
         most: int = BLOCK_NUMBERS,
         groups: int = 1,
@@ -228,11 +229,11 @@ class AveragedValuesSum:
         cos, sin = self.inputs.position_embeddings
         rotated = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)
         values = values.transpose(0, 1).reshape(t, g * d)
-        encoded = (rotated[1][0] if self.form == "post_rope" else keys).transpose(0, 1).reshape(t, g * d)
+        encoded = (keys if self.form.pre_rope else rotated[1][0]).transpose(0, 1).reshape(t, g * d)
         if self.encoder is not None:
             encoded = values = torch.cat([encoded, values], dim=1) @ self.encoder.T
         keys = (encoded @ self.key_projection.T).view(t, g, d).transpose(0, 1)
-        if self.form != "post_rope":
+        if self.form.pre_rope:
             keys = modelling.apply_rotary_pos_emb(queries[None], keys[None], cos, sin)[1][0]
         queries, keys = rotated[0], keys[:, None].transpose(2, 3)
         queries, root, heads = queries[0, :, attending], weight[attending].sqrt()[:, None], heads[attending]

@@ -6,6 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from mea.ops.forms import FORMS, PostRope
+
 
 class Factors(NamedTuple):
     """``x ≈ decoder @ encoder @ x`` for the stacked heads ``x`` of one token: keys, or values.
@@ -32,6 +34,20 @@ class Moments(NamedTuple):
 
     keys: Float[Tensor, "n n"]
     metric: Float[Tensor, "g d d"]
+
+
+class LayerFactors(NamedTuple):
+    """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
+
+    Encoders of a shared latent add up to the one latent that both decoders read (`mea.ops.forms.PostRope.shared`). With
+    `groups`, encoders and decoders have as many blocks and are zero elsewhere.
+    """
+
+    keys: Factors
+    values: Factors
+    output: Float[Tensor, "D h*d"] | None = None
+    form: PostRope = FORMS["post_rope"]
+    groups: int = 1
 
 
 def orthonormal(encoder: Float[Tensor, "r n"], decoder: Float[Tensor, "n r"]) -> Factors:

@@ -9,8 +9,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mea.compression.calibrate.statistics import Attended, AveragedValues, LayerStatistics
-from mea.compression.methods import Factorise, Method
+from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics, ScoreMoments
+from mea.compression.methods.base import Factorise, Method
 from mea.compression.methods.factors import Factors
 
 
@@ -26,8 +26,7 @@ def in_groups(method: Method, groups: int, num_kv_heads: int) -> Method:
         return method
     if groups < 1 or num_kv_heads % groups:
         raise ValueError(f"{num_kv_heads} key/value heads cannot be divided into {groups} equal groups")
-    if method.form == "joint":
-        raise ValueError("a joint latent is of all heads' keys and values: give another method, or no groups")
+    method.form.check(groups, groups, groups)
     if method.whole_heads and num_kv_heads == groups:
         raise ValueError(
             f"{method.name!r} mixes whole heads, of which {groups} groups have one each: give fewer groups"
@@ -45,6 +44,7 @@ def in_groups(method: Method, groups: int, num_kv_heads: int) -> Method:
         keys=by_group(method.keys, groups),
         values=method.values and by_group(method.values, groups),
         averaged=averaged,
+        full_rank_values=by_group(method.full_rank_values, groups),
         groups=groups,
     )
 
@@ -70,12 +70,12 @@ def _part(statistics: LayerStatistics, place: int, groups: int) -> LayerStatisti
     def square(moment: Tensor) -> Tensor:
         return heads(moment).chunk(groups, dim=1)[place]
 
-    found = statistics.attended
+    scores = statistics.scores
     return replace(
         statistics,
         **{name: square(getattr(statistics, name)) for name in ("keys", "values", "cross")},
         **{name: heads(getattr(statistics, name)) for name in ("queries", "output", "key_weight", "value_weight")},
-        attended=found and Attended(square(found.keys), square(found.first), heads(found.queries)),
+        scores=scores and ScoreMoments(square(scores.keys), square(scores.first), heads(scores.queries)),
     )
 
 

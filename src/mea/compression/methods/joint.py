@@ -1,13 +1,14 @@
 """One latent for keys before RoPE and values together, as in multi-head latent attention (arXiv 2405.04434).
 
-Both are linear in the layer's input, so that what they share need be stored only once. With ``z = [k; v]`` the factors
+Both are linear in the layer's input, so what they share is stored once. With ``z = [k; v]`` the factors
 minimise
 
     balance * E |k - k̂|^2_Q / E |k|^2_Q  +  E |v - v̂|^2_O / E |v|^2_O,
 
-errors of keys being measured by the queries (as in `latent`) and those of values by ``W_O``. What an error of a score
-costs depends on how sharp attention is: of several balances the one is taken with which the layer's attention output
-loses least. The encoder then stays, and values' decoder and ``W_O`` are fitted to attention-averaged latents.
+where the queries measure errors of keys (as in `pre_rope`) and ``W_O`` measures errors of values. What an error of a
+score costs depends on how sharp attention is: of several balances, the method takes the one with the smallest error of
+the layer's attention output. The encoder then stays; the values' decoder and ``W_O`` are fitted to attention-averaged
+latents.
 """
 
 import torch
@@ -16,8 +17,10 @@ from torch import Tensor
 
 from mea.compression.calibrate.rope_moments import average_over_positions
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
-from mea.compression.methods.factors import Factors, weighted_subspace
+from mea.compression.methods.base import CalibratedLayer, Method
+from mea.compression.methods.factors import Factors, LayerFactors, weighted_subspace
 from mea.compression.methods.values import alternate
+from mea.ops.forms import FORMS
 
 BALANCES = (0.5, 1.5, 4.0, 12.0, 32.0, 100.0)
 
@@ -56,3 +59,25 @@ def values(averaged: AveragedValues, factors: Factors, num_kv_heads: int) -> tup
     start = decoder.view(num_kv_heads, -1, len(encoder))
     _, fitted, output = alternate(averaged, whole, start, fit_encoder=lambda _averaged, kept, _decoder: kept)
     return Factors(encoder, fitted.reshape(decoder.shape)), output
+
+
+class JointMethod(Method):
+    """Keys and values in one latent; `Method.keys` factorises both stacked, `values` and `averaged` do not count."""
+
+    def fit(self, layer: CalibratedLayer, ranks: tuple[int, int]) -> LayerFactors:
+        statistics = layer.statistics
+        both = min(
+            (keys(statistics, sum(ranks), balance) for balance in BALANCES),
+            key=lambda factors: layer.error(LayerFactors(*split(factors), form=self.form)),
+        )
+        key_factors, value_factors = split(both)
+        averaged = layer.average(self, ranks[0], key_factors.decoder, both.encoder)
+        value_factors, output = values(averaged, value_factors, statistics.num_kv_heads)
+        return LayerFactors(key_factors, value_factors, output, self.form)
+
+    def full_rank(self, statistics: LayerStatistics) -> LayerFactors:
+        n = statistics.num_kv_heads * statistics.head_dim
+        return LayerFactors(*split(keys(statistics, 2 * n)), form=self.form)
+
+
+METHOD = JointMethod("joint", keys, form=FORMS["joint"])

@@ -7,10 +7,15 @@ they are turned against it, averaged over all distances that the model supports.
 
 from mea.compression.calibrate.rope_moments import average_over_positions
 from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.base import Method
 from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
+from mea.ops.forms import FORMS
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
     """Factors of keys before rotation."""
     metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
     return orthonormal(*weighted_subspace(statistics.keys, metric, rank))
+
+
+METHOD = Method("pre_rope", keys, form=FORMS["pre_rope"])

@@ -18,6 +18,7 @@ from torch import Tensor, linalg
 
 from mea.compression.calibrate.rope_moments import average_over_phases
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
+from mea.compression.methods.base import Method
 from mea.compression.methods.baselines.gauge_maps import head_matrices, key_blocks, value_blocks
 from mea.compression.methods.baselines.gqa_procrustes import align, grouping
 from mea.compression.methods.factors import Factors
@@ -154,3 +155,6 @@ def _fit_decoder(
     maps = conjugate_gradients(lambda x: to_maps(normal(put(x, scalars))), to_maps(right), maps)
     scalars = conjugate_gradients(lambda x: to_scalars(normal(put(maps, x))), to_scalars(right), scalars)
     return put(maps, scalars)
+
+
+METHOD = Method("gauge", keys, whole_heads=True, averaged=values)

@@ -10,6 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.base import Method
 from mea.compression.methods.factors import Factors, from_head_mixing
 
 
@@ -32,3 +33,6 @@ def _pool(statistics: LayerStatistics, rank: int) -> Factors:
     heads, groups = statistics.num_kv_heads, rank // statistics.head_dim
     member = (torch.arange(groups)[:, None] == neighbours(heads, groups)).double()
     return from_head_mixing(member / member.sum(1, keepdim=True).sqrt(), statistics.head_dim)
+
+
+METHOD = Method("gqa-mean", keys, values, whole_heads=True)

@@ -10,6 +10,7 @@ from jaxtyping import Num
 from torch import Tensor, eye, linalg, zeros
 
 from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.base import Method
 from mea.compression.methods.baselines.gauge_maps import head_matrices, key_blocks, value_blocks
 from mea.compression.methods.factors import Factors
 
@@ -62,3 +63,6 @@ def _pool(moment: Num[Tensor, "b g a g a"], count: int) -> Factors:
         decoder[group, :, place] = head_matrices(align(moment, group)).transpose(1, 2) / len(group) ** 0.5
     decoder = decoder.reshape(g * d, count * d)
     return Factors(decoder.T, decoder)
+
+
+METHOD = Method("gqa-procrustes", keys, values, whole_heads=True)

@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, linalg
 
 from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.base import Method
 from mea.compression.methods.factors import Factors, from_head_mixing
 
 
@@ -26,3 +27,6 @@ def _factorise(moment: Float[Tensor, "n n"], head_dim: int, rank: int) -> Factor
     products = moment.view(heads, head_dim, heads, head_dim).diagonal(dim1=1, dim2=3).sum(-1)
     _, vectors = linalg.eigh(products)
     return from_head_mixing(vectors.flip(-1)[:, : rank // head_dim].T, head_dim)
+
+
+METHOD = Method("gram", keys, values, whole_heads=True)

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, linalg
 
 from mea.compression.calibrate.statistics import LayerStatistics
+from mea.compression.methods.base import Method
 from mea.compression.methods.factors import Factors, from_head_mixing
 
 
@@ -28,3 +29,6 @@ def _factorise(weight: Float[Tensor, "n _"], head_dim: int, rank: int) -> Factor
     heads = weight.double().view(-1, head_dim * weight.shape[1])
     mixing, _, _ = linalg.svd(heads, full_matrices=False)
     return from_head_mixing(mixing[:, : rank // head_dim].T, head_dim)
+
+
+METHOD = Method("svd", keys, values, whole_heads=True)
