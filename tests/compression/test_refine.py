@@ -17,7 +17,7 @@ from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.refine import Refinement, refine_layers, spread_positions
 from mea.compression.save import compress_to_folder
 
-HOW = Refinement(passes=10, window=16, batch=2, held_out=4, rate=3e-3, base_lr=1e-3)
+HOW = Refinement(passes=10, window=16, batch=2, held_out=4, lr=3e-3, base_lr=1e-3)
 
 
 def refined(model: Any, tokenizer: Any, calibration: Calibration, **options: Any) -> Any:
@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused(tokenizer: Any, calibration: Calibration) -> 
     with pytest.raises(ValueError, match="at least 1 pass"):
         mea.compress(tiny(), tokenizer, calibration=calibration, refine=-1)
     with pytest.raises(ValueError, match="learning rates must be positive"):
-        Refinement(rate=0.0)
+        Refinement(lr=0.0)
     model = tiny()
     plan = planned(model.config, calibration=calibration)
     tokens = calibration_tokens(tokenizer, calibration)
