@@ -1,6 +1,6 @@
 """How latents are best stored in few bits: basis, sharing of scales, block length, first tokens. On validation text.
 
-    python experiments/cache_bits/choose.py COMPRESSED_MODEL --out experiments/cache_bits/results/validation
+    python experiments/cache_bits/choose.py COMPRESSED_MODEL --out experiments/cache_bits/records/validation
 
 Every variant is one record, which is not made again.
 """

@@ -1,6 +1,6 @@
 """Half of the bytes in 8, 4 or 2 bits a number, and transformers' own caches in few bits, on the reported texts.
 
-    python experiments/cache_bits/measure.py ORIGINAL COMPRESSED --out experiments/cache_bits/results
+    python experiments/cache_bits/measure.py ORIGINAL COMPRESSED --out experiments/cache_bits/records
 
 Every variant on every text is one record, which is not made again. Nothing is chosen here: see choose.py.
 """

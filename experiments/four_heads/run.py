@@ -1,6 +1,6 @@
 """Compress the model that `train.py` made from 4 kv heads' worth of cache to 2, with every method, at equal bytes.
 
-Writes one record to ``results/``. Asserts what must hold whatever the figures: the measured bytes of every cache are
+Writes one record to ``records/``. Asserts what must hold whatever the figures: the measured bytes of every cache are
 half of the original's, and at full rank every method computes what the original computes.
 """
 
@@ -30,7 +30,7 @@ TEXTS = {"held-out": None, "wikitext-2-test": "wikitext-2-test"}  # neither was 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, default=Path("build/four_heads"), help="what train.py wrote")
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "four_heads.json")
+    parser.add_argument("--out", type=Path, default=HERE / "records" / "four_heads.json")
     parser.add_argument("--tokens", type=int, default=20480, help="scored per text")
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--calibration", type=int, default=16384, help="calibration tokens")

@@ -9,7 +9,7 @@ from mea.report import write_markdown
 from mea.report.parts import Part, Section, Table
 
 HERE = Path(__file__).parent
-RECORDS, TASKS, README = HERE / "records", HERE / "tasks", HERE / "README.md"
+RECORDS, TASKS, README = HERE / "records", HERE / "records" / "tasks", HERE / "README.md"
 BASELINE = "whole-cpt"
 
 

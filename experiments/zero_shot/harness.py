@@ -1,6 +1,6 @@
 """The uncompressed model's zero-shot scores once more by lm-evaluation-harness's own model class, on the same rows.
 
-    python experiments/zero_shot/reference.py DATA MODEL [--task TASK ...]
+    python experiments/zero_shot/harness.py DATA MODEL [--task TASK ...]
 
 The class scores every text by itself in padded batches; this package's scorer computes shared beginnings once.
 Items are compared one by one with ``records/uncompressed-TASK.json``.
@@ -60,7 +60,7 @@ def main() -> None:
         found = check(lm, name, given.data)
         print(name, found, flush=True)
         config = {"task": name, "model": Path(given.model).name, "dtype": "bfloat16", "batch_size": BATCH}
-        write_record(HERE / "reference" / f"{name}.json", make_record("reference", config, results=found))
+        write_record(HERE / "records" / "harness" / f"{name}.json", make_record("reference", config, results=found))
 
 
 if __name__ == "__main__":

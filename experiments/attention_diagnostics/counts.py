@@ -1,9 +1,9 @@
 """What counting tokens, and pairs of tokens, costs on the validation split: the losses that blown-up runs end at.
 
-    python experiments/why/counts.py FOLDER_OF_BOOKS
+    python experiments/attention_diagnostics/counts.py FOLDER_OF_BOOKS
 
-Written to experiments/why/counts.json. Data as in experiments/learning_rate/sweep.toml, counts over its whole training
-split.
+Writes records/counts.json. The data are those of experiments/learning_rate/sweep.toml; the counts cover
+its whole training split.
 """
 
 import sys
@@ -16,6 +16,7 @@ from mea.train.pretraining.dataset import TokenStream, prepare
 from mea.train.pretraining.settings import settings_from
 from mea.train.pretraining.sweep import read_jobs
 
+RECORD = Path(__file__).parent / "records" / "counts.json"
 SMOOTHING = 200  # tokens that the frequencies count for in the context of one token
 
 
@@ -36,7 +37,7 @@ def main(*files: str) -> None:
     }
     results = {name: round(float(value), 4) for name, value in results.items()}
     sizes = {"train": len(train), "validation": len(text), "vocabulary": data.vocabulary, "smoothing": SMOOTHING}
-    write_record(Path("experiments/why/counts.json"), make_record("token counts", sizes, results=results))
+    write_record(RECORD, make_record("token counts", sizes, results=results))
     print(results)
 
 
