@@ -1,6 +1,6 @@
 """Recover SmolLM2-135M at half of its cache from several starts, and the rows of the paper's second table, in small.
 
-    python experiments/recovery/run.py position --text wiki.txt --text books.txt --text docstrings.txt
+    python experiments/recovery/run.py uniform --text wiki.txt --text books.txt --text docstrings.txt
 
 Each row is compressed, trained and written to ``records/``; an interrupted row goes on, a finished one is not repeated.
 """
@@ -47,17 +47,17 @@ SVD = {"method": "svd"}
 # name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
 ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "joint": (prose("joint"), stage("near", SHORT)),
-    "position": (prose("post_rope:uniform"), stage("distil", SHORT)),
-    "refined": (prose("post_rope:uniform", 32768, refine=2), stage("distil", SHORT)),
+    "uniform": (prose("post_rope:uniform"), stage("distil", SHORT)),
+    "uniform-refined": (prose("post_rope:uniform", 32768, refine=2), stage("distil", SHORT)),
     "frequency": ({"method": "post_rope:frequency"}, like_default(SHORT)),
     "gauge": ({"method": "gauge"}, like_default(SHORT)),
     "svd": (SVD, like_default(SHORT)),
-    "attended": (prose("post_rope:sensitivity", 65536, refine=2), stage("distil", SHORT)),
-    "blended": ({"method": "post_rope", "refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
-    "million": ("refined", stage("distil", LONG, **SMALL_STEPS)),
-    "attended-million": ("post_rope:sensitivity", stage("distil", LONG, **LONG_WINDOWS)),
-    "attended-small-steps": ("post_rope:sensitivity", stage("distil", LONG, **SMALL_STEPS)),
-    "blended-million": ("post_rope", like_default(LONG)),
+    "sensitivity": (prose("post_rope:sensitivity", 65536, refine=2), stage("distil", SHORT)),
+    "mean": ({"method": "post_rope", "refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
+    "uniform-million": ("uniform-refined", stage("distil", LONG, **SMALL_STEPS)),
+    "sensitivity-million": ("sensitivity", stage("distil", LONG, **LONG_WINDOWS)),
+    "sensitivity-small-steps": ("sensitivity", stage("distil", LONG, **SMALL_STEPS)),
+    "mean-million": ("mean", like_default(LONG)),
     "joint-million": ("joint", stage("near", LONG)),
     "whole": ({"keep": 1.0}, like_default(SHORT)),
     "default": ({}, like_default(SHORT)),
