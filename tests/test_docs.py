@@ -1,0 +1,48 @@
+"""Documents point to what is there: relative links, headings, and paths in backquotes."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENTS = sorted(readme.parent for readme in (ROOT / "experiments").glob("*/README.md"))
+LINK = re.compile(r"\]\((?!https?:|mailto:)([^)\s]+)\)")
+FENCE = re.compile(r"^```.*?^```", re.M | re.S)
+PATH = re.compile(r"`((?:experiments|benchmarks|docs)/[\w./-]*\w/?)`")
+SOURCE = re.compile(r"`((?:src|tests|scripts)/[\w./-]*\w/?)`")
+
+
+def documents() -> list[str]:
+    listed = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, capture_output=True, text=True)
+    return [name for name in listed.stdout.split() if (ROOT / name).is_file()]
+
+
+def anchors(file: Path) -> list[str]:
+    """Of a Markdown file's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.*)", file.read_text(encoding="utf-8"), re.M)
+    return [re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-") for heading in headings]
+
+
+@pytest.mark.parametrize("name", documents())
+def test_links_and_paths_exist(name: str):
+    text = FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
+    broken = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
+    if name != "docs/LOG.md":  # its entries name the source files of their day
+        broken += [path for path in SOURCE.findall(text) if not (ROOT / path).exists()]
+    for link in LINK.findall(text):
+        path, _, heading = link.partition("#")
+        file = (ROOT / name).parent / path if path else ROOT / name
+        if not file.exists() or (heading and heading not in anchors(file)):
+            broken.append(link)
+    assert not broken
+
+
+@pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
+def test_an_experiment_holds_what_runs_it_and_its_records(folder: Path):
+    assert [*folder.glob("*.py"), *folder.glob("run.sh"), *folder.glob("sweep.toml")]
+    assert list((folder / "records").rglob("*.json"))
+    assert not list(folder.glob("*.json")), "records belong into records/"
+    index = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
+    assert f"({folder.name}/README.md)" in index
