@@ -18,8 +18,9 @@ from mea.train.recovery.settings import Recovery, recovery
 
 HERE = Path(__file__).parent
 SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600
-SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "rate": 5e-4, "base_lr": 5e-4}
-LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "rate": 7e-4, "base_lr": 7e-4}
+SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "lr": 5e-4, "base_lr": 5e-4}
+NEAR = {"lr": 3e-4, "base_lr": 3e-4}  # for a start near the original
+LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "lr": 7e-4, "base_lr": 7e-4}
 
 
 def stage(preset: str, tokens: int, **changes: Any) -> Recovery:
@@ -30,12 +31,12 @@ def stage(preset: str, tokens: int, **changes: Any) -> Recovery:
 
 def like_default(tokens: int, **changes: Any) -> Recovery:
     """The distillation by which starts are compared."""
-    return stage("distil", tokens, copy_fraction=0.5, **SMALL_STEPS | changes)
+    return stage("distill", tokens, copy_fraction=0.5, **SMALL_STEPS | changes)
 
 
 def cpt(tokens: int, rate: float, **changes: Any) -> Recovery:
     """Continued pretraining in steps like those, at one rate relative to each tensor."""
-    return stage("cpt", tokens, relative=True, batch=1, micro_batch=1, rate=rate, base_lr=rate, **changes)
+    return stage("cpt", tokens, relative=True, batch=1, micro_batch=1, lr=rate, base_lr=rate, **changes)
 
 
 def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
@@ -46,19 +47,19 @@ def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
 SVD = {"method": "svd"}
 # name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
 ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
-    "joint": (prose("joint"), stage("near", SHORT)),
-    "uniform": (prose("post_rope:uniform"), stage("distil", SHORT)),
-    "uniform-refined": (prose("post_rope:uniform", 32768, refine=2), stage("distil", SHORT)),
-    "frequency": ({"method": "post_rope:frequency"}, like_default(SHORT)),
+    "joint": (prose("joint"), stage("distill", SHORT, **NEAR)),
+    "uniform": (prose("post_rope", weighting="uniform"), stage("distill", SHORT)),
+    "uniform-refined": (prose("post_rope", 32768, weighting="uniform", refine=2), stage("distill", SHORT)),
+    "frequency": ({"method": "post_rope", "weighting": "frequency"}, like_default(SHORT)),
     "gauge": ({"method": "gauge"}, like_default(SHORT)),
     "svd": (SVD, like_default(SHORT)),
-    "sensitivity": (prose("post_rope:sensitivity", 65536, refine=2), stage("distil", SHORT)),
-    "mean": ({"method": "post_rope", "refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
-    "uniform-million": ("uniform-refined", stage("distil", LONG, **SMALL_STEPS)),
-    "sensitivity-million": ("sensitivity", stage("distil", LONG, **LONG_WINDOWS)),
-    "sensitivity-small-steps": ("sensitivity", stage("distil", LONG, **SMALL_STEPS)),
+    "sensitivity": (prose("post_rope", 65536, weighting="sensitivity", refine=2), stage("distill", SHORT)),
+    "mean": ({"refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
+    "uniform-million": ("uniform-refined", stage("distill", LONG, **SMALL_STEPS)),
+    "sensitivity-million": ("sensitivity", stage("distill", LONG, **LONG_WINDOWS)),
+    "sensitivity-small-steps": ("sensitivity", stage("distill", LONG, **SMALL_STEPS)),
     "mean-million": ("mean", like_default(LONG)),
-    "joint-million": ("joint", stage("near", LONG)),
+    "joint-million": ("joint", stage("distill", LONG, **NEAR)),
     "whole": ({"keep": 1.0}, like_default(SHORT)),
     "default": ({}, like_default(SHORT)),
 }
