@@ -19,14 +19,14 @@ from mea.train.recovery.settings import Recovery, recovery
 HERE = Path(__file__).parent
 SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600
 SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "lr": 5e-4, "base_lr": 5e-4}
-NEAR = {"lr": 3e-4, "base_lr": 3e-4}  # for a start near the original
+NEAR: dict[str, Any] = {"lr": 3e-4, "base_lr": 3e-4}  # for a start near the original
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "lr": 7e-4, "base_lr": 7e-4}
 
 
-def stage(preset: str, tokens: int, **changes: Any) -> Recovery:
-    """A stage on the scale of these experiments; parts of windows are read again only where a row says so."""
+def stage(name: str, tokens: int, **changes: Any) -> Recovery:
+    """A stage on the scale of these experiments, without copied tokens unless a row says so."""
     scale: dict[str, Any] = {"copy_fraction": 0.0, "held_out": 8192, "evaluations": 5, "checkpoints": 20}
-    return recovery(preset, tokens=tokens, **scale | changes)
+    return recovery(name, tokens=tokens, **scale | changes)
 
 
 def like_default(tokens: int, **changes: Any) -> Recovery:
@@ -34,13 +34,13 @@ def like_default(tokens: int, **changes: Any) -> Recovery:
     return stage("distill", tokens, copy_fraction=0.5, **SMALL_STEPS | changes)
 
 
-def cpt(tokens: int, rate: float, **changes: Any) -> Recovery:
-    """Continued pretraining in steps like those, at one rate relative to each tensor."""
-    return stage("cpt", tokens, relative=True, batch=1, micro_batch=1, lr=rate, base_lr=rate, **changes)
+def cpt(tokens: int, lr: float, **changes: Any) -> Recovery:
+    """Continued pretraining in steps like those, at one learning rate relative to each tensor."""
+    return stage("cpt", tokens, relative=True, batch=1, micro_batch=1, lr=lr, base_lr=lr, **changes)
 
 
 def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
-    """Fitted on windows of which no part is read again, as when the rows that say so were begun."""
+    """Fitted on windows without copied tokens, as when these rows were begun."""
     return {"method": method, "calibration": Calibration(tokens=tokens, copy_fraction=0.0), **options}
 
 
@@ -63,8 +63,8 @@ ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "whole": ({"keep": 1.0}, like_default(SHORT)),
     "default": ({}, like_default(SHORT)),
 }
-# The paper's second table: start -> how it is compressed, and the rate of its continued pretraining. All read the same
-# tokens; rows with recovery spend half of them on distillation.
+# The paper's second table: start -> how it is compressed, and the learning rate of its continued pretraining. All read
+# the same tokens; rows with recovery spend half of them on distillation.
 TABLE_STARTS: dict[str, tuple[dict[str, Any] | str, float]] = {
     "whole": ("whole", 5e-4),
     "svd-half": (SVD | {"layout": "half"}, 1e-3),
@@ -74,15 +74,15 @@ TABLE_STARTS: dict[str, tuple[dict[str, Any] | str, float]] = {
     "default-deep": ({"layout": "deep"}, 5e-4),
     "default-full": ("default", 5e-4),
 }
-for start, (how, rate) in TABLE_STARTS.items():
-    ROWS[f"{start}-cpt"] = (how, cpt(TABLE, rate, evaluations=2, checkpoints=4))
+for start, (how, lr) in TABLE_STARTS.items():
+    ROWS[f"{start}-cpt"] = (how, cpt(TABLE, lr, evaluations=2, checkpoints=4))
     if start.endswith("full"):
         half, few = TABLE // 2, {"evaluations": 1, "checkpoints": 2}
-        ROWS[f"{start}-recover-cpt"] = (how, like_default(half, **few), cpt(half, rate, **few))
-# What chose the rates, by held-out text.
+        ROWS[f"{start}-recover-cpt"] = (how, like_default(half, **few), cpt(half, lr, **few))
+# What chose the learning rates, by held-out text.
 for start in ("whole", "svd-full"):
-    for rate in (1e-4, 5e-4, 1e-3):
-        ROWS[f"{start}-at-{rate:g}"] = (TABLE_STARTS[start][0], cpt(TRIED, rate, evaluations=1, checkpoints=1))
+    for lr in (1e-4, 5e-4, 1e-3):
+        ROWS[f"{start}-at-{lr:g}"] = (TABLE_STARTS[start][0], cpt(TRIED, lr, evaluations=1, checkpoints=1))
 
 
 def main() -> None:
