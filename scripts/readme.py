@@ -7,6 +7,7 @@ from pathlib import Path
 from mea.records import read_records
 from mea.report.parts import Table
 from mea.report.render.markdown import table_markdown
+from mea.report.render.svg import standalone
 from mea.report.sections import comparison_figures
 from mea.report.sections.comparison_rows import cells, footnote, rows
 
@@ -18,25 +19,23 @@ END = "<!-- end of results -->"
 
 def results() -> tuple[str, str]:
     """The block of the README and the text of the figure."""
-    found = rows(read_records(RECORDS, "comparison"))
-    drawn = comparison_figures.ratio_by_position(found)
+    methods = rows(read_records(RECORDS, "comparison"))
+    drawn = comparison_figures.ratio_by_position(methods)
     if drawn is None:
         raise ValueError(f"the records in {RECORDS.name} hold no perplexity by position")
-    names = 'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" font-family="sans-serif"'
-    figure = drawn[0].replace("currentColor", "#777").replace("<svg", f"<svg {names}", 1)
-    machine = found[0].record["machine"]
+    machine = methods[0].record["machine"]
     where = f"{machine['processor']}, {machine['cores']} cores"
     block = [
         START,
         "",
-        f"{found[0].model} at half of its cache, the model never trained as a whole ({where}; `experiments/smollm2`):",
+        f"{methods[0].model} at half of its cache, without training ({where}; `experiments/smollm2`):",
         "",
-        table_markdown(Table(*cells(found))).rstrip(),
+        table_markdown(Table(*cells(methods))).rstrip(),
         "",
-        footnote(found),
+        footnote(methods),
     ]
     block += ["", f"![Perplexity relative to the uncompressed model, by position]({FIGURE.relative_to(ROOT)})", "", END]
-    return "\n".join(block), figure
+    return "\n".join(block), standalone(drawn.svg).rstrip("\n") + "\n"
 
 
 def main() -> None:

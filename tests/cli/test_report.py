@@ -28,7 +28,7 @@ def test_page_markdown_and_csv(mea, runs, tmp_path):
     assert str(tmp_path) not in html
     assert "### Differences between variants" in markdown
     assert (tmp_path / "new" / "figures" / "rates-constant.svg").is_file()
-    assert "Rates,b,best rate,0.01" in table
+    assert "Learning rates,b,best learning rate,0.01" in table
     assert [str(path) in result.stdout for path in paths] == [True] * 3
 
 

@@ -53,7 +53,7 @@ def compress(
 ) -> None:
     """Make a model cache half of its keys and values, check the result, and save it as an ordinary model."""
     from mea.compression import Allocation, Calibration, CompressOptions, compress_to_folder, preview
-    from mea.report.render.terminal import compression_table, plan_table
+    from mea.report.sections.compression import compression_table, plan_table
 
     calibration = Calibration(text, tokens, window, seed, copy_fraction)
     if not allocate and (equal or same or step is not None):

@@ -20,7 +20,7 @@ def fit(
 ) -> None:
     """Fit loss against tokens over a sweep: best rates, stability, differences, and whether the fit predicts."""
     from mea.records import write_record
-    from mea.report.parts import terminal
+    from mea.report.render.terminal import TerminalTable
     from mea.report.sections.scaling_fit import fit_parts
     from mea.report.sources import find_records
     from mea.scaling import FitSettings, fit_records
@@ -31,4 +31,4 @@ def fit(
     if out:
         write_record(out, record)
     for part in fit_parts(record):
-        Console().print(terminal(part))
+        Console().print(TerminalTable(part))

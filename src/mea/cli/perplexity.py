@@ -25,7 +25,7 @@ def perplexity(
     """Perplexity of a model on a text, compressed or not, and its ratio to another model's."""
     from mea.evaluate.measure import perplexity_record
     from mea.records import write_record
-    from mea.report.render.terminal import perplexity_table
+    from mea.report.sections.compression import perplexity_table
 
     with progress() as report:
         record = perplexity_record(

@@ -21,7 +21,8 @@ def report(
     if out is None and markdown is None and csv is None:
         raise ValueError("nothing to write: give --out, --markdown or --csv")
     check_packages()
-    found = find_records(records)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
+    found = find_records(records, lambda message: errors.print(f"left out: {message}"))
     sections = make_sections(found)
     written = []
     if out:

@@ -1,49 +1,65 @@
 """Where records come from: files, and folders searched all the way down."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from mea.records import Record, read_record
+from mea.report.schema import check_fields
 
 
-def find_records(places: Iterable[str | Path]) -> list[Record]:
+def find_records(places: Iterable[str | Path], on_invalid: Callable[[str], None] | None = None) -> list[Record]:
     """Records in files and in folders with all that is below them, sorted by path within each place, each file once.
 
     In folders, JSON files that are something else (a model's configuration, say) are passed over, and so is what is
     hidden; a file that is named must be a record.
+
+    Parameters
+    ----------
+    on_invalid
+        Called with a message for each record that is damaged or lacks a field that its section shows; the record is
+        left out. Without it such a record is an error.
 
     Raises
     ------
     FileNotFoundError
         A place does not exist.
     ValueError
-        A file that is named is no record; a record is damaged; no record is found.
+        A file that is named is no record; a record is damaged or lacks a field; no record is left.
     """
-    found: dict[Path, Record] = {}
+    records: dict[Path, Record] = {}
+    invalid: list[str] = []
     places = [Path(place) for place in places]
     for place in places:
         if not place.exists():
             raise FileNotFoundError(f"there is nothing at {place}: give a folder of records, or a record")
-        if place.is_file():
-            found.setdefault(place.resolve(), read_record(place))
-            continue
-        for path in sorted(place.rglob("*.json")):
-            hidden = any(part.startswith(".") for part in path.relative_to(place).parts)
-            if not hidden and path.resolve() not in found and _is_record(path):
-                found[path.resolve()] = read_record(path)
-    if not found:
+        for path in [place] if place.is_file() else _record_files(place):
+            if path.resolve() in records:
+                continue
+            try:
+                record = read_record(path)
+                check_fields(record, str(path))
+            except ValueError as error:
+                if on_invalid is None:
+                    raise
+                invalid.append(str(error))
+                on_invalid(str(error))
+            else:
+                records[path.resolve()] = record
+    if invalid and not records:
+        raise ValueError(f"no valid record: {invalid[0]}" + (f" (and {len(invalid) - 1} more)" if invalid[1:] else ""))
+    if not records:
         raise ValueError(f"no record in {', '.join(map(str, places)) or 'nothing'}: give folders with *.json records")
-    return list(found.values())
+    return list(records.values())
 
 
 def reference_first(records: Iterable[Record], kind: str, paired: str) -> list[Record]:
     """Records of a kind, each model's together; first those of models that others are compared with (`paired`)."""
     records = list(records)
     references = {record["config"]["second"] for record in records if record["kind"] == paired}
-    found = [record for record in records if record["kind"] == kind]
-    names = list(dict.fromkeys(map(name_of, found)))
-    return sorted(found, key=lambda record: (name_of(record) not in references, names.index(name_of(record))))
+    chosen = [record for record in records if record["kind"] == kind]
+    names = list(dict.fromkeys(map(name_of, chosen)))
+    return sorted(chosen, key=lambda record: (name_of(record) not in references, names.index(name_of(record))))
 
 
 def name_of(record: Record) -> str:
@@ -51,10 +67,15 @@ def name_of(record: Record) -> str:
     return str(record["config"].get("label") or record["config"].get("model", "?"))
 
 
-def _is_record(path: Path) -> bool:
-    """Whether a file means to be a record; one that is cut short does."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        return True
-    return isinstance(data, dict) and "kind" in data and "samples" in data
+def _record_files(folder: Path) -> Iterable[Path]:
+    """JSON files in a folder that are not hidden and mean to be records; one that is cut short does."""
+    for path in sorted(folder.rglob("*.json")):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            yield path
+            continue
+        if isinstance(data, dict) and "kind" in data and "samples" in data:
+            yield path

@@ -49,7 +49,7 @@ def test_every_method_with_its_numbers(run):
         "seed of",
     ):
         assert value in text
-    assert "Too far off to be drawn: svd (1,118 to 1,197 times)." in " ".join(text.split())
+    assert "Outside the axes: svd (1,118 to 1,197 times)." in " ".join(text.split())
 
 
 def test_nothing_is_loaded_from_elsewhere(run):
@@ -77,7 +77,7 @@ def test_text_of_a_model_stays_text(run):
 
 def test_figures_have_axes_with_units_and_take_the_page_colour(run):
     found = rows(run())
-    drawn = [perplexity_against_bytes(found)[0], ratio_by_position(found)[0], loss_by_layer(found)]
+    drawn = [figure(found).svg for figure in (perplexity_against_bytes, ratio_by_position, loss_by_layer)]
     labels = ["KiB per token", "position in the text (tokens)", "nats per token"]
     for svg, label in zip(drawn, labels, strict=True):
         assert svg.startswith("<svg")
@@ -98,12 +98,12 @@ def test_figures_without_their_numbers_are_left_out(one):
     assert "continued" not in text
 
 
-def test_a_cache_in_few_bits_has_no_line_of_layers_of_its_own(one):
+def test_a_quantised_cache_has_no_line_of_layers_of_its_own(one):
     stored = one("svd", 2.0)
     stored["config"] |= {"label": "in bits", "bits": 4}
     drawn = loss_by_layer(rows([one("none", 1.0), one("svd", 2.0), stored]))
-    assert "svd" in drawn
-    assert "in bits" not in drawn
+    assert "svd" in drawn.svg
+    assert "in bits" not in drawn.svg
 
 
 def test_single_compressed_model_without_the_original(one):

@@ -9,9 +9,11 @@ from rich.console import Console
 
 from mea.records import make_record, write_record
 from mea.report import as_csv, find_records, make_sections, write_markdown, write_report
-from mea.report.parts import Figure, Part, Section, Table, terminal, with_interval
+from mea.report.formatting import with_interval
+from mea.report.parts import Figure, Part, Section, Table
 from mea.report.registry import REGISTRY
 from mea.report.render.markdown import END, FIGURES, START, table_markdown
+from mea.report.render.terminal import TerminalTable
 from synthetic_runs import sweep
 
 SVG = '<svg role="img" viewBox="0 0 1 1"><path stroke="currentColor"/></svg>'
@@ -129,6 +131,7 @@ def test_records_are_found_below_and_once(run, tmp_path):
         ((1.5e-7, [], -2), "1.5e-7"),
         ((2.0, []), "2.000"),
         ((None, None), "–"),
+        ((-0.00001, [-0.5, 0.00001], 4, "+"), "0.0000 (-0.5000 to 0.0000)"),
     ],
 )
 def test_intervals_in_words(arguments, text):
@@ -147,7 +150,7 @@ def test_names_of_variants_are_whole_in_a_narrow_terminal():
     names = ["transformer", "differential_v1", "groupnorm_small_gain"]
     lines = [[name, *values, "0.22 %", "3.25 (3.20 to 3.39)"] for name in names]
     console = Console(file=io.StringIO(), width=80)
-    console.print(terminal(Part("Fits", table=Table(header, lines))))
+    console.print(TerminalTable(Part("Fits", table=Table(header, lines))))
     printed = console.file.getvalue()
     for whole in ("transformer ", "differential_ ", "v1 ", "groupnorm_ ", "small_gain ", "(edge)", "3.4e8…5.4e11"):
         assert whole in printed
@@ -159,7 +162,7 @@ def test_words_stay_whole_beside_a_choice_of_variant_and_rate():
     choices = ["mea_small_gain at 0.0025", "groupnorm_small_gain at 0.0063"]
     line = ["all arms", "wsd", "4", "0.80 (0.40 to 1.00)", *choices, "0.182"]
     console = Console(file=io.StringIO(), width=80)
-    console.print(terminal(Part("Decay", table=Table(header, [line], texts=2))))
+    console.print(TerminalTable(Part("Decay", table=Table(header, [line], texts=2))))
     printed = console.file.getvalue()
     for whole in ("variant ", "schedule ", "all arms ", "0.40…1.00 ", "mea_small_", "small_gain ", "at 0.0063 "):
         assert whole in printed
@@ -167,4 +170,4 @@ def test_words_stay_whole_beside_a_choice_of_variant_and_rate():
 
 def test_a_part_without_a_table_has_nothing_for_a_terminal():
     with pytest.raises(ValueError, match="Words has no table"):
-        terminal(Part("Words"))
+        TerminalTable(Part("Words"))

@@ -67,7 +67,7 @@ def test_calm_stands_beside_wild(inside):
 def test_the_section_has_it_once_for_every_schedule(runs):
     decayed = [looked_into(arm, 1e-3, schedule="wsd") for arm in ARMS]
     (section,) = sections([*runs[:2], *decayed[:2]])
-    headings = [p.heading for p in section.parts if p.heading.startswith("Inside")]
-    assert headings == ["Inside attention (constant rate)", "Inside attention (wsd rate)"]
+    headings = [p.heading for p in section.parts if p.heading.startswith("Attention diagnostics")]
+    assert headings == ["Attention diagnostics (constant schedule)", "Attention diagnostics (wsd schedule)"]
     names = [figure.name for p in section.parts for figure in p.figures]
     assert len(names) == len(set(names))

@@ -27,7 +27,7 @@ def table(parts, heading):
 
 def test_tables_hold_the_numbers_of_the_record(fit):
     parts, group = fit_parts(fit), fit["results"]["groups"]["constant"]
-    rates = table(parts, "Rates")
+    rates = table(parts, "Learning rates")
     for line, arm in zip(rates.lines, group["arms"], strict=True):
         assert line[:2] == [arm["arm"], f"{arm['best_rate']:g}"]
         assert line[2] == "{:.3f} ({:.3f} to {:.3f})".format(arm["loss"], *arm["interval"])
@@ -44,24 +44,24 @@ def test_tables_hold_the_numbers_of_the_record(fit):
 
 def test_one_seed_is_not_passed_off_as_more(runs):
     fit = fit_records([run for run in runs if run["config"]["seed"] == 0], FitSettings(draws=200))
-    assert "Every run has one seed" in table(fit_parts(fit), "Rates").note
+    assert "Every run has one seed" in table(fit_parts(fit), "Learning rates").note
 
 
 def test_an_edge_of_the_grid_is_said(runs):
     fit = fit_records([run for run in runs if run["config"]["learning_rate"] > 2e-3], FitSettings(draws=200))
-    rates = table(fit_parts(fit), "Rates")
+    rates = table(fit_parts(fit), "Learning rates")
     assert rates.lines[0][1] == "0.003 (edge)"
     assert "only one" not in rates.note
 
 
 def test_one_rate_is_no_best_rate(runs):
     fit = fit_records([run for run in runs if run["config"]["learning_rate"] == 3e-3], FitSettings(draws=200))
-    rates = table(fit_parts(fit), "Rates")
+    rates = table(fit_parts(fit), "Learning rates")
     assert [line[1] for line in rates.lines] == ["0.003 (only one)"] * 2
     assert [line[3] for line in rates.lines] == ["–"] * 2
-    assert "nothing is said of rates" in rates.note
+    assert "no other learning rate was tried" in rates.note
     (section,) = sections([fit])
-    assert section.parts[0].numbers[0][1].endswith("at the one rate that was tried")
+    assert section.parts[0].numbers[0][1].endswith("at the one learning rate that was tried")
 
 
 def test_errors_of_the_prediction_where_there_are_too_few_rates_to_rank():
@@ -129,12 +129,12 @@ def test_after_decay():
         for seed in range(2)
     ]
     fit = fit_records(runs, FitSettings(draws=200))
-    line = table(fit_parts(fit), "Does the choice at a constant rate hold after decay?").lines[0]
+    line = table(fit_parts(fit), "Does the choice at a constant learning rate hold after decay?").lines[0]
     assert line[4:6] == ["0.003", "0.01"]
     choices = table(fit_parts(fit), "Which choice is the best after decay?").lines
-    assert [line[1] for line in choices][0::4] == ["lowest loss at the end, constant rate", DECAY_RULES["paper"]]
+    assert [line[1] for line in choices][0::4] == ["lowest final loss, constant learning rate", DECAY_RULES["paper"]]
     (section,) = sections([*runs, fit])
-    assert any(part.heading == "Rates (cosine rate)" for part in section.parts)
+    assert any(part.heading == "Learning rates (cosine schedule)" for part in section.parts)
     assert "decay-cosine" in [figure.name for part in section.parts for figure in part.figures]
     laws = [len(re.findall("stroke-dasharray: [^0]", f.svg)) for f in curves.of_arms(runs[:6], fit, "constant")]
     assert laws == [3]

@@ -5,9 +5,12 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from mea.records import Record
+from mea.report.formatting import printable
 from mea.report.parts import Section
 from mea.report.registry import make_sections, not_shown
 from mea.report.render.markdown import write_text
+
+LONG = 5  # headings of a page that gets a list of contents
 
 
 def write_report(
@@ -29,7 +32,7 @@ def write_report(
     title
         Heading; by default that of the only section, or "Report".
     regenerate
-        The command that made the page, for the reader who wants it anew.
+        The command that makes the page again.
     sections
         From `make_sections`, if they were made already.
 
@@ -63,7 +66,7 @@ def render(
         lstrip_blocks=True,
     )
     only = sections[0].heading if len(sections) == 1 else ""
-    return environment.get_template("page.html").render(
+    page = environment.get_template("page.html").render(
         title=title or only or "Report",
         sections=sections,
         headed=len(sections) > 1 or bool(title),
@@ -72,16 +75,18 @@ def render(
         kinds=_kinds(records),
         left_out=", ".join(f"{count} of the kind {kind}" for kind, count in not_shown(records).items()),
         regenerate=regenerate,
+        contents=len(sections) > 1 or sum(bool(part.heading) for part in sections[0].parts) >= LONG,
     )
+    return printable(page)
 
 
 def check_packages() -> None:
-    """See to it that what the report needs is installed.
+    """Check that the packages of the report are installed.
 
     Raises
     ------
     ImportError
-        Something is not; the message says how to get it.
+        One is missing; the message says how to install it.
     """
     missing = [name for name in ("jinja2", "matplotlib") if find_spec(name) is None]
     if missing:
@@ -89,15 +94,15 @@ def check_packages() -> None:
 
 
 def _kinds(records: Sequence[Record]) -> str:
-    """``36 pretraining (commits 0123456789ab)`` and so on."""
-    found = []
+    """Kinds of records with their number, dates and commits: ``36 pretraining (2026-11-29, commit 0123456789ab)``."""
+    lines = []
     for kind in dict.fromkeys(record["kind"] for record in records):
         chosen = [record for record in records if record["kind"] == kind]
         commits = sorted({(record["commit"] or "unknown")[:12] for record in chosen})
         dates = sorted(record["date"][:10] for record in chosen)
         span = dates[0] if dates[0] == dates[-1] else f"{dates[0]} to {dates[-1]}"
-        found.append(f"{len(chosen)} {kind} ({span}, commit{'s' * (len(commits) > 1)} {', '.join(commits)})")
-    return "; ".join(found)
+        lines.append(f"{len(chosen)} {kind} ({span}, commit{'s' * (len(commits) > 1)} {', '.join(commits)})")
+    return "; ".join(lines)
 
 
 def _machine(record: Record) -> dict[str, str]:
@@ -108,7 +113,7 @@ def _machine(record: Record) -> dict[str, str]:
         "architecture": machine.get("architecture"),
         "system": machine.get("system"),
         "cores": machine.get("cores"),
-        "memory": f"{memory / 2**30:.0f} GiB" if memory else None,
+        "memory": f"{memory / 2**30:.0f} GiB" if isinstance(memory, int) else None,
         "accelerator": machine.get("accelerator") or "none",
     }
     return {name: str(value) for name, value in shown.items() if value is not None}

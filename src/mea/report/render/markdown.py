@@ -2,33 +2,36 @@
 
 import csv
 import io
-import os
+import re
 from collections.abc import Sequence
 from pathlib import Path
+from zlib import crc32
 
+from mea.records import write_atomically
+from mea.report.formatting import printable
 from mea.report.parts import Part, Section, Table
 from mea.report.render.svg import standalone
 
 START = "<!-- begin: written by mea report from records; edit outside of these marks -->"
 END = "<!-- end: written by mea report -->"
 FIGURES = "figures"  # folder beside the Markdown
+LONGEST_NAME = 100  # letters of a figure's file name, which may have 255 bytes
+SPECIAL = re.compile(r"[\\`*]|(?<!\w)_|_(?!\w)|(?<=\])(?=[(\[:])")  # what Markdown would read as marks
+NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e-?\d+)?"
+PLAIN_NUMBER = re.compile(rf"{NUMBER}( ± {NUMBER}| %)?( \({NUMBER} to {NUMBER}\)| to {NUMBER})?")
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-    return path
+    """Write a file whole or not at all, in a folder that is made if need be."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return write_atomically(path, text)
 
 
 def write_markdown(sections: Sequence[Section], path: str | Path) -> Path:
     """Write sections between the marks of a Markdown file, and their figures into a folder beside it.
 
     A file that does not exist yet is made; of one that exists only what is between the marks is replaced. Figures that
-    this function wrote earlier and that are no longer wanted are removed.
+    this function wrote earlier and that are no longer wanted are removed from that folder; nothing else is.
 
     Raises
     ------
@@ -42,9 +45,9 @@ def write_markdown(sections: Sequence[Section], path: str | Path) -> Path:
             f"{path} has no place for the report, or several: put these two lines where it is to go: {START} {END}"
         )
     before, rest = old.split(START)
-    after = rest.split(END)[1]
+    between, after = rest.split(END)
     figures = {
-        f"{_slug(figure.name)}.svg": standalone(figure.svg)
+        _file_name(figure.name): standalone(figure.svg)
         for section in sections
         for part in section.parts
         for figure in part.figures
@@ -52,7 +55,7 @@ def write_markdown(sections: Sequence[Section], path: str | Path) -> Path:
     folder = path.parent / FIGURES
     for name, text in figures.items():
         write_text(folder / name, text)
-    for name in _figures_of(rest.split(END)[0]) - set(figures):
+    for name in _figures_of(between) - set(figures):
         (folder / name).unlink(missing_ok=True)
     return write_text(path, f"{before}{START}\n\n{markdown(sections)}\n{END}{after}")
 
@@ -63,65 +66,80 @@ def markdown(sections: Sequence[Section]) -> str:
 
 
 def as_csv(sections: Sequence[Section]) -> str:
-    """All tables as one: section, table, row (its texts), column, value; a line for every cell."""
+    """All tables as one: section, table, row (its texts), column, value; a line for every cell.
+
+    An apostrophe stands before a cell that a spreadsheet would take for a formula.
+    """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["section", "table", "row", "column", "value"])
-    for section in sections:
-        for part in section.parts:
-            if part.table is None:
-                continue
-            for line in part.table.lines:
-                texts = part.table.texts
-                row = " / ".join(line[:texts])
-                for column, value in list(zip(part.table.header, line, strict=True))[texts:]:
-                    writer.writerow([section.heading, part.heading, row, " ".join(column.split()), value])
+    tables = [(section, part, part.table) for section in sections for part in section.parts if part.table]
+    for section, part, table in tables:
+        for line in table.lines:
+            row = " / ".join(line[: table.texts])
+            for column, value in list(zip(table.header, line, strict=True))[table.texts :]:
+                cells = (section.heading, part.heading, row, " ".join(column.split()), value)
+                writer.writerow(map(_csv_cell, cells))
     return text.getvalue()
 
 
 def table_markdown(table: Table) -> str:
     """One table, without its note."""
     rules = ["---" if index < table.texts else "---:" for index in range(len(table.header))]
-    lines = [[" ".join(title.split()) for title in table.header], rules]
+    lines = [[_cell(title) for title in table.header], rules]
     for index, line in enumerate(table.lines):
         lines.append([f"**{cell}**" if cell and index in table.best else cell for cell in map(_cell, line)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _section(section: Section) -> list[str]:
-    blocks = [f"## {section.heading}\n"]
+    blocks = [f"## {_line(section.heading)}\n"]
     for part in section.parts:
         blocks += _part(part)
     return blocks
 
 
 def _part(part: Part) -> list[str]:
-    blocks = [f"### {part.heading}\n"] if part.heading else []
-    blocks += ["".join(f"- **{number}** {meaning}\n" for number, meaning in part.numbers)] if part.numbers else []
-    blocks += [_plain(part.text) + "\n"] if part.text else []
+    blocks = [f"### {_line(part.heading)}\n"] if part.heading else []
+    numbers = "".join(f"- **{_line(number)}** {_line(meaning)}\n" for number, meaning in part.numbers)
+    blocks += [numbers] if numbers else []
+    blocks += [_line(part.text) + "\n"] if part.text else []
     if part.table:
-        blocks += [table_markdown(part.table)] + ([part.table.note + "\n"] if part.table.note else [])
+        blocks += [table_markdown(part.table)] + ([_line(part.table.note) + "\n"] if part.table.note else [])
     for figure in part.figures:
-        caption = figure.caption.replace("[", "(").replace("]", ")")
-        blocks += [f"![{caption}]({FIGURES}/{_slug(figure.name)}.svg)\n\n{figure.caption}\n"]
+        caption = _line(figure.caption)
+        alternative = caption.replace("[", "(").replace("]", ")")
+        blocks += [f"![{alternative}]({FIGURES}/{_file_name(figure.name)})\n\n{caption}\n"]
     for name, said in part.quotes:
-        blocks += [f"**{name}**\n\n" + "".join(f"> {_plain(line)}\n" for line in said.splitlines())]
+        blocks += [f"**{_line(name)}**\n\n" + "".join(f"> {_escaped(line)}\n" for line in said.splitlines())]
     return blocks
 
 
 def _cell(text: str) -> str:
-    return _plain(" ".join(text.split())).replace("|", "\\|").replace("*", "\\*")
+    return _line(text).replace("|", "\\|")
 
 
-def _plain(text: str) -> str:
-    """Text that stays text: a model may have said anything, the marks of this module too."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")
+def _line(text: str) -> str:
+    return _escaped(" ".join(text.split()))
 
 
-def _slug(name: str) -> str:
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name.lower())
+def _escaped(text: str) -> str:
+    """Text that stays text: a record may hold anything, the marks of this module too."""
+    return SPECIAL.sub(r"\\\g<0>", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def _csv_cell(text: str) -> str:
+    text = printable(text)
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t")) and not PLAIN_NUMBER.fullmatch(text) else text
+
+
+def _file_name(name: str) -> str:
+    """The file of a figure: letters, digits and ``-_.`` only, so that it is in no other folder."""
+    name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name.lower())
+    return f"{name if len(name.encode()) <= LONGEST_NAME else f'{name[:20]}-{crc32(name.encode()):08x}'}.svg"
 
 
 def _figures_of(text: str) -> set[str]:
-    """File names that Markdown written here refers to."""
-    return {piece.split(")")[0] for piece in text.split(f"]({FIGURES}/")[1:]}
+    """Files of the figure folder that Markdown written here refers to."""
+    names = re.findall(rf"\]\({FIGURES}/([\w.-]+)\.svg\)", text)
+    return {f"{name}.svg" for name in names if _file_name(name) == f"{name}.svg"}

@@ -2,12 +2,16 @@
 
 import io
 import re
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
+
+from mea.report.formatting import learning_rate, printable
 
 INK = "#010203"  # stands for the page's text colour, which differs between light and dark
 COLOURS = ("#2f86d6", "#e0662b", "#22a06b", "#a66be0", "#c99a06", "#d6479a")
 MARKERS = ("o", "s", "^", "D", "v", "P")
+LONGEST_LABEL = 60  # letters; the time to lay out a figure grows with the length of its labels
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
@@ -36,20 +40,20 @@ def style(salt: str) -> AbstractContextManager[None]:
     from matplotlib import rc_context
 
     settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": salt, "font.size": 11}
+    settings["text.parse_math"] = False  # names come from records: "$" in one is a letter
     settings |= {"axes.spines.top": False, "axes.spines.right": False, "legend.labelcolor": INK}
     for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
         settings[part] = INK
     return rc_context(settings)
 
 
-def axes_of_a_figure() -> tuple[Any, Any]:
-    """A figure of the page's size, and its axes."""
+def axes_of_a_figure(x: str = "", y: str = "") -> tuple[Any, Any]:
+    """A figure of the page's size, and its axes with their labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.6), layout="constrained")
     axes = figure.add_subplot()
-    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
-    axes.set_axisbelow(True)
+    _label(axes, x, y)
     return figure, axes
 
 
@@ -59,28 +63,56 @@ def two_panels(titles: tuple[str, str], x: str, y: str) -> tuple[Any, Any]:
 
     figure = Figure(figsize=(7.4, 3.4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    for axes, title in zip(panels, titles, strict=True):
-        axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
+    for axes, title, label in zip(panels, titles, (y, ""), strict=True):
         axes.set_yscale("log")
         axes.set_title(title, fontsize=11)
-        axes.set_xlabel(x)
-    panels[0].set_ylabel(y)
+        _label(axes, x, label)
     return figure, panels
 
 
+def _label(axes: Any, x: str, y: str) -> None:
+    axes.grid(axis="y", color=INK, alpha=0.15, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+
+
+def learning_rate_axis(axes: Any, values: Iterable[float | int]) -> None:
+    """A logarithmic horizontal axis with a tick at each learning rate."""
+    ticks = sorted(set(values))
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, list(map(learning_rate, ticks)))
+    axes.set_xticks([], minor=True)
+
+
+def short(label: str) -> str:
+    """A label that fits a figure: its beginning and its end."""
+    label = printable(label)
+    return label if len(label) <= LONGEST_LABEL else f"{label[: LONGEST_LABEL - 20]}…{label[-19:]}"
+
+
 def legend(figure: Any, axes: Any) -> None:
-    """Below the axes, where it hides nothing, with as many columns as the names allow."""
+    """Below the axes, where it hides nothing, with as many columns as the names allow; to be read line by line."""
     handles, labels = axes.get_legend_handles_labels()
+    labels = list(map(short, labels))
     columns = max(1, min(len(labels), 64 // (max(map(len, labels)) + 6)))
-    figure.set_figheight(figure.get_figheight() + 0.25 * -(-len(labels) // columns))
+    rows = -(-len(labels) // columns)
+    figure.set_figheight(figure.get_figheight() + 0.25 * rows)
+    order = _line_by_line(len(labels), columns)
+    handles, labels = [handles[index] for index in order], [labels[index] for index in order]
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+
+
+def _line_by_line(count: int, columns: int) -> list[int]:
+    """The order that matplotlib, which fills columns first, shows line by line."""
+    return [index for column in range(columns) for index in range(column, count, columns)]
 
 
 def svg(figure: Any) -> str:
     """The bare ``<svg>`` element: no prolog, no metadata, no names of other places."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
-    text = buffer.getvalue()
+    text = printable(buffer.getvalue())
     text = re.sub(r"<metadata>.*?</metadata>\s*", "", text[text.index("<svg") :], flags=re.DOTALL)
     text = (
         re.sub(r'\s(?:xmlns(?::\w+)?|width|height|version)="[^"]*"', "", text[: text.index(">")])

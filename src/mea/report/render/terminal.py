@@ -1,103 +1,109 @@
-"""Small records as tables for the terminal."""
+"""A table for a terminal: at most as wide as the terminal, with whole words and whole labels."""
 
-from typing import Any
+import re
+from collections.abc import Iterator
 
 from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions
+from rich.table import Table as RichTable
+from rich.text import Text
 
-from mea.records import Record
-from mea.report.sections.comparison_rows import with_error
+from mea.report.formatting import printable
+from mea.report.parts import Part
+
+BREAK = r"(?<=\w{9}_)(?=[^_\s])|(?<=[^\W\d_]{5}-)(?=\w)"  # in a long name, after an underscore or a hyphen
+TEXT_BREAKS, NUMBER_BREAKS = re.compile(rf"(\s+)|{BREAK}"), re.compile(rf"(\n)|{BREAK}")  # "1.5 ± 0.1" is one piece
+NARROWEST = 8  # columns of text that share a terminal with a word that is too long for it
 
 
-def perplexity_table(record: Record) -> Table:
-    """A record of the kind ``"perplexity"``: one line per model.
+class TerminalTable:
+    """The heading, table and note of a part, as something that rich prints.
+
+    Text is wrapped between words and inside names after an underscore or a hyphen. An interval stands below its value. Columns of numbers that
+    do not fit beside the others follow in a second table below, which repeats the columns of text.
 
     Raises
     ------
     ValueError
-        The record is of another kind.
+        The part has no table.
     """
-    if record["kind"] != "perplexity":
-        raise ValueError(f"a record of the kind {record['kind']!r} holds no perplexity of one text")
-    config, results = record["config"], record["results"]
-    table = Table(box=SIMPLE_HEAD, caption_justify="left")
-    table.caption = f"{results['scored_tokens']:,} tokens scored in windows of {config['window']:,}; ± standard error"
-    columns = ["model", f"perplexity on {config['text']}", *(["ratio"] if config.get("against") else [])]
-    for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index else "left")
-    line = [config["model"], with_error(results["perplexity"], results["standard_error"])]
-    if config.get("against"):
-        line.append(with_error(results["ratio"], results["ratio_standard_error"]))
-    table.add_row(*line)
-    if config.get("against"):
-        other = with_error(results["against_perplexity"], results["against_standard_error"])
-        table.add_row(config["against"], other, "1")
-    return table
+
+    def __init__(self, part: Part) -> None:
+        if part.table is None:
+            raise ValueError(f"{part.heading or 'this part'} has no table")
+        self.part, self.table = part, part.table
+        rows = [list(map(printable, row)) for row in (part.table.header, *part.table.lines)]
+        self.columns = [[_pieces(cell, n == 0 or i < part.table.texts) for n, cell in enumerate(column)]
+                        for i, column in enumerate(zip(*rows, strict=True))]  # fmt: skip
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RichTable | Text | str]:
+        if self.part.heading:
+            yield Text(printable(self.part.heading), "bold")
+        layouts = (self._layout(options.max_width, gap) for gap in (2, 1))
+        for block in min(layouts, key=len):
+            yield block
+            yield ""
+        if self.table.note:
+            yield Text(printable(self.table.note), "dim")
+            yield ""
+
+    def _layout(self, width: int, gap: int) -> list[RichTable]:
+        """One table, or several where the columns need more than the width."""
+        labels, numbers = range(self.table.texts), range(self.table.texts, len(self.columns))
+        least = [max(cell_len(piece) for cell in column for piece in cell) for column in self.columns]
+        room = width + gap - max((least[index] + gap for index in numbers), default=0)
+        if sum(least[index] + gap for index in labels) > room:  # a word that has to be folded
+            share = max(NARROWEST, room // len(labels) - gap)
+            least = [min(value, share) if index in labels else value for index, value in enumerate(least)]
+        room = width + gap - sum(least[index] + gap for index in labels)
+        blocks: list[list[int]] = [[]]
+        for index in numbers:
+            if blocks[-1] and sum(least[i] + gap for i in [*blocks[-1], index]) > room:
+                blocks.append([])
+            blocks[-1].append(index)
+        return [self._block([*labels, *block], least, width, gap) for block in blocks]
+
+    def _block(self, shown: list[int], least: list[int], width: int, gap: int) -> RichTable:
+        widths = {index: least[index] for index in shown}
+        spare = width - sum(widths.values()) - gap * (len(shown) - 1)
+        wanted = {i: max(map(_width, self.columns[i])) - least[i] for i in shown if i < self.table.texts}
+        for count, index in enumerate(sorted(wanted, key=lambda i: wanted[i])):  # first those that need least
+            share = max(0, min(wanted[index], spare // (len(wanted) - count)))
+            widths[index] += share
+            spare -= share
+        headed = any(self.table.header)
+        printed = RichTable(box=SIMPLE_HEAD if headed else None, show_header=headed, pad_edge=False, show_edge=False)
+        printed.padding = (0, gap - headed, 0, 0)  # the box has one space between columns
+        for index in shown:
+            justify = "right" if index >= self.table.texts else "left"
+            title = Text(_wrapped(self.columns[index][0], widths[index]))
+            printed.add_column(title, justify=justify, width=widths[index], overflow="fold", vertical="top")
+        for row in range(len(self.table.lines)):
+            cells = (Text(_wrapped(self.columns[index][row + 1], widths[index])) for index in shown)
+            printed.add_row(*cells, style="bold" if row in self.table.best else "")
+        return printed
 
 
-def plan_table(preview: dict[str, Any]) -> Table:
-    """What a compression will do and cost, from `mea.compression.preview`."""
-    table = Table(box=SIMPLE_HEAD, show_header=False, title=f"Compressing {preview['model']}", title_justify="left")
-    before, after = preview["bytes_per_token_before"], preview["bytes_per_token"]
-    context = preview["context"]
-    full = f"{_size(preview['bytes_at_context_before'])} → {_size(preview['bytes_at_context'])}"
-    again = (
-        f", repeated spans in {share:.0%} of the windows" if (share := preview.get("calibration_copy_fraction")) else ""
-    )
-    for line in (
-        ("method", preview["method"]),
-        ("ranks (keys, values)", _ranges(preview["ranks"])),
-        *([("to begin with", "ranks are chosen layer by layer")] if preview.get("allocation") else []),
-        ("cache per token", f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}"),
-        (f"cache at {context:,} tokens", full),
-        ("calibration", f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}{again}"),
-        *([("refinement", f"{preview['refinement']['passes']} passes")] if preview.get("refinement") else []),
-        ("memory beyond the weights", f"about {_size(preview['memory'])}"),
-        ("time for the fit", f"about {preview['seconds'] / 60:.1f} min on this machine"),
-    ):
-        table.add_row(*line)
-    return table
+def _pieces(cell: str, text: bool) -> list[str]:
+    """What is never broken, with what separates it; of a number its interval stands on a line below."""
+    if not text:
+        cell = re.sub(r" (at \S+|\(.+\))$", r"\n\1", re.sub(r" \((\S+) to (\S+)\)", r"\n\1…\2", cell))
+    return [piece for piece in (TEXT_BREAKS if text else NUMBER_BREAKS).split(cell) if piece] or [""]
 
 
-def compression_table(record: Record, out: str) -> Table:
-    """What a compression came to, from the record that it leaves."""
-    config, results = record["config"], record["results"]
-    table = Table(box=SIMPLE_HEAD, title=f"Saved to {out}", title_justify="left")
-    for index, column in enumerate(("measured", config["model"], "compressed", "ratio")):
-        table.add_column(column, justify="right" if index else "left")
-    before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
-    table.add_row("cache bytes per token", f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}")
-    if "perplexity" in results:
-        table.add_row(
-            f"perplexity, {config['measured_text']}, {config['measured_tokens']:,} tokens",
-            f"{results['perplexity_before']:.2f}",
-            f"{results['perplexity']:.2f}",
-            with_error(results["perplexity_ratio"], results["perplexity_ratio_error"]),
-        )
-    errors = results["self_check"]
-    table.caption = (
-        f"Checked in fp32: at full rank the logits are the original's to {errors['full_rank']:.0e}, cached decoding is "
-        f"the pass at once to {errors['cached']:.0e}. ± is one standard error."
-    )
-    table.caption_justify = "left"
-    return table
+def _width(pieces: list[str]) -> int:
+    return max(map(cell_len, "".join(pieces).split("\n")))
 
 
-def _ranges(ranks: list[list[int] | None]) -> str:
-    """``layers 0-2: as they are; 3-29: 96, 96``."""
-    runs: list[tuple[int, int, list[int] | None]] = []
-    for layer, pair in enumerate(ranks):
-        if runs and runs[-1][2] == pair:
-            runs[-1] = (runs[-1][0], layer, pair)
+def _wrapped(pieces: list[str], width: int) -> str:
+    """Lines of at most this width, as far as no piece is wider."""
+    lines = [""]
+    for piece in pieces:
+        if "\n" in piece:
+            lines.append("")
+        elif piece.isspace() or cell_len(lines[-1] + piece) <= width:
+            lines[-1] += piece
         else:
-            runs.append((layer, layer, pair))
-    named = [f"{a}-{b}: {'as they are' if pair is None else f'{pair[0]}, {pair[1]}'}" for a, b, pair in runs]
-    return "layers " + "; ".join(named[:6]) + (f"; … ({len(runs)} runs)" if len(named) > 6 else "")
-
-
-def _size(count: float | int) -> str:
-    power = 0
-    while count >= 1024 and power < 4:
-        count, power = count / 1024, power + 1
-    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
-    return f"{count:.1f} {unit}" if power else f"{count:.0f} B"
+            lines.append(piece)
+    return "\n".join(line.strip() for line in lines)

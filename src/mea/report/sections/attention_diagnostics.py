@@ -1,4 +1,4 @@
-"""What goes on inside attention over training: each arm at its best and at its largest rate, calm beside wild."""
+"""Attention diagnostics over training: logits, gradients, heads and mixing at two learning rates of each arm."""
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
@@ -8,34 +8,37 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mea.records import Record
-from mea.report.parts import ABSENT, Figure, Part, Table
-from mea.report.render.svg import INK, line, logarithmic, style, svg, two_panels
-from mea.report.sections.pretraining_curves import MILLION, arm_of, arms_of
+from mea.report.formatting import ABSENT, learning_rate
+from mea.report.parts import Figure, Part, Table
+from mea.report.render.svg import INK, line, logarithmic, short, style, svg, two_panels
+from mea.report.sections.pretraining_curves import MILLION, TOKENS, arm_of, arms_of
 
-BINS = 40  # of a gradient norm's curve
-LAST = 0.5  # share of the steps that the table's gradient norm is of
-KINDS = ("key", "value")  # of mixing
+BINS = 40  # points of a gradient norm's curve
+LAST = 0.5  # share of the steps that the table's gradient norm covers
+KINDS = ("key", "value")  # mixing matrices
 Pair = tuple[Record, Record]
 
 
 def part(runs: Sequence[Record], suffix: str = "") -> Part | None:
-    """Figures and a table of all runs that were looked into; None if none was."""
-    seen = [run for run in runs if run["samples"].get("largest_logit")]
-    if not seen:
+    """Figures and a table of all runs with diagnostics; None if there is none."""
+    diagnosed = [run for run in runs if run["samples"].get("largest_logit")]
+    if not diagnosed:
         return None
-    schedule = seen[0]["config"].get("schedule", "constant")
-    pairs = {arm: _pair([run for run in seen if arm_of(run) == arm]) for arm in arms_of(seen)}
+    schedule = diagnosed[0]["config"].get("schedule", "constant")
+    pairs = {arm: _pair([run for run in diagnosed if arm_of(run) == arm]) for arm in arms_of(diagnosed)}
     drawn = [make(pairs, schedule) for make in (_logits, _gradients, _heads, _reads)]
     drawn += [_spectra(pairs, schedule, kind) for kind in KINDS]
     text = (
-        "One run of each variant, of the first seed: left at the best of the rates whose runs were looked into, right "
-        "at the largest. The legend gives both rates."
+        "One run of each variant, with the first seed: on the left at the best learning rate with diagnostics, on the "
+        "right at the largest. The legend gives both learning rates."
     )
-    return Part(f"Inside attention{suffix}", text, table=_table(seen), figures=[figure for figure in drawn if figure])
+    return Part(
+        f"Attention diagnostics{suffix}", text, table=_table(diagnosed), figures=[figure for figure in drawn if figure]
+    )
 
 
 def _pair(runs: Sequence[Record]) -> Pair:
-    """The run with the lowest loss and the one with the largest rate, both of the lowest seed that there is."""
+    """The run with the lowest loss and the one with the largest learning rate, both with the lowest seed."""
     first = min(run["config"].get("seed", 0) for run in runs)
     runs = [run for run in runs if run["config"].get("seed", 0) == first]
     return min(runs, key=_loss), max(runs, key=lambda run: run["config"]["learning_rate"])
@@ -53,12 +56,12 @@ def _logits(pairs: dict[str, Pair], schedule: str) -> Figure | None:
         largest = [_largest(layers) for layers in run["samples"]["largest_logit"]]
         return _tokens(run), np.array(largest)
 
-    text = "Largest attention logit of any layer and head, on eight validation rows. Infinite or absent: not drawn."
+    text = "Largest attention logit of any layer and head, on eight validation rows. Infinite values are not drawn."
     return _curves(f"inside-logits-{schedule}", pairs, curve, "largest attention logit", text)
 
 
 def _gradients(pairs: dict[str, Pair], schedule: str) -> Figure | None:
-    """Largest norm of the gradient in every stretch of the run."""
+    """Largest norm of the gradient in every part of the run."""
 
     def curve(run: Record) -> tuple[NDArray, NDArray]:
         norms = _numbers(run["samples"].get("grad_norm"))
@@ -75,18 +78,18 @@ def _gradients(pairs: dict[str, Pair], schedule: str) -> Figure | None:
 
 
 def _heads(pairs: dict[str, Pair], schedule: str) -> Figure | None:
-    """How loud the output projection hears heads, layer by layer, at the end of the run."""
+    """RMS of the heads at the input of the output projection, layer by layer, at the end of the run."""
 
     def curve(run: Record) -> tuple[NDArray, NDArray]:
         values = [_rms(layer) for layer in run["samples"]["head_rms"][-1]]
         return np.arange(1, len(values) + 1), np.array(values)
 
-    text = "Root mean square over the heads of a layer where its output projection reads them, at the end."
+    text = "Root mean square of a layer's heads at the input of the output projection, at the end of the run."
     return _curves(f"inside-heads-{schedule}", pairs, curve, "RMS of a layer's heads", text, x="layer")
 
 
 def _reads(pairs: dict[str, Pair], schedule: str) -> Figure | None:
-    """How loud what attention reads is, against the number of tokens seen, at the end of the run."""
+    """RMS of the attention output before any norm, against the number of tokens seen, at the end of the run."""
 
     def curve(run: Record) -> tuple[NDArray, NDArray]:
         layers = [x for x in (run["samples"].get("read_rms") or [[]])[-1] if x]
@@ -95,23 +98,23 @@ def _reads(pairs: dict[str, Pair], schedule: str) -> Figure | None:
         values = np.sqrt(np.mean(np.square([_numbers(x) for x in layers]), axis=0))
         return 2.0 ** np.arange(len(values)), values
 
-    label = "RMS of a head's read"
+    label = "RMS of attention output"
     text = (
-        "Root mean square of what heads read before any norm, by the number n of tokens seen (n to 2n - 1), over all "
-        "layers, at the end. Dotted: 1 / sqrt(n), which a mean of unrelated values would follow."
+        "Root mean square of the attention output before any norm, over all layers, at the end of the run, by the "
+        "number of tokens seen (n to 2n - 1). Dotted: 1 / sqrt(n), which the mean of n independent values would follow."
     )
     return _curves(f"inside-reads-{schedule}", pairs, curve, label, text, x="tokens seen, n", reference=True)
 
 
 def _spectra(pairs: dict[str, Pair], schedule: str, kind: str) -> Figure | None:
-    """Condition of the mixing matrices: largest singular value over the smallest, the worst layer's."""
+    """Condition number of the mixing matrices, the largest of all layers."""
 
     def curve(run: Record) -> tuple[NDArray, NDArray]:
         spectra = run["samples"].get(f"{kind}_mixing") or []
         return _tokens(run)[: len(spectra)], np.array([_condition(layers) for layers in spectra])
 
-    text = f"{kind.capitalize()} mixing: largest singular value over the smallest, the largest such ratio of any layer."
-    return _curves(f"inside-{kind}-mixing-{schedule}", pairs, curve, f"condition of {kind} mixing", text)
+    text = f"Condition number of {kind} mixing (largest singular value over the smallest), the largest of all layers."
+    return _curves(f"inside-{kind}-mixing-{schedule}", pairs, curve, f"condition number, {kind} mixing", text)
 
 
 def _curves(
@@ -121,21 +124,21 @@ def _curves(
     label: str,
     text: str,
     *,
-    x: str = "tokens, millions",
+    x: str = TOKENS,
     reference: bool = False,
 ) -> Figure | None:
     """Two panels with a curve for every arm on a logarithmic axis; None if no run has one."""
     shown: set[str] = set()
     top = 0.0
     with style(name):
-        figure, panels = two_panels(("best rate", "largest rate"), x, label)
+        figure, panels = two_panels(("best learning rate", "largest learning rate"), x, label)
         for side, axes in enumerate(panels):
             for index, (arm, pair) in enumerate(pairs.items()):
                 where, values = curve(pair[side])
                 good = np.isfinite(values) & (values > 0)
                 if good.any():
-                    rates = " / ".join(f"{run['config']['learning_rate']:.3g}" for run in pair)
-                    title = None if arm in shown else f"{arm} ({rates})"  # once for both panels
+                    rates = " / ".join(learning_rate(run["config"]["learning_rate"]) for run in pair)
+                    title = None if arm in shown else f"{short(arm)} ({rates})"  # once for both panels
                     axes.plot(where[good], values[good], label=title, **line(index, size=3))
                     shown.add(arm)
                     top = max(top, values[good][0])
@@ -154,8 +157,8 @@ def _curves(
 
 def _table(runs: Sequence[Record]) -> Table:
     """One line for every arm and rate: means over seeds at the end of the runs."""
-    header = ["variant", "rate", "loss", "largest logit", "gradient norm", "heads of layer 1"]
-    header += ["loudest : quietest head", "condition of key mixing", "of value mixing"]
+    header = ["variant", "learning rate", "loss", "largest logit", "gradient norm", "head RMS, layer 1"]
+    header += ["largest : smallest head RMS", *(f"condition number, {kind} mixing" for kind in KINDS)]
     lines = []
     for arm in arms_of(runs):
         own = [run for run in runs if arm_of(run) == arm]
@@ -170,11 +173,11 @@ def _table(runs: Sequence[Record]) -> Table:
                 *(_mean(_condition((run["samples"].get(f"{k}_mixing") or [[]])[-1]) for run in cell) for k in KINDS),
             ]
             shown = "diverged" if np.isinf(loss) else f"{loss:.3f}"
-            lines.append([arm, f"{rate:.3g}", shown, *map(_shown, numbers)])
+            lines.append([arm, learning_rate(rate), shown, *map(_shown, numbers)])
     note = (
         f"At the end of the runs, means over seeds; the largest of all layers. Gradient norm: median over the last "
-        f"{100 * LAST:g} % of the steps, before clipping. Heads: root mean square "
-        "where the output projection reads them; with a norm that is its gain."
+        f"{100 * LAST:g} % of the steps, before clipping. Head RMS: root mean square of a head at the input of the "
+        "output projection; with a norm it is the norm's gain."
     )
     return Table(header, lines, note)
 
@@ -214,5 +217,5 @@ def _late(norms: Any) -> float:
 
 
 def _mean(values: Iterable[float]) -> float:
-    found = [value for value in values if np.isfinite(value)]
-    return float(np.mean(found)) if found else np.nan
+    finite = [value for value in values if np.isfinite(value)]
+    return float(np.mean(finite)) if finite else np.nan

@@ -1,135 +1,151 @@
-"""The figures of the page, as SVG that takes its text colour and font from the page around it."""
+"""Figures of compared methods: perplexity by cache size and by position in the text, loss by layer."""
 
 from collections.abc import Sequence
 from textwrap import fill
+from typing import Any
 
+from mea.report.parts import Figure
 from mea.report.render.svg import INK, axes_of_a_figure, legend, line, logarithmic, style, svg
 from mea.report.sections.comparison_rows import Row, texts_of
 
-FAR = 8.0  # times the best ratio: a line further away than that would press the others flat
+FAR = 8.0  # times the lowest ratio: a line further away would flatten the others
+ERRORS = "Bars: one standard error."
+SIZE = "cache, KiB per token (measured)"
 
 
-def perplexity_against_bytes(found: Sequence[Row]) -> tuple[str, str] | None:
-    """Perplexity on the main text against measured cache bytes per token; methods at several sizes are joined.
+def figures(methods: Sequence[Row]) -> list[Figure]:
+    """All figures that the measurements suffice for."""
+    drawn = [
+        perplexity_against_bytes(methods),
+        ratio_against_bytes(methods, "texts"),
+        ratio_against_bytes(methods, "continuations"),
+        ratio_by_position(methods),
+        loss_by_layer(methods),
+    ]
+    return [figure for figure in drawn if figure]
 
-    With a note of the models too far off to be drawn, as `ratio_by_position`.
-    """
-    text = next(iter(texts_of(found)), "")
-    points = [row for row in found if text in row.results.get("texts", {}) and row.results.get("cache")]
+
+def perplexity_against_bytes(methods: Sequence[Row]) -> Figure | None:
+    """Perplexity on the main text against measured cache bytes per token; a line joins the sizes of one method."""
+    text = next(iter(texts_of(methods)), "")
+    scores = {row.name: row.measured("texts").get(text, {}) for row in methods}
+    points = [row for row in methods if scores[row.name].get("perplexity") and row.bytes_per_token]
     if len(points) < 2:
         return None
-    values = {row.name: row.results["texts"][text]["perplexity"] for row in points}
+    values = {row.name: scores[row.name]["perplexity"] for row in points}
     near, note = _near(points, {name: [value] for name, value in values.items()}, "")
-    colour = {name: index for index, name in enumerate(dict.fromkeys(row.series for row in found if row.compressed))}
+    series = dict.fromkeys(row.series for row in methods if row.compressed)
+    look = {name: line(index) for index, name in enumerate(series)}
     with style("bytes"):
-        figure, axes = axes_of_a_figure()
-        for series in dict.fromkeys(row.series for row in near):
-            group = [row for row in near if row.series == series]
-            group.sort(key=lambda row: row.results["cache"]["bytes_per_token"])
-            sizes = [row.results["cache"]["bytes_per_token"] / 1024 for row in group]
-            errors = [row.results["texts"][text].get("standard_error") or 0 for row in group]
-            look = line(colour.get(series, -1)) | ({"linestyle": "none"} if len(group) == 1 else {})
-            axes.errorbar(sizes, [values[row.name] for row in group], yerr=errors, label=series, **look)
-        drawn = [values[row.name] for row in near]
-        if max(drawn) > 4 * min(drawn):
+        figure, axes = axes_of_a_figure(SIZE, f"perplexity on {text}")
+        for name in dict.fromkeys(row.series for row in near):
+            group = _by_size(near, name)
+            errors = [scores[row.name].get("standard_error") or 0 for row in group]
+            _plot_sizes(axes, group, [values[row.name] for row in group], errors, look.get(name, line(-1)))
+        shown = [values[row.name] for row in near]
+        if max(shown) > 4 * min(shown):
             logarithmic(axes)
         else:
             axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
-        axes.set_xlabel("cache, KiB per token (measured)")
-        axes.set_ylabel(f"perplexity on {text}")
         legend(figure, axes)
-        return svg(figure), note
+        caption = "Perplexity against the size of the cache; lower and further to the left is better."
+        return Figure("bytes", svg(figure), f"{caption} {ERRORS} {note}".strip())
 
 
-def ratio_against_bytes(found: Sequence[Row], kind: str) -> tuple[str, str] | None:
-    """Ratio to the uncompressed model against measured bytes, where sizes differ; methods at several sizes are joined.
+def ratio_against_bytes(methods: Sequence[Row], kind: str) -> Figure | None:
+    """Ratio to the uncompressed model against measured bytes, where sizes differ; a line joins one method's sizes.
 
-    `kind` is ``"texts"`` or ``"continuations"``, of which the first text is drawn. With a note as `ratio_by_position`.
+    `kind` is ``"texts"`` or ``"continuations"``, of which the first text is drawn.
     """
-    text = next((name for row in found for name in row.results.get(kind, {})), None)
-    points = [row for row in found if row.compressed and text in row.results.get(kind, {}) and row.results.get("cache")]
-    if text is None or len({row.results["cache"]["bytes_per_token"] for row in points}) < 3:
+    text = next(iter(texts_of(methods, kind)), "")
+    scores = {row.name: row.measured(kind).get(text, {}) for row in methods}
+    points = [row for row in methods if row.compressed and scores[row.name].get("ratio") and row.bytes_per_token]
+    if len({row.bytes_per_token for row in points}) < 3:
         return None
-    values = {row.name: row.results[kind][text]["ratio"] for row in points}
+    values = {row.name: scores[row.name]["ratio"] for row in points}
     near, note = _near(points, {name: [value] for name, value in values.items()}, " times")
-    series = list(dict.fromkeys(row.series for row in points))
     with style(f"pareto-{kind}"):
-        figure, axes = axes_of_a_figure()
-        for index, name in enumerate(series):
-            group = sorted((r for r in near if r.series == name), key=lambda r: r.results["cache"]["bytes_per_token"])
-            if not group:
-                continue
-            sizes = [row.results["cache"]["bytes_per_token"] / 1024 for row in group]
-            errors = [row.results[kind][text].get("ratio_standard_error") or 0 for row in group]
-            look = line(index, size=5) | ({"linestyle": "none"} if len(group) == 1 else {})
-            axes.errorbar(sizes, [values[row.name] for row in group], yerr=errors, label=name, **look)
+        figure, axes = axes_of_a_figure(SIZE, f"{text}:\nperplexity / uncompressed")
+        for index, name in enumerate(dict.fromkeys(row.series for row in points)):
+            if group := _by_size(near, name):
+                errors = [scores[row.name].get("ratio_standard_error") or 0 for row in group]
+                _plot_sizes(axes, group, [values[row.name] for row in group], errors, line(index, size=5))
         logarithmic(axes)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlim(left=0)
-        axes.set_xlabel("cache, KiB per token (measured)")
-        axes.set_ylabel(f"{text}:\nperplexity / uncompressed")
         legend(figure, axes)
-        return svg(figure), note
+        scored = "whole windows" if kind == "texts" else "continuations of a context in the cache"
+        caption = (
+            f"Perplexity ratio of {scored} against the size of the cache; lower and further to the left is better."
+        )
+        return Figure(f"pareto-{kind}", svg(figure), f"{caption} {ERRORS} {note}".strip())
 
 
-def ratio_by_position(found: Sequence[Row]) -> tuple[str, str] | None:
-    """Ratio to the uncompressed model in each range of positions, and a note of the methods too far off to be drawn."""
-    compressed = [row for row in found if row.compressed]
-    lines = [row for row in compressed if row.results.get("positions")]
+def ratio_by_position(methods: Sequence[Row]) -> Figure | None:
+    """Ratio to the uncompressed model in each range of positions."""
+    compressed = [row for row in methods if row.compressed]
+    ratios = {row.name: [part.get("ratio") for part in row.results.get("positions") or []] for row in compressed}
+    lines = [row for row in compressed if ratios[row.name] and all(ratios[row.name])]
     if not lines:
         return None
-    near, note = _near(
-        lines, {row.name: [part["ratio"] for part in row.results["positions"]] for row in lines}, " times"
-    )
+    near, note = _near(lines, {row.name: ratios[row.name] for row in lines}, " times")
     with style("positions"):
-        figure, axes = axes_of_a_figure()
-        for index, row in enumerate(compressed):
-            if row not in near:
-                continue
+        figure, axes = axes_of_a_figure("position in the text (tokens)", "perplexity / uncompressed")
+        for row in near:
             parts = row.results["positions"]
-            ratios = [part["ratio"] for part in parts]
             errors = [part.get("ratio_standard_error") or 0 for part in parts]
-            axes.errorbar(range(len(parts)), ratios, yerr=errors, label=row.name, **line(index))
+            look = line(compressed.index(row))
+            axes.errorbar(range(len(parts)), ratios[row.name], yerr=errors, label=row.name, **look)
         parts = lines[0].results["positions"]
         axes.set_xticks(range(len(parts)), [_range(part["start"], part["stop"]) for part in parts])
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         axes.set_ylim(bottom=0)
-        axes.set_xlabel("position in the text (tokens)")
-        axes.set_ylabel("perplexity / uncompressed")
         legend(figure, axes)
-        return svg(figure), note
+        text = next((row.results["position_text"] for row in methods if "position_text" in row.results), "a long text")
+        caption = f"Perplexity ratio by position, in one pass over {text}."
+        return Figure("positions", svg(figure), f"{caption} {ERRORS} {note}".strip())
 
 
-def loss_by_layer(found: Sequence[Row]) -> str | None:
-    """What each layer loses, by the fit; few bits and training afterwards have no line of their own."""
-    compressed = [row for row in found if row.compressed]
-    own = [row for row in compressed if not {"bits", "recovery"} & row.record["config"].keys()]
-    lines = [row for row in own if row.results.get("layers")]
+def loss_by_layer(methods: Sequence[Row]) -> Figure | None:
+    """The loss in each layer by the fit; a quantised cache and recovery training leave it as it is: not drawn."""
+    compressed = [row for row in methods if row.compressed]
+    fitted = [row for row in compressed if not {"bits", "recovery"} & row.record["config"].keys()]
+    lines = [row for row in fitted if row.measured("layers").get("values")]
     if not lines:
         return None
     with style("layers"):
-        figure, axes = axes_of_a_figure()
+        figure, axes = axes_of_a_figure("layer", fill(lines[0].results["layers"].get("what", "loss"), 32))
         for row in lines:
             values = row.results["layers"]["values"]
             axes.plot(range(len(values)), values, label=row.name, **line(compressed.index(row), size=4))
-        positive = [value for row in lines for value in row.results["layers"]["values"]]
-        if min(positive) > 0 and max(positive) > 20 * min(positive):
+        shown = [value for row in lines for value in row.results["layers"]["values"]]
+        if min(shown) > 0 and max(shown) > 20 * min(shown):
             logarithmic(axes)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("layer")
-        axes.set_ylabel(fill(lines[0].results["layers"].get("what", "loss"), 32))
         legend(figure, axes)
-        return svg(figure)
+        return Figure("layers", svg(figure), "Loss in each layer, counted from 0, as the fit measured it.")
 
 
-def _near(found: Sequence[Row], values: dict[str, list[float]], unit: str) -> tuple[list[Row], str]:
-    """The rows whose highest value is within `FAR` times the best one's, and a note that names the others."""
+def _by_size(methods: Sequence[Row], series: str) -> list[Row]:
+    return sorted((row for row in methods if row.series == series), key=lambda row: row.bytes_per_token or 0)
+
+
+def _plot_sizes(
+    axes: Any, group: list[Row], values: Sequence[float | int], errors: Sequence[float | int], look: dict[str, Any]
+) -> None:
+    sizes = [(row.bytes_per_token or 0) / 1024 for row in group]
+    look = look | ({"linestyle": "none"} if len(group) == 1 else {})
+    axes.errorbar(sizes, values, yerr=errors, label=group[0].series, **look)
+
+
+def _near(methods: Sequence[Row], values: dict[str, list[float]], unit: str) -> tuple[list[Row], str]:
+    """The rows whose highest value is within `FAR` times the lowest such one, and a note that names the others."""
     limit = FAR * min(max(value) for value in values.values())
-    near = [row for row in found if max(values[row.name]) <= limit]
-    far = {row.name: (min(values[row.name]), max(values[row.name])) for row in found if row not in near}
+    near = [row for row in methods if max(values[row.name]) <= limit]
+    far = {row.name: (min(values[row.name]), max(values[row.name])) for row in methods if row not in near}
     ends = (f"{name} ({' to '.join(f'{x:,.0f}' for x in dict.fromkeys(pair))}{unit})" for name, pair in far.items())
-    return near, f"Too far off to be drawn: {'; '.join(ends)}." if far else ""
+    return near, f"Outside the axes: {'; '.join(ends)}." if far else ""
 
 
 def _range(start: int, stop: int) -> str:

@@ -1,4 +1,4 @@
-"""Records of a comparison as the rows of a table, for the page and for the terminal.
+"""Compression methods as the rows of a table, from records of the kind ``"comparison"``.
 
 Fields of a record of the kind ``"comparison"``; all results but the first may be missing and are then shown as absent:
 
@@ -13,8 +13,8 @@ Fields of a record of the kind ``"comparison"``; all results but the first may b
   model in the same run, with its quartiles ``ratio_low`` and ``ratio_high``; ``samples.decode_seconds`` may hold the
   samples by name, those of ``"uncompressed"`` among them;
 - ``results.compress_seconds``;
-- ``results.continuations``: as ``results.texts``, with ``context``: of each window only what follows so many tokens is
-  scored, over the cache that they left;
+- ``results.continuations``: as ``results.texts``, with ``context``: the first ``context`` tokens of a window fill the
+  cache, only the tokens after them are scored;
 - ``results.not_run``: why there is nothing else;
 - ``results.layers``: ``what`` (the label of the axis) and ``values``, one per layer;
 - ``results.continuation``: ``prompt`` and ``text``.
@@ -26,12 +26,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
-from rich.text import Text
-
 from mea.records import Record
-from mea.report.parts import ABSENT
+from mea.report.formatting import ABSENT, with_error
+from mea.report.parts import Part, Table
+from mea.report.render.terminal import TerminalTable
 
 KIND = "comparison"
 UNCOMPRESSED = "none"
@@ -42,23 +40,36 @@ class Row:
     """One measured model: its name in tables and legends, and its results."""
 
     name: str
-    series: str  # what measurements of one method at several sizes share
+    series: str  # shared by measurements of one method at several cache sizes
     model: str
     compressed: bool
     results: dict[str, Any]
     record: Record
 
+    def measured(self, kind: str) -> dict[str, Any]:
+        """Results of a kind such as ``"texts"``, empty where there are none."""
+        return self.results.get(kind) or {}
+
     @property
-    def main_ratio(self) -> float:
+    def main_score(self) -> dict[str, Any]:
+        """Results on the first text."""
+        return next(iter((self.measured("texts") or self.measured("continuations")).values()), {})
+
+    @property
+    def main_ratio(self) -> float | int:
         """Ratio on the first text; infinite if it was not measured, one for the uncompressed model."""
-        texts = list((self.results.get("texts") or self.results.get("continuations") or {}).values())
-        return (texts[0].get("ratio") or math.inf if texts else math.inf) if self.compressed else 1.0
+        return (self.main_score.get("ratio") or math.inf) if self.compressed else 1.0
+
+    @property
+    def bytes_per_token(self) -> float | int | None:
+        """Measured size of the cache."""
+        return self.measured("cache").get("bytes_per_token")
 
 
 def rows(records: Sequence[Record]) -> list[Row]:
-    """The uncompressed model first, then methods from best to worst on the first text.
+    """The uncompressed model first, then methods by their ratio on the first text, lowest first.
 
-    Names tell the size where there are several.
+    Where there are several cache sizes, names give the size.
 
     Raises
     ------
@@ -70,113 +81,115 @@ def rows(records: Sequence[Record]) -> list[Row]:
         kinds = sorted({record["kind"] for record in records})
         raise ValueError(f"no record of the kind {KIND!r} among {len(records)} ({', '.join(kinds) or 'none'})")
     sizes = {r["config"].get("keep") for r in chosen if r["config"].get("method") != UNCOMPRESSED}
-    found = [_row(record, len(sizes)) for record in chosen]
-    found = [_with_decode(row, found) for row in found]
-    return sorted(found, key=lambda row: (row.model, row.compressed, row.main_ratio, row.name))
+    methods = [_row(record, len(sizes)) for record in chosen]
+    methods = [_with_decode(row, methods) for row in methods]
+    return sorted(methods, key=lambda row: (row.model, row.compressed, row.main_ratio, row.name))
 
 
-def texts_of(found: Sequence[Row]) -> list[str]:
-    """Names of the texts that perplexity was measured on, the main one first."""
-    return list(dict.fromkeys(text for row in found for text in row.results.get("texts", {})))
+def texts_of(methods: Sequence[Row], kind: str = "texts") -> list[str]:
+    """Names of the texts that perplexity (or, of the kind ``"continuations"``, its ratio) was measured on."""
+    return list(dict.fromkeys(text for row in methods for text in row.measured(kind)))
 
 
-def cells(found: Sequence[Row], brief: bool = False) -> tuple[list[str], list[list[str]]]:
+def cells(methods: Sequence[Row], brief: bool = False) -> tuple[list[str], list[list[str]]]:
     """Titles of the columns, and the table's lines; columns of which nothing was measured are left out.
 
-    The brief form, for 80 columns, leaves out all errors but that of the main ratio.
+    The brief form, for the terminal, shows the error of the first ratio of each kind only.
     """
-    titles, lines = _titles(found, brief), [_cells(row, texts_of(found), _continued(found), brief) for row in found]
+    texts = {kind: texts_of(methods, kind) for kind in ("texts", "continuations")}
+    titles, lines = _titles(texts, brief), [_cells(row, texts, brief) for row in methods]
     there = [i for i in range(len(titles)) if not i or any(line[i] != ABSENT for line in lines)]
     return [titles[i] for i in there], [[line[i] for i in there] for line in lines]
 
 
-def _titles(found: Sequence[Row], brief: bool) -> list[str]:
+def _titles(texts: dict[str, list[str]], brief: bool) -> list[str]:
     columns = ["method"]
-    for text in texts_of(found):
+    for text in texts["texts"]:
         columns += [f"{text.split('-')[0]}\nppl" if brief else f"{text} perplexity", "ratio"]
-    columns += [f"{text.split('-')[0]}\ncont." if brief else f"{text} continued, ratio" for text in _continued(found)]
+    for text in texts["continuations"]:
+        columns.append(f"{text.split('-')[0]}\ncont." if brief else f"{text} continued, ratio")
     if brief:
         return [*columns, "bytes/\ntoken", "ms/\ntoken", "time\nratio", "made\nin"]
     return [*columns, "cache bytes per token", "decode ms per token", "time ratio", "compressed in"]
 
 
-def _continued(found: Sequence[Row]) -> list[str]:
-    """Names of the texts of which continuations were scored."""
-    return list(dict.fromkeys(text for row in found for text in row.results.get("continuations", {})))
-
-
-def _cells(row: Row, texts: Sequence[str], continuations: Sequence[str], brief: bool) -> list[str]:
+def _cells(row: Row, texts: dict[str, list[str]], brief: bool) -> list[str]:
     """One line of the table; errors are one standard error, ranges are quartiles."""
     line = [row.name]
-    for index, text in enumerate(texts):
-        values = row.results.get("texts", {}).get(text, {})
-        line.append(with_error(values.get("perplexity"), None if brief else values.get("standard_error")))
-        error = None if brief and index else values.get("ratio_standard_error")
-        line.append(_ratio(values.get("ratio"), error, brief) if row.compressed else "1")
-    for text in continuations:
-        values = row.results.get("continuations", {}).get(text, {})
-        line.append(_ratio(values.get("ratio"), values.get("ratio_standard_error"), brief) if row.compressed else "1")
-    size = row.results.get("cache", {}).get("bytes_per_token")
+    for kind, names in texts.items():
+        for index, text in enumerate(names):
+            values = row.measured(kind).get(text, {})
+            if kind == "texts":
+                line.append(with_error(values.get("perplexity"), None if brief else values.get("standard_error")))
+            error = None if brief and index else values.get("ratio_standard_error")
+            line.append(_ratio(values.get("ratio"), error, brief) if row.compressed else "1")
+    size = row.bytes_per_token
     line.append(ABSENT if size is None else f"{size:,.0f}")
-    decode = row.results.get("decode", {})
+    decode = row.measured("decode")
     line.append(_milliseconds(row, decode, brief))
     line.append(_time_ratio(row, decode, brief))
     seconds = row.results.get("compress_seconds")
     return [*line, ABSENT if seconds is None or not row.compressed else f"{seconds:.0f} s"]
 
 
-def with_error(value: float | int | None, error: float | int | None) -> str:
-    """A value to the digits that its error leaves meaningful: ``1.53 ± 0.02``, ``1,106 ± 13``."""
-    if value is None:
-        return ABSENT
-    if not error:
-        return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
-    digits = 0 if error >= 10 else 1 if error >= 0.3 else 2 if error >= 0.005 else 3
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
-
-
-def terminal_table(records: Sequence[Record]) -> Table:
-    """The table of methods for a terminal.
+def terminal_table(records: Sequence[Record]) -> TerminalTable:
+    """The table of methods for a terminal; methods with the lowest ratio are bold.
 
     Raises
     ------
     ValueError
         As `rows`.
     """
-    found = rows(records)
-    titles, lines = cells(found, brief=True)
-    table = Table(title=_title(found), caption=footnote(found), caption_justify="left", box=SIMPLE_HEAD)
-    table.padding, table.pad_edge = (0, 0), False
-    for index, title in enumerate(titles):  # only names of methods are wrapped
-        table.add_column(title, justify="right" if index else "left", no_wrap=index > 0)
-    best = min((row.main_ratio for row in found if row.compressed), default=None)
-    for row, line in zip(found, lines, strict=True):
-        style = "bold" if row.compressed and row.main_ratio == best else ""
-        table.add_row(*map(Text, line), style=style, end_section=not row.compressed)
-    return table
+    methods = rows(records)
+    best = {row.name for row in lowest(methods)}
+    bold = tuple(index for index, row in enumerate(methods) if row.compressed and row.name in best)
+    heading = "KV cache of " + ", ".join(dict.fromkeys(row.model for row in methods))
+    return TerminalTable(Part(heading, table=Table(*cells(methods, brief=True), footnote(methods), bold)))
 
 
-def footnote(found: Sequence[Row]) -> str:
+def lowest(methods: Sequence[Row]) -> list[Row]:
+    """The compressed model with the lowest ratio, and those within two standard errors of the difference from it."""
+    scored = [row for row in methods if row.compressed and row.main_ratio < math.inf]
+    best = min(scored, key=lambda row: row.main_ratio, default=None)
+    if best is None:
+        return []
+
+    def ties(row: Row) -> bool:
+        errors = (one.main_score.get("ratio_standard_error") or 0.0 for one in (row, best))
+        return row.main_ratio - best.main_ratio <= 2 * math.hypot(*errors)
+
+    return [best, *(row for row in scored if row is not best and ties(row))]
+
+
+def footnote(methods: Sequence[Row]) -> str:
     """What the numbers of the table mean."""
     notes = ["± is one standard error; ratios are to the uncompressed model, token by token on the same text"]
-    for text in texts_of(found):
-        values = next(row.results["texts"][text] for row in found if text in row.results.get("texts", {}))
-        if "tokens" in values and "window" in values:
-            notes.append(f"{text}: {values['tokens']:,} tokens scored in windows of {values['window']:,}")
-    for text in _continued(found):
-        values = next(r.results["continuations"][text] for r in found if text in r.results.get("continuations", {}))
-        what = f"{values['tokens']:,} tokens, each window's after {values['context']:,} that are in the cache"
-        notes.append(f"{text} continued: {what}")
-    absent = [f"{row.name} ({row.results['not_run']})" for row in found if "not_run" in row.results]
+    for kind, describe in (("texts", _windows), ("continuations", _continuations)):
+        for text in texts_of(methods, kind):
+            values = next(row.measured(kind)[text] for row in methods if text in row.measured(kind))
+            notes += [note for note in [describe(text, values)] if note]
+    absent = [f"{row.name} ({row.results['not_run']})" for row in methods if "not_run" in row.results]
     if absent:
         notes.append(f"Not run: {'; '.join(absent)}")
-    decode = next((row.results["decode"] for row in found if row.results.get("decode")), {})
+    decode = next((row.measured("decode") for row in methods if row.measured("decode")), {})
     if "context" in decode:
         how = ", ".join(filter(None, [decode.get("dtype"), f"batch {decode['batch']}" if "batch" in decode else ""]))
         how = f" ({how})" if how else ""
         what = "medians, beside the uncompressed model's in the same run; a range is that of the quartiles"
         notes.append(f"Decoding after {decode['context']:,} tokens{how}: {what}")
     return f"{notes[0]}. " + " ".join(f"{note}." for note in notes[1:])
+
+
+def _windows(text: str, values: dict[str, Any]) -> str:
+    if not {"tokens", "window"} <= values.keys():
+        return ""
+    return f"{text}: {values['tokens']:,} tokens scored in windows of {values['window']:,}"
+
+
+def _continuations(text: str, values: dict[str, Any]) -> str:
+    if not {"tokens", "context"} <= values.keys():
+        return ""
+    return f"{text} continued: {values['tokens']:,} tokens scored after {values['context']:,} tokens in the cache"
 
 
 def _row(record: Record, sizes: int) -> Row:
@@ -190,11 +203,11 @@ def _row(record: Record, sizes: int) -> Row:
     return Row(name, series, str(config.get("model", "?")), compressed, record["results"], record)
 
 
-def _with_decode(row: Row, found: Sequence[Row]) -> Row:
-    """The uncompressed model decodes in the runs of the others: its time is the median over all of them."""
-    if row.compressed or row.results.get("decode"):
+def _with_decode(row: Row, methods: Sequence[Row]) -> Row:
+    """The uncompressed model is timed in the runs of the others: its time is the median over all of them."""
+    if row.compressed or row.measured("decode"):
         return row
-    others = [other for other in found if other.compressed and other.model == row.model and other.results.get("decode")]
+    others = [other for other in methods if other.compressed and other.model == row.model and other.measured("decode")]
     samples = [other.record["samples"].get("decode_seconds") for other in others]
     seconds = [x for by_name in samples if isinstance(by_name, dict) for x in by_name.get("uncompressed", [])]
     if not seconds:
@@ -208,7 +221,7 @@ def _ratio(value: float | int | None, error: float | int | None, brief: bool) ->
 
 
 def _milliseconds(row: Row, decode: dict[str, Any], brief: bool) -> str:
-    """Of a token, and of the uncompressed model's in the same run: a machine is not equally fast in all runs."""
+    """Time per token, and the uncompressed model's in the same run: a machine is not equally fast in all runs."""
     if decode.get("seconds") is None:
         return ABSENT
     samples = row.record["samples"].get("decode_seconds")
@@ -226,7 +239,3 @@ def _time_ratio(row: Row, decode: dict[str, Any], brief: bool) -> str:
     return (
         text if brief or "ratio_low" not in decode else f"{text} ({decode['ratio_low']:.2f}-{decode['ratio_high']:.2f})"
     )
-
-
-def _title(found: Sequence[Row]) -> str:
-    return "KV cache of " + ", ".join(dict.fromkeys(row.model for row in found))

@@ -1,14 +1,12 @@
-"""What each layer's cache is worth: the section about records of the kind ``"profile"`` (arXiv 2601.19611)."""
+"""The loss that compressing one layer alone adds: records of the kind ``"profile"`` (arXiv 2601.19611)."""
 
 from collections.abc import Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
-from rich.table import Table as RichTable
-
 from mea.records import Record
 from mea.report.parts import Figure, Part, Section, Table
 from mea.report.render.svg import INK, axes_of_a_figure, legend, line, style, svg
+from mea.report.render.terminal import TerminalTable
 
 KIND = "profile"
 SHOWN = ("full", "half", "deep")
@@ -26,31 +24,29 @@ def sections(records: Sequence[Record]) -> list[Section]:
     ]
 
 
-def profile_table(record: Record) -> RichTable:
-    """The layers from cheapest to dearest, for a terminal."""
-    table = RichTable(box=SIMPLE_HEAD, caption=_note([record]), caption_justify="left")
-    for index, title in enumerate(("layer", "added nats", "standard error", "energy lost")):
-        table.add_column(title, justify="right" if index else "left")
-    layers = list(enumerate(record["results"]["layers"]))
-    for place, found in sorted(layers, key=lambda pair: pair[1]["added"]):
-        table.add_row(str(place), f"{found['added']:.4f}", f"{found['standard_error']:.4f}", f"{found['lost']:.4f}")
-    return table
+def profile_table(record: Record) -> TerminalTable:
+    """The layers in the order of the loss that compressing them adds, for a terminal."""
+    layers = sorted(enumerate(record["results"]["layers"]), key=lambda pair: pair[1]["added"])
+    names = ("added", "standard_error", "lost")
+    lines = [[str(index), *(f"{layer[name]:.4f}" for name in names)] for index, layer in layers]
+    header = ["layer", "added nats", "standard error", "energy lost"]
+    return TerminalTable(Part(table=Table(header, lines, _note([record]))))
 
 
 def _parts(model: str, records: Sequence[Record]) -> list[Part]:
     text = (
-        "One layer at a time is compressed and nothing else; the loss on held-out text rises by so much. Bars: one "
-        "standard error, paired. Beneath, the layers that each of the paper's layouts compresses."
+        "Increase of the loss on held-out text when one layer alone is compressed. Bars: one standard error, paired. "
+        "Lines below: the layers that each of the paper's layouts compresses."
     )
     return [
         Part("One layer at a time", figures=[Figure("profile", _figure(records), text)]),
-        Part("Sums over layouts", table=_sums(records)),
+        Part("Sum of added losses over layouts", table=_sums(records)),
     ]
 
 
 def _figure(records: Sequence[Record]) -> str:
     with style("profile"):
-        figure, axes = axes_of_a_figure()
+        figure, axes = axes_of_a_figure("layer", "added loss, nats per token")
         for index, record in enumerate(records):
             layers = record["results"]["layers"]
             axes.errorbar(
@@ -59,17 +55,14 @@ def _figure(records: Sequence[Record]) -> str:
             )  # fmt: skip
         low, high = axes.get_ylim()
         height = 0.06 * (high - low)
-        layouts = records[0]["config"]["layouts"]
-        for row, name in enumerate(SHOWN, start=1):
+        layouts = {name: layers for name, layers in records[0]["config"]["layouts"].items() if name in SHOWN and layers}
+        for row, (name, layers) in enumerate(layouts.items(), start=1):
             y = low - row * height
-            places = layouts[name]
-            axes.plot([places[0] - 0.3, places[-1] + 0.3], [y, y], color=INK, linewidth=3, alpha=0.5)
-            axes.text(places[0] - 0.6, y, name, ha="right", va="center", fontsize=9, color=INK)
+            axes.plot([layers[0] - 0.3, layers[-1] + 0.3], [y, y], color=INK, linewidth=3, alpha=0.5)
+            axes.text(layers[0] - 0.6, y, name, ha="right", va="center", fontsize=9, color=INK)
         axes.axhline(0, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlim(left=-2.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("layer")
-        axes.set_ylabel("added loss, nats per token")
         legend(figure, axes)
         return svg(figure)
 
@@ -80,12 +73,12 @@ def _sums(records: Sequence[Record]) -> Table:
         layers, layouts = record["results"]["layers"], record["config"]["layouts"]
         line = [_name(record)]
         for name in SHOWN:
-            places = [place for place in layouts[name] if place < len(layers)]
-            line.append(f"{sum(layers[place]['added'] for place in places):.3f}")
-        cheapest = sorted(range(len(layers)), key=lambda place: layers[place]["added"])[:5]
+            measured = [layer for layer in layouts.get(name, []) if layer < len(layers)]
+            line.append(f"{sum(layers[layer]['added'] for layer in measured):.3f}")
+        cheapest = sorted(range(len(layers)), key=lambda layer: layers[layer]["added"])[:5]
         lines.append([*line, ", ".join(map(str, cheapest))])
-    header = ["profile", *(f"sum over {name}, nats" for name in SHOWN), "five cheapest layers"]
-    return Table(header, lines, _note(records) + " Losses of several layers together are larger than their sum.")
+    header = ["profile", *(f"sum over {name}, nats" for name in SHOWN), "five layers that add least"]
+    return Table(header, lines, _note(records) + " Compressing several layers together adds more than this sum.")
 
 
 def _note(records: Sequence[Record]) -> str:

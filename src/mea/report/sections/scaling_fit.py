@@ -1,22 +1,24 @@
-"""A record of the kind ``"fit"`` as tables: rates, losses, stability, fits, differences, and whether the fit predicts.
+"""A record of the kind ``"fit"`` as tables: learning rates, losses, stability, fits, differences, predictions.
 
 `mea.scaling.fit_records` makes such records and says what is in them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from mea.records import Record
-from mea.report.parts import ABSENT, Part, Table, with_interval
+from mea.report.formatting import ABSENT, learning_rate, with_interval
+from mea.report.parts import Part, Table
 
 KIND = "fit"
 RULES = {
     "far": "lowest predicted loss, whole run",
     "held": "lowest predicted loss, first part of the run",
-    "early": "lowest loss where that part ends",
-    "paper": "largest rate without a spike (the paper's rule)",
+    "early": "lowest loss at the end of the first part",
+    "paper": "largest learning rate without a spike (the paper's rule)",
 }
-DECAY_RULES = {"constant": "lowest loss at the end, constant rate"} | RULES
+HOLDS = "Does the choice at a constant learning rate hold after decay?"
+DECAY_RULES = {"constant": "lowest final loss, constant learning rate"} | RULES
 
 
 def fit_parts(record: Record) -> list[Part]:
@@ -32,8 +34,7 @@ def fit_parts(record: Record) -> list[Part]:
     parts: list[Part] = []
     groups = record["results"]["groups"]
     for schedule, group in groups.items():
-        suffix = f" ({schedule} rate)" if len(groups) > 1 else ""
-        config = record["config"]
+        suffix, config = schedule_suffix(schedule, groups), record["config"]
         for make in (_arms, _differences, _effects, _cells, _sensitivity, _fits, _prediction, _rules):
             part = make(group, config)
             if part is not None:
@@ -41,29 +42,52 @@ def fit_parts(record: Record) -> list[Part]:
     return parts + _after_decay(record["results"].get("after_decay", []))
 
 
-def rate(value: float | None) -> str:
-    """A learning rate: ``0.0063``."""
-    return ABSENT if value is None else f"{value:.3g}"
+def schedule_suffix(schedule: str, schedules: Collection[str]) -> str:
+    """What headings add where there are several schedules of the learning rate."""
+    return f" ({schedule} schedule)" if len(schedules) > 1 else ""
+
+
+def best_arms(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The arm with the lowest loss, then those whose difference from it has an interval that includes 0."""
+    best = min(group["arms"], key=lambda arm: arm["loss"])
+    tied = set()
+    for difference in group["differences"]:
+        ends = difference["interval_with_choice"] or difference["interval"]
+        if ends and ends[0] <= 0 <= ends[1]:
+            tied |= {difference["first"], difference["second"]} if best["arm"] in difference.values() else set()
+    return [best, *(arm for arm in group["arms"] if arm is not best and arm["arm"] in tied)]
 
 
 def _arms(group: dict[str, Any], config: dict[str, Any]) -> Part:
-    header = ["variant", "best rate", "loss there", "sure of the rate", "paper's rule", "loss there", "predicted best"]
+    header = [
+        "variant",
+        "best learning rate",
+        "loss there",
+        "best in replicates",
+        "paper's rule",
+        "loss there",
+        "predicted best",
+    ]
     lines = []
     for arm in group["arms"]:
         alone = _rates_tried(group, arm["arm"]) == 1
         edge = " (only one)" if alone else "" if arm["best_inside"] else " (edge)"
-        line = [arm["arm"], rate(arm["best_rate"]) + edge, with_interval(arm["loss"], arm["interval"])]
-        line += [
+        lines.append([
+            arm["arm"],
+            learning_rate(arm["best_rate"]) + edge,
+            with_interval(arm["loss"], arm["interval"]),
             ABSENT if alone else f"{100 * arm['probability_best']:.0f} %",
             _chosen(arm["paper_rate"], arm["rules"].get("paper")),
-        ]
-        line += [with_interval(arm["paper_loss"], None), _chosen(arm["predicted_rate"], arm["rules"].get("far"))]
-        lines.append(line)
-    best = min(range(len(lines)), key=lambda i: group["arms"][i]["loss"])
-    note = f"{_noise_note(group)} Predicted: at {config['horizon']:g} times the tokens."
-    note += " (edge): none beyond was tried." if any(" (edge)" in line[1] for line in lines) else ""
-    note += " (only one): no other rate was tried, so that nothing is said of rates." if _any_alone(group) else ""
-    return Part("Rates", table=Table(header, lines, note, best=(best,)))
+            with_interval(arm["paper_loss"], None),
+            _chosen(arm["predicted_rate"], arm["rules"].get("far")),
+        ])  # fmt: skip
+    best = best_arms(group)
+    note = f"{_noise_note(group)} Best in replicates: share of bootstrap replicates in which this one is the best."
+    note += f" Predicted: at {config['horizon']:g} times the tokens."
+    note += " (edge): no learning rate beyond it was tried." if any(" (edge)" in line[1] for line in lines) else ""
+    note += " (only one): no other learning rate was tried, so nothing follows about it." if _any_alone(group) else ""
+    highlighted = tuple(index for index, arm in enumerate(group["arms"]) if arm in best)
+    return Part("Learning rates", table=Table(header, lines, note, best=highlighted))
 
 
 def _sensitivity(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
@@ -72,15 +96,18 @@ def _sensitivity(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
         return None
     lines = [[arm["arm"], with_interval(arm["sensitivity"], arm["sensitivity_interval"])] for arm in arms]
     low, high = arms[0]["sensitivity_rates"]
-    note = f"Mean excess loss over rates from {rate(low)} to {rate(high)}, as in arXiv 2309.14322, in nats per token."
+    note = (
+        f"Mean excess loss over learning rates from {learning_rate(low)} to {learning_rate(high)} in nats per token, "
+        "as in arXiv 2309.14322."
+    )
     best = min(range(len(lines)), key=lambda i: arms[i]["sensitivity"])
-    return Part("Sensitivity to the rate", table=Table(["variant", "sensitivity"], lines, note, best=(best,)))
+    return Part("Sensitivity to the learning rate", table=Table(["variant", "sensitivity"], lines, note, best=(best,)))
 
 
 def _differences(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
     if not group["differences"]:
         return None
-    header = ["first", "second", "second - first", "with choice of rate", "second is lower", "pairs"]
+    header = ["first", "second", "second - first", "with choice of learning rate", "second is lower", "pairs"]
     lines = [
         [
             d["first"],
@@ -93,13 +120,13 @@ def _differences(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
         for d in group["differences"]
     ]
     note = (
-        "Final validation loss in nats per token, each variant at its own best rate. The second interval also counts "
-        "that another rate might be the best."
+        "Final validation loss in nats per token, each variant at its own best learning rate. The second interval "
+        "includes the uncertainty about which learning rate is the best."
     )
     if group["seed_noise"] is None:
-        note += " With one seed, intervals and shares tell of the validation text only."
+        note += " With one seed, intervals and shares cover the validation text only."
     if _any_alone(group):
-        note += " Of some variants one rate is all that was tried: it is no best rate of theirs."
+        note += " Some variants were run at one learning rate only, which need not be their best."
     return Part("Differences between variants", table=Table(header, lines, note, texts=2))
 
 
@@ -107,16 +134,17 @@ def _effects(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
     if not group["effects"]:
         return None
     lines = [[e["effect"], with_interval(e["value"], e["interval"], 4, "+")] for e in group["effects"]]
-    note = "Loss with less loss without, averaged over the other factors; every arm at its own best rate."
+    note = "Loss with the factor less loss without it, averaged over the other factors; best learning rate of each arm."
     return Part("Effects of mixing and norm", table=Table(["effect", "nats per token"], lines, note))
 
 
 def _cells(group: dict[str, Any], config: dict[str, Any]) -> Part:
-    header = ["variant", "rate", "final loss", "seeds", "diverged", "with spike", "spike score", "gradient norm's"]
+    header = ["variant", "learning rate", "final loss", "seeds", "diverged", "with spike", "spike score, loss"]
+    header.append("spike score, gradient norm")
     lines = []
     for cell in group["cells"]:
         seeds = len(cell["seeds"])
-        line = [cell["arm"], rate(cell["rate"]), with_interval(cell["loss"], cell["interval"]), str(seeds)]
+        line = [cell["arm"], learning_rate(cell["rate"]), with_interval(cell["loss"], cell["interval"]), str(seeds)]
         line += [str(cell[name]) for name in ("diverged", "spiked")]
         for name in ("train_loss", "grad_norm"):
             score = cell["spikes"].get(name)
@@ -134,7 +162,7 @@ def _cells(group: dict[str, Any], config: dict[str, Any]) -> Part:
 def _fits(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
     if not group["fits"]:
         return None
-    header = ["variant", "rate", "α", "D_c", "L_0", "residual", "predicted loss"]
+    header = ["variant", "learning rate", "α", "D_c", "L_0", "residual", "predicted loss"]
     lines = []
     for fit in group["fits"]:
         constants = [
@@ -142,12 +170,18 @@ def _fits(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
             for name, digits in (("exponent", 2), ("scale", -2), ("floor", 2))
         ]
         edge = " *" if fit["exponent_at_edge"] or fit["replicates_at_edge"] > 0.05 else ""
-        line = [fit["arm"], rate(fit["rate"]), constants[0] + edge, *constants[1:], f"{100 * fit['residual']:.2f} %"]
+        line = [
+            fit["arm"],
+            learning_rate(fit["rate"]),
+            constants[0] + edge,
+            *constants[1:],
+            f"{100 * fit['residual']:.2f} %",
+        ]
         lines.append([*line, with_interval(fit["horizon"]["predicted"], fit["horizon"]["interval"], 2)])
     horizon = group["fits"][0]["horizon"]["tokens"]
     note = (
         f"L(D) = (D_c / D)^α + L_0, {config['draws']:,} bootstrap replicates; predicted: at {horizon:,.0f} tokens. "
-        "*: more than 5 % of the replicates end at the limits of α: the curve does not determine it."
+        "*: more than 5 % of the replicates end at the limits of α, which the curve does not determine."
     )
     return Part("Fits of loss against tokens", table=Table(header, lines, note))
 
@@ -161,20 +195,20 @@ def _prediction(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
         cells += [with_interval(line[n]["correlation"], line[n]["interval"], 2) for n in ("held", "early")]
         cells += [f"{100 * line['mean_error']:+.2f} %", f"{100 * line['largest_error']:.2f} %"]
         lines.append([*cells, f"{line['covered']} of {line['cells']}"])
-    header = ["variant", "rates", "ranks by fit", "ranks by loss so far", "mean error"]
-    header += ["largest error", "interval holds the truth"]
+    header = ["variant", "learning rates", "rank correlation, fit", "rank correlation, loss so far", "mean error"]
+    header += ["largest error", "actual loss in interval"]
     if not lines:  # fewer than three rates of every arm: no ranks, but errors
-        header = ["variant", "rate", "predicted", "actual", "error"]
+        header = ["variant", "learning rate", "predicted", "actual", "error"]
         for fit in group["fits"]:
             held = fit["held"]
             cells = [with_interval(held["predicted"], held["interval"]), f"{held['actual']:.3f}"]
             error = _percent(held["error"], held["error_interval"], "+")
-            lines.append([fit["arm"], rate(fit["rate"]), *cells, error])
+            lines.append([fit["arm"], learning_rate(fit["rate"]), *cells, error])
     share = f"{100 * config['held']:g} %"
     note = (
-        f"Fitted on the first {share} of the tokens, predicting the loss at the end of the same runs. Rank "
-        "correlations are of rates (and variants, in the last line) by predicted and by actual loss, beside those by "
-        "the loss where the first part ends."
+        f"Fitted on the first {share} of the tokens to predict the final loss of the same runs. Rank correlations "
+        "compare the order of learning rates (and of variants, in the last line) by actual final loss with their order "
+        "by predicted loss and by the loss at the end of the first part."
     )
     return Part("Does the fit predict?", table=Table(header, lines, note))
 
@@ -191,22 +225,25 @@ def _rules(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
             line = [arm["arm"], RULES[name], f"{100 * rule['probability']:.0f} %", f"{rule['regret']:.4f}"]
             lines.append(line)
     note = (
-        "How often a rule takes the rate that is best at the end of the runs, over bootstrap replicates of both, and "
-        "what it loses on average against the best rate by the losses measured, in nats per token."
+        "Share of bootstrap replicates in which a rule takes the learning rate with the lowest final loss, and the "
+        "mean loss above that of the best learning rate, in nats per token."
     )
-    header = ["variant", "rule", "takes the best rate", "expected loss"]
-    return Part("Which rule finds the best rate?", table=Table(header, lines, note, texts=2))
+    header = ["variant", "rule", "takes the best", "expected loss"]
+    return Part("Which rule finds the best learning rate?", table=Table(header, lines, note, texts=2))
 
 
-def _after_decay(found: Sequence[dict[str, Any]]) -> list[Part]:
-    if not found:
+def _after_decay(comparisons: Sequence[dict[str, Any]]) -> list[Part]:
+    if not comparisons:
         return []
-    header = ["variant", "schedule", "cells", "rank correlation", "best at constant rate", "best after decay", "gain"]
+    header = ["variant", "schedule", "runs", "rank correlation", "best at constant learning rate", "best after decay"]
+    header.append("gain")
     lines, choices = [], []
-    for line in found:
+    for line in comparisons:
         together = line["arm"] == "all arms"
         best = [
-            f"{line[f'best_{when}_arm']} at {rate(line[f'best_{when}'])}" if together else rate(line[f"best_{when}"])
+            f"{line[f'best_{when}_arm']} at {learning_rate(line[f'best_{when}'])}"
+            if together
+            else learning_rate(line[f"best_{when}"])
             for when in ("constant", "decayed")
         ]
         correlation = with_interval(line["correlation"], line["interval"], 2)
@@ -218,13 +255,13 @@ def _after_decay(found: Sequence[dict[str, Any]]) -> list[Part]:
                 choice = [line["arm"], text, f"{100 * rule['probability']:.0f} %", f"{rule['regret']:.4f}"]
                 choices.append(choice)
     note = (
-        "Arms at rates ranked by the loss at a constant rate and by the loss after decay, both over all tokens; gain: "
-        "what decay lowers the loss by on average, in nats per token."
+        "Rank correlation of variants and learning rates by their loss at a constant learning rate and after decay, "
+        "both over all tokens. Gain: mean reduction of the loss by decay, in nats per token."
     )
-    made = [Part("Does the choice at a constant rate hold after decay?", table=Table(header, lines, note, texts=2))]
+    made = [Part(HOLDS, table=Table(header, lines, note, texts=2))]
     note = (
-        "How often the choice, made on the runs at a constant rate, is the best after decay, over bootstrap replicates "
-        "of both, and what it loses on average against the best by the losses measured, in nats per token."
+        "Share of bootstrap replicates in which a choice made at a constant learning rate is the best after decay, and "
+        "its mean loss above that of the best, in nats per token."
     )
     header = ["variant", "chosen by", "takes the best", "expected loss"]
     made.append(Part("Which choice is the best after decay?", table=Table(header, choices, note, texts=2)))
@@ -240,11 +277,11 @@ def _any_alone(group: dict[str, Any]) -> bool:
 
 
 def _chosen(value: float | None, rule: dict[str, Any] | None) -> str:
-    """A rate and the range of rates that the rule takes in the replicates."""
+    """A learning rate and the range of those that the rule takes in the replicates."""
     span = (rule or {}).get("rates")
     if value is None or not span or span[0] == span[1] == value:
-        return rate(value)
-    return f"{rate(value)} ({rate(span[0])} to {rate(span[1])})"
+        return learning_rate(value)
+    return f"{learning_rate(value)} ({learning_rate(span[0])} to {learning_rate(span[1])})"
 
 
 def _percent(value: float, interval: Sequence[float], sign: str = "") -> str:
@@ -259,11 +296,11 @@ def _noise_note(group: dict[str, Any]) -> str:
     noise = group["seed_noise"]
     if noise is None:
         return (
-            "Loss in nats per token; ranges: 95 % intervals. Every run has one seed: the intervals tell of the "
-            "validation text and of the scatter along a run, not of what another seed would change."
+            "Loss in nats per token; ranges: 95 % intervals. Every run has one seed: the intervals cover the "
+            "validation text and the scatter along a run, not the difference between seeds."
         )
     freedom = f"{noise['freedom']} degree{'s' * (noise['freedom'] != 1)} of freedom"
     return (
         "Loss in nats per token; ranges: 95 % intervals over seeds and blocks. Standard deviation between seeds: "
-        f"{100 * noise['deviation']:.2f} % of the loss ({freedom}), which stands in where there is one seed only."
+        f"{100 * noise['deviation']:.2f} % of the loss ({freedom}), which is used where there is one seed only."
     )
