@@ -1,13 +1,16 @@
 """The page shows every method and its numbers, loads nothing, and keeps other people's text harmless."""
 
 import re
+import time
 from html.parser import HTMLParser
 
 import pytest
 
-from mea.report import write_report
+from mea.report import make_sections, write_report
+from mea.report.parts import Part, Section
 from mea.report.render import html
 from mea.report.render.html import render
+from mea.report.render.svg import _line_by_line, axes_of_a_figure, legend
 from mea.report.sections.comparison_figures import loss_by_layer, perplexity_against_bytes, ratio_by_position
 from mea.report.sections.comparison_rows import rows
 
@@ -120,3 +123,55 @@ def test_missing_extra_is_named(run, monkeypatch):
     monkeypatch.setattr(html, "find_spec", lambda name: None if name == "jinja2" else object())
     with pytest.raises(ImportError, match=r"needs jinja2: pip install 'mea\[report\]'"):
         render(run())
+
+
+def test_control_bytes_and_odd_labels_do_no_harm(one):
+    """Escape bytes once stood in the page; "$" in a label was read as mathematics."""
+    odd = one("svd", 2.0)
+    odd["config"]["label"] = "\x1b[31m$x_{$ <b>&\x00"
+    page = render([one("none", 1.0), odd])
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", page)
+    assert "[31m$x_{$ &lt;b&gt;&amp;" in page
+
+
+def test_long_labels_take_no_time(one):
+    """Labels of tens of thousands of letters once took half a minute of layout."""
+    long = one("svd", 2.0)
+    long["config"]["label"] = "Ω <b> $ " * 5_000
+    start = time.process_time()
+    page = render([one("none", 1.0), long])
+    assert time.process_time() - start < 10
+    assert "…" in page
+
+
+def test_a_long_page_has_a_list_of_contents(run):
+    many = [Part(f"Question {index}", "Answer.") for index in range(8)]
+    page = render(run(), sections=[Section("All", many)])
+    assert '<a href="#part-1-8">Question 7</a>' in page
+    assert 'id="part-1-8">Question 7</h2>' in page
+    assert "<nav>" not in render(run(), sections=[Section("All", many[:2])])
+
+
+def test_a_tie_is_not_headlined_as_a_win(one):
+    """Two methods whose ratios differ by less than their errors; a third is far off."""
+    (section,) = make_sections([one("none", 1.0), one("gram", 1.53), one("position", 1.527), one("svd", 3.0)])
+    numbers = section.parts[0].numbers
+    assert numbers[0][0] == "2 methods"
+    assert numbers[0][1].endswith("within two standard errors: position, gram")
+    assert section.parts[1].table.best == (1, 2)
+
+
+def test_legends_are_read_line_by_line():
+    assert [_line_by_line(7, 3)[i] for i in range(3)] == [0, 3, 6]
+    figure, axes = axes_of_a_figure()
+    for index in range(7):
+        axes.plot([0, 1], [0, index], label=f"{10.0**index:g}")
+    legend(figure, axes)
+    (drawn,) = figure.legends
+    columns = drawn._ncols
+    names = [text.get_text() for text in drawn.get_texts()]
+    rows = -(-7 // columns)
+    heights = [rows if column < 7 - (rows - 1) * columns or 7 % columns == 0 else rows - 1 for column in range(columns)]
+    starts = [sum(heights[:column]) for column in range(columns)]
+    read = [names[starts[c] + r] for r in range(rows) for c in range(columns) if r < heights[c]]
+    assert read == [f"{10.0**index:g}" for index in range(7)]

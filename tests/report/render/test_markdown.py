@@ -171,3 +171,56 @@ def test_words_stay_whole_beside_a_choice_of_variant_and_rate():
 def test_a_part_without_a_table_has_nothing_for_a_terminal():
     with pytest.raises(ValueError, match="Words has no table"):
         TerminalTable(Part("Words"))
+
+
+@pytest.mark.parametrize(
+    "path", ["figures/../../victim.txt", "figures/../victim.svg", "figures/victim.txt", "../victim.svg"]
+)
+def test_only_figures_in_their_folder_are_removed(tmp_path, path):
+    """An old page that named a file outside of the folder once had that file deleted."""
+    folder = tmp_path / "page"
+    (folder / FIGURES).mkdir(parents=True)
+    victim = (folder / path).resolve()
+    victim.write_text("mine")
+    (folder / "README.md").write_text(f"{START}\n![a]({path})\n{END}\n")
+    write_markdown([section()], folder / "README.md")
+    assert victim.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["../../escape", "a/b", "..", "x" * 300, "\x1b[31m", "é" * 200])
+def test_figures_of_any_name_are_files_of_their_folder(tmp_path, name):
+    write_markdown([section(name)], tmp_path / "page" / "README.md")
+    assert len(list((tmp_path / "page" / FIGURES).iterdir())) == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["page"]
+    write_markdown([section("other")], tmp_path / "page" / "README.md")
+    assert [path.name for path in (tmp_path / "page" / FIGURES).iterdir()] == ["other.svg"]
+
+
+@pytest.mark.parametrize("cell", ["=1+1", "@SUM(A1)", "+cmd|' /C calc'!A0", "-2+3", "\t=1", "-1.5 (=A1 to 2)"])
+def test_a_cell_is_no_formula_in_a_spreadsheet(cell):
+    table = Table(["name", "value"], [[cell, cell]])
+    (_, row) = csv.reader(io.StringIO(as_csv([Section(cell, [Part(cell, table=table)])])))
+    assert all(value in (f"'{cell}", "value") for value in row)
+
+
+@pytest.mark.parametrize(
+    "cell", ["-1.5", "+0.5 %", "-1,234.5", "-2.0 ± 0.4", "-1.5e-7", "+1.23 (+0.20 to +2.20)", "-1 to +2"]
+)
+def test_numbers_with_a_sign_stay_numbers_in_csv(cell):
+    assert next(csv.reader(io.StringIO(as_csv([Section("A", [Part(table=Table(["a", "b"], [["x", cell]]))])])))) != []
+    assert as_csv([Section("A", [Part(table=Table(["a", "b"], [["x", cell]]))])]).rstrip('\n"').endswith(f"{cell}")
+    assert "'" not in as_csv([Section("A", [Part(table=Table(["a", "b"], [["x", cell]]))])])
+
+
+def test_names_are_text_in_markdown(tmp_path):
+    """Names once made links, images, headings and HTML of a README."""
+    name = "a\n# b ![x](http://y) [l]: <img> `c` *d* _e_ \x1b[31m"
+    parts = [Part(name, name, [(name, name)], Table([name], [[name]], name), [Figure("f", SVG, name)], [(name, name)])]
+    text = write_markdown([Section(name, parts)], tmp_path / "README.md").read_text()
+    assert "](http" not in text
+    assert "]: " not in text
+    assert "<img" not in text
+    assert "\x1b" not in text
+    assert not [line for line in text.splitlines() if line.startswith("# ")]
+    for mark in ("`", "*d", "d*", " _e", "e_"):
+        assert mark not in text.replace(f"\\{mark}", "").replace("\\*d\\*", "").replace("\\_e\\_", "")

@@ -20,8 +20,8 @@ NARROWEST = 8  # columns of text that share a terminal with a word that is too l
 class TerminalTable:
     """The heading, table and note of a part, as something that rich prints.
 
-    Text is wrapped between words and inside names after an underscore or a hyphen. An interval stands below its value. Columns of numbers that
-    do not fit beside the others follow in a second table below, which repeats the columns of text.
+    Text is wrapped between words, and inside a long name after an underscore or a hyphen. An interval stands below its
+    value. Columns of numbers that do not fit beside the others follow in a second table, which repeats the labels.
 
     Raises
     ------
@@ -67,7 +67,7 @@ class TerminalTable:
     def _block(self, shown: list[int], least: list[int], width: int, gap: int) -> RichTable:
         widths = {index: least[index] for index in shown}
         spare = width - sum(widths.values()) - gap * (len(shown) - 1)
-        wanted = {i: max(map(_width, self.columns[i])) - least[i] for i in shown if i < self.table.texts}
+        wanted = {index: max(map(_width, self.columns[index])) - least[index] for index in shown}
         for count, index in enumerate(sorted(wanted, key=lambda i: wanted[i])):  # first those that need least
             share = max(0, min(wanted[index], spare // (len(wanted) - count)))
             widths[index] += share
