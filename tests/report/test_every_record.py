@@ -27,7 +27,7 @@ EMPTY_SVG = '<svg width="1" height="1" version="1.1"></svg>'
 
 @pytest.fixture(scope="module")
 def records():
-    """Experiment -> its records, whose fields are checked; read without the checks of `mea.records`, which take long."""
+    """Experiment -> its records with checked fields, read without the checks of `mea.records`, which take long here."""
     found = {}
     for path in [*sorted(ROOT.glob("experiments/*/**/*.json")), *ROOT.glob("benchmarks/**/*.json")]:
         record = json.loads(path.read_text(encoding="utf-8"))

@@ -89,7 +89,7 @@ def _fits() -> Any:
     )  # fmt: skip
     decay = fields(
         arm=str, schedule=str, rates=list[Any], interval=Interval, gain=float, rules=rules, best_constant=float,
-        best_decayed=float, correlation=float | None,
+        best_decayed=float, correlation=float | None, best_constant_arm=text, best_decayed_arm=text,
     )  # fmt: skip
     config = {"tokens": int, "preset": text, "draws": int, "held": float, "horizon": float, "runs": int}
     curve = fields(schedule=str, arm=str, rate=float, tokens=list[float], fitted=list[float])

@@ -59,15 +59,8 @@ def best_arms(group: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _arms(group: dict[str, Any], config: dict[str, Any]) -> Part:
-    header = [
-        "variant",
-        "best learning rate",
-        "loss there",
-        "best in replicates",
-        "paper's rule",
-        "loss there",
-        "predicted best",
-    ]
+    header = ["variant", "best learning rate", "loss there", "best in replicates"]
+    header += ["paper's rule", "loss there", "predicted best"]
     lines = []
     for arm in group["arms"]:
         alone = _rates_tried(group, arm["arm"]) == 1
@@ -82,7 +75,7 @@ def _arms(group: dict[str, Any], config: dict[str, Any]) -> Part:
             _chosen(arm["predicted_rate"], arm["rules"].get("far")),
         ])  # fmt: skip
     best = best_arms(group)
-    note = f"{_noise_note(group)} Best in replicates: share of bootstrap replicates in which this one is the best."
+    note = f"{_noise_note(group)} Best in replicates: share of bootstrap replicates where its loss is lowest."
     note += f" Predicted: at {config['horizon']:g} times the tokens."
     note += " (edge): no learning rate beyond it was tried." if any(" (edge)" in line[1] for line in lines) else ""
     note += " (only one): no other learning rate was tried, so nothing follows about it." if _any_alone(group) else ""
@@ -91,7 +84,7 @@ def _arms(group: dict[str, Any], config: dict[str, Any]) -> Part:
 
 
 def _sensitivity(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
-    arms = [arm for arm in group["arms"] if "sensitivity" in arm]
+    arms = [arm for arm in group["arms"] if arm.get("sensitivity_rates")]
     if not arms:
         return None
     lines = [[arm["arm"], with_interval(arm["sensitivity"], arm["sensitivity_interval"])] for arm in arms]
@@ -108,17 +101,11 @@ def _differences(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
     if not group["differences"]:
         return None
     header = ["first", "second", "second - first", "with choice of learning rate", "second is lower", "pairs"]
-    lines = [
-        [
-            d["first"],
-            d["second"],
-            with_interval(d["difference"], d["interval"], 4, "+"),
-            _only_interval(d["interval_with_choice"]),
-            f"{100 * d['probability_lower']:.0f} %",
-            str(d["pairs"]),
-        ]
-        for d in group["differences"]
-    ]
+    lines = []
+    for pair in group["differences"]:
+        line = [pair["first"], pair["second"], with_interval(pair["difference"], pair["interval"], 4, "+")]
+        line += [_only_interval(pair["interval_with_choice"]), f"{100 * pair['probability_lower']:.0f} %"]
+        lines.append([*line, str(pair["pairs"])])
     note = (
         "Final validation loss in nats per token, each variant at its own best learning rate. The second interval "
         "includes the uncertainty about which learning rate is the best."
@@ -215,15 +202,9 @@ def _prediction(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
 
 def _rules(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
     arms = [arm for arm in group["arms"] if _rates_tried(group, arm["arm"]) > 1]
-    names = [name for name in RULES if any(name in arm["rules"] for arm in arms)]
-    if not names:
+    lines = [line for arm in arms for line in _judged(arm["arm"], arm["rules"], RULES)]
+    if not lines:
         return None
-    lines = []
-    for arm in arms:
-        for name in (name for name in names if name in arm["rules"]):
-            rule = arm["rules"][name]
-            line = [arm["arm"], RULES[name], f"{100 * rule['probability']:.0f} %", f"{rule['regret']:.4f}"]
-            lines.append(line)
     note = (
         "Share of bootstrap replicates in which a rule takes the learning rate with the lowest final loss, and the "
         "mean loss above that of the best learning rate, in nats per token."
@@ -239,21 +220,13 @@ def _after_decay(comparisons: Sequence[dict[str, Any]]) -> list[Part]:
     header.append("gain")
     lines, choices = [], []
     for line in comparisons:
-        together = line["arm"] == "all arms"
-        best = [
-            f"{line[f'best_{when}_arm']} at {learning_rate(line[f'best_{when}'])}"
-            if together
-            else learning_rate(line[f"best_{when}"])
-            for when in ("constant", "decayed")
-        ]
+        best = [learning_rate(line[f"best_{when}"]) for when in ("constant", "decayed")]
+        if line["arm"] == "all arms":
+            best = [f"{line['best_constant_arm']} at {best[0]}", f"{line['best_decayed_arm']} at {best[1]}"]
         correlation = with_interval(line["correlation"], line["interval"], 2)
-        lines.append(
-            [line["arm"], line["schedule"], str(len(line["rates"])), correlation, *best, f"{line['gain']:.3f}"]
-        )
-        for name, text in DECAY_RULES.items():
-            if rule := line["rules"].get(name):
-                choice = [line["arm"], text, f"{100 * rule['probability']:.0f} %", f"{rule['regret']:.4f}"]
-                choices.append(choice)
+        cells = [line["arm"], line["schedule"], str(len(line["rates"])), correlation]
+        lines.append([*cells, *best, f"{line['gain']:.3f}"])
+        choices += _judged(line["arm"], line["rules"], DECAY_RULES)
     note = (
         "Rank correlation of variants and learning rates by their loss at a constant learning rate and after decay, "
         "both over all tokens. Gain: mean reduction of the loss by decay, in nats per token."
@@ -266,6 +239,12 @@ def _after_decay(comparisons: Sequence[dict[str, Any]]) -> list[Part]:
     header = ["variant", "chosen by", "takes the best", "expected loss"]
     made.append(Part("Which choice is the best after decay?", table=Table(header, choices, note, texts=2)))
     return made
+
+
+def _judged(arm: str, rules: dict[str, Any], texts: dict[str, str]) -> list[list[str]]:
+    """A line for every rule: how often it takes the best, and its mean loss above that of the best."""
+    judged = [(text, rules[name]) for name, text in texts.items() if name in rules]
+    return [[arm, text, f"{100 * rule['probability']:.0f} %", f"{rule['regret']:.4f}"] for text, rule in judged]
 
 
 def _rates_tried(group: dict[str, Any], arm: str) -> int:
