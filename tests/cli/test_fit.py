@@ -24,7 +24,13 @@ def test_prints_every_answer_and_writes_the_record(mea, runs, tmp_path):
     record = read_record(out)
     again = fit_records([*sweep()[::2], *sweep()[1::2]], FitSettings(draws=200, seed=3))
     assert record["results"] == again["results"]
-    for heading in ("Rates", "Differences between variants", "Losses and stability", "Fits of loss", "Does the fit"):
+    for heading in (
+        "Learning rates",
+        "Differences between variants",
+        "Losses and stability",
+        "Fits of loss",
+        "Does the fit",
+    ):
         assert heading in result.stdout
     best = record["results"]["groups"]["constant"]["arms"][0]
     assert f"{best['loss']:.3f}" in result.stdout

@@ -1,12 +1,13 @@
 """What the page says of a sweep: the numbers of the fit, every cell in a figure, and no fit where there is none."""
 
+import json
 import re
 
 import pytest
 
 from mea.report.sections import pretraining_curves as curves
 from mea.report.sections.pretraining import sections
-from mea.report.sections.scaling_fit import DECAY_RULES, fit_parts
+from mea.report.sections.scaling_fit import DECAY_RULES, best_arms, fit_parts
 from mea.scaling import FitSettings, fit_records
 from synthetic_runs import sweep, synthetic
 
@@ -143,3 +144,15 @@ def test_after_decay():
 def test_a_record_of_another_kind_is_refused(runs):
     with pytest.raises(ValueError, match="kind 'pretraining' holds no fits"):
         fit_parts(runs[0])
+
+
+def test_a_variant_whose_difference_may_be_zero_shares_the_lowest_loss(fit):
+    group = json.loads(json.dumps(fit["results"]["groups"]["constant"]))
+    assert [arm["arm"] for arm in best_arms(group)] == ["b"]
+    group["differences"][0]["interval_with_choice"] = [-0.1, 0.02]
+    assert [arm["arm"] for arm in best_arms(group)] == ["b", "a"]
+    (section,) = sections([fit | {"results": fit["results"] | {"groups": {"constant": group}}}])
+    number, meaning = section.parts[0].numbers[0]
+    assert number == "2 of 2 variants"
+    assert meaning.startswith("share the lowest loss (b, a: the 95 % intervals of their differences include 0)")
+    assert table(section.parts, "Learning rates").best == (0, 1)
