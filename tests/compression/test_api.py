@@ -215,7 +215,7 @@ def test_a_wrong_conversion_is_refused(
 ) -> None:
     from mea.compression import convert
     from mea.compression.save import compress_to_folder
-    from mea.models import latent_attention
+    from mea.ops import forms
 
     if break_it == "decoder":  # the forward is right, what is put into it is not
         original = convert.compress_attention
@@ -227,8 +227,8 @@ def test_a_wrong_conversion_is_refused(
         monkeypatch.setattr(convert, "compress_attention", wrong)
         message = "at full rank the converted model's logits differ"
     else:  # only one of the two ways of reading is wrong, and full rank is read in the other
-        right = latent_attention.absorb
-        monkeypatch.setattr(latent_attention, "absorb", lambda queries, decoder: 1.01 * right(queries, decoder))
+        right = forms.absorb
+        monkeypatch.setattr(forms, "absorb", lambda queries, decoder: 1.01 * right(queries, decoder))
         message = "decoding over the compressed cache differs"
     out = saved.parent / "out"
     with pytest.raises(ConversionError, match=message) as error:

@@ -111,7 +111,7 @@ def test_budgets_that_cannot_be(refused: Any, saved: Path, tmp_path: Path) -> No
     assert "a budget reads like" in refused(budget="2 GiB")
     assert "give one budget" in refused(keep=0.5, budget="1k tokens in 1 GB")
     assert "full, half, deep" in refused(layout="hlaf")
-    assert "did you mean 'position'" in refused(method="positon")
+    assert "did you mean 'post_rope'" in refused(method="post_rop")
     (tmp_path / "layout.json").write_text("[[8, 8]]")
     assert "a list of 3 entries" in refused(layout=tmp_path / "layout.json")
 
@@ -119,7 +119,7 @@ def test_budgets_that_cannot_be(refused: Any, saved: Path, tmp_path: Path) -> No
 def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: Calibration) -> None:
     model = tiny("gemma3_text", num_key_value_heads=1, num_attention_heads=4, head_dim=16)
     for method in ("svd", "gram"):
-        with pytest.raises(ValueError, match=f"{method!r} mixes whole heads .* one kv head only; use frequency, pos"):
+        with pytest.raises(ValueError, match=f"{method!r} mixes whole heads .* one kv head only; use post_rope, "):
             mea.compress(model, tokenizer, method=method, calibration=calibration)
     for method in ("post_rope:frequency", "post_rope:uniform"):  # these can: a head has many frequencies
         mea.compress(model, tokenizer, method=method, calibration=calibration)
@@ -128,7 +128,7 @@ def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: 
 def test_a_joint_latent_has_two_equal_halves(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "ranks.json").write_text("[[16, 16], null, [8, 16]]")
     text = refused(layout=tmp_path / "ranks.json", method="joint")
-    assert text == "a joint latent is cached in two equal halves: give [r, r] or null for each layer"
+    assert text == "a joint latent is cached in two equal halves: give [r, r] or null for each layer, not [8, 16]"
 
 
 def test_calibration_that_cannot_be(refused: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from mea.compression.api import run_plans
 from mea.compression.budget import Layout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
+from mea.compression.plan import CompressOptions
 from mea.evaluate.perplexity import ratio, token_losses
 from mea.models.loading import load
 from mea.records import read_record
@@ -21,7 +22,7 @@ OPTIONS = {"tokens": 256, "window": 64, "dtype": "float32"}
 
 @pytest.fixture
 def record(saved, calibration, tmp_path):
-    return profile(str(saved), tmp_path / "profile.json", calibration=calibration, **OPTIONS)
+    return profile(str(saved), tmp_path / "profile.json", CompressOptions(calibration=calibration), **OPTIONS)
 
 
 def test_a_layer_adds_what_compressing_it_alone_adds(record, saved, calibration):
@@ -48,7 +49,7 @@ def test_an_interrupted_run_goes_on_with_the_layer_that_is_missing(record, saved
 
     out = tmp_path / "other.json"
     with pytest.raises(Stop):
-        profile(str(saved), out, calibration=calibration, progress=stop, **OPTIONS)
+        profile(str(saved), out, CompressOptions(calibration=calibration), progress=stop, **OPTIONS)
     assert len(read_record(out)["results"]["layers"]) == 2
     fitted = []
     fit = module.fit_layers
@@ -59,13 +60,13 @@ def test_an_interrupted_run_goes_on_with_the_layer_that_is_missing(record, saved
             yield found
 
     monkeypatch.setattr(module, "fit_layers", watched)
-    again = profile(str(saved), out, calibration=calibration, **OPTIONS)
+    again = profile(str(saved), out, CompressOptions(calibration=calibration), **OPTIONS)
     assert fitted == [2]
     assert again["results"]["layers"] == record["results"]["layers"]
     monkeypatch.setattr(module, "load", None)  # a finished run is not made again
-    assert profile(str(saved), out, calibration=calibration, **OPTIONS) == again
+    assert profile(str(saved), out, CompressOptions(calibration=calibration), **OPTIONS) == again
 
 
 def test_another_run_is_not_written_over(record, saved, calibration, tmp_path):
     with pytest.raises(ValueError, match="other settings"):
-        profile(str(saved), tmp_path / "profile.json", keep=0.75, calibration=calibration, **OPTIONS)
+        profile(str(saved), tmp_path / "profile.json", CompressOptions(keep=0.75, calibration=calibration), **OPTIONS)

@@ -36,7 +36,7 @@ def chosen(model, tokenizer, calibration, **options):
     tokens = calibration_tokens(tokenizer, calibration)
     held_out = HeldOut(LayerWalk(model), held_out_tokens(tokenizer, calibration, 256, 64), torch.float32)
     return plan, search_ranks(
-        model, tokens, held_out, plan.method, plan.shape, plan.layout, **({"tries": 16} | options)
+        LayerWalk(model), tokens, held_out, plan.method, plan.shape, plan.layout, **({"tries": 16} | options)
     )
 
 
