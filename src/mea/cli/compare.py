@@ -42,7 +42,7 @@ def compare(
             rich_help_panel=shared.WHAT,
         ),
     ] = None,
-    allocate: Annotated[
+    allocate_keep: Annotated[
         list[float] | None,
         typer.Option(
             help="Fraction to keep with ranks chosen layer by layer. May be repeated.", rich_help_panel=shared.WHAT
@@ -113,7 +113,7 @@ def compare(
 
     configs = method_configs(
         method or METHODS, keep or KEEPS, bits=bits or BITS,
-        backends=backend or [], allocated=allocate or [], presses=press or [],
+        backends=backend or [], allocated=allocate_keep or [], presses=press or [],
         conversions=conversion or [], recovered=recover_tokens > 0,
     )  # fmt: skip
     texts = tuple((name, tokens) for name in text or TEXTS)
