@@ -61,19 +61,8 @@ def test_profile_writes_its_record(mea, models_, text, tmp_path):
 def test_compress_allocates(mea, models_, tmp_path):
     out = tmp_path / "out"
     # With 256 tokens the fit is so ill-conditioned that fp32 rounding alone fails the self-check on some processors.
-    options = (
-        "--calibration-tokens",
-        1024,
-        "--calibration-window",
-        64,
-        "--measure",
-        0,
-        "--allocate",
-        "--equal",
-        "--keep",
-        0.5,
-    )
-    result = mea("compress", models_["a"], out, *options)
+    options = ("--calibration-tokens", 1024, "--calibration-window", 64, "--measure", 0, "--allocate", "--equal")
+    result = mea("compress", models_["a"], out, *options, "--keep", 0.5)
     assert result.exit_code == 0, result.output
     config = json.loads((out / "config.json").read_text())
     assert config["compression"]["allocation"]["equal"]

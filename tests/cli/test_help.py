@@ -1,5 +1,6 @@
 """``--help``, the examples in it, and what is said about names that do not exist."""
 
+import dataclasses
 import importlib
 import inspect
 import json
@@ -20,8 +21,9 @@ from mea.cli import COMMANDS, app, console
 from mea.cli.command import RENAMED
 from mea.compression import Calibration
 from mea.compression.budget import PRESETS
-from mea.compression.methods import DEFAULT_METHOD, METHODS
-from mea.compression.plan import DEFAULT_KEEP
+from mea.compression.methods import DEFAULT_METHOD, DEFAULT_WEIGHTING, METHODS
+from mea.compression.methods.post_rope import WEIGHTINGS
+from mea.compression.plan import DEFAULT_KEEP, CompressOptions
 from mea.evaluate.suites import LONG_CONTEXT, SUITES
 from mea.models.quantized_cache import BITS
 from mea.train.recovery import settings
@@ -42,8 +44,9 @@ def shown(command: str) -> str:
 
 
 def test_names_in_the_help_are_those_of_the_registries():
-    assert set(names.METHODS) == set(METHODS)
-    assert names.DEFAULT_METHOD == DEFAULT_METHOD
+    assert set(names.METHODS) == {method.name for method in METHODS.values()}
+    assert tuple(WEIGHTINGS) == names.WEIGHTINGS
+    assert (names.DEFAULT_METHOD, names.DEFAULT_WEIGHTING) == (DEFAULT_METHOD, DEFAULT_WEIGHTING)
     assert names.LAYOUTS == PRESETS
     assert names.CACHE_BITS == BITS
     assert (*SUITES, LONG_CONTEXT) == names.SUITES
@@ -59,6 +62,8 @@ def test_defaults_in_the_help_are_those_of_the_package():
             if parameter := parameters(command).get(f"calibration_{name}"):
                 assert parameter.default == getattr(calibration, name), (command, name)
         assert parameters(command)["copy_fraction"].default == calibration.copy_fraction
+    for field in dataclasses.fields(CompressOptions):
+        assert field.name == "calibration" or parameters("compress")[field.name].default == field.default
     assert f"to keep; {DEFAULT_KEEP:g} by default" in shown("compress")
     stage = recovery()
     for default in (f"stage; {stage.tokens:,} by", f"window; {stage.window} by", f"step; {stage.batch} by"):

@@ -24,7 +24,7 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{shared.METHOD_HELP} May be repeated; {' and '.join(METHODS)} by default.",
+            help=f"{shared.METHOD_OR_WEIGHTING_HELP} May be repeated; {' and '.join(METHODS)} by default.",
             rich_help_panel=shared.WHAT,
         ),
     ] = None,

@@ -15,6 +15,7 @@ WINDOW = 1024
 
 TEXT_HELP = f"{listed(TEXTS)}, or a .txt or .txt.gz file."
 METHOD_HELP = f"{listed(METHODS)}."
+METHOD_OR_WEIGHTING_HELP = f"{listed(METHODS)}, or post_rope:WEIGHTING."
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.", show_default=False)]
 Against = Annotated[str | None, typer.Option(help="Another model, to compare with.", rich_help_panel=WHAT)]

@@ -22,7 +22,9 @@ def profile(
         float,
         typer.Option(help="Fraction of its cache's bytes that the one layer keeps.", rich_help_panel=shared.BUDGET),
     ] = 0.5,
-    method: Annotated[str, typer.Option(help=shared.METHOD_HELP, rich_help_panel=shared.METHOD)] = DEFAULT_METHOD,
+    method: Annotated[
+        str, typer.Option(help=shared.METHOD_OR_WEIGHTING_HELP, rich_help_panel=shared.METHOD)
+    ] = DEFAULT_METHOD,
     calibration_text: shared.CalibrationText = shared.CALIBRATION_TEXT,
     calibration_tokens: shared.CalibrationTokens = shared.CALIBRATION_TOKENS,
     calibration_window: shared.CalibrationWindow = shared.CALIBRATION_WINDOW,
