@@ -39,8 +39,10 @@ Seed = Annotated[int, typer.Option(help="Seed of the random choices.", rich_help
 CalibrationText = Annotated[
     str, typer.Option(help=f"Text to fit the factors on: {TEXT_HELP}", rich_help_panel=CALIBRATION)
 ]
-CalibrationTokens = Annotated[int, typer.Option(help="Tokens of it.", rich_help_panel=CALIBRATION)]
-CalibrationWindow = Annotated[int, typer.Option(help="Tokens of one window of it.", rich_help_panel=CALIBRATION)]
+CalibrationTokens = Annotated[int, typer.Option(help="Tokens of the calibration text.", rich_help_panel=CALIBRATION)]
+CalibrationWindow = Annotated[
+    int, typer.Option(help="Tokens of one window of the calibration text.", rich_help_panel=CALIBRATION)
+]
 CopyFraction = Annotated[
     float,
     typer.Option(
