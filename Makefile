@@ -21,7 +21,7 @@ HALF := $(shell expr \( `getconf _NPROCESSORS_ONLN` + 1 \) / 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 LINTED := src tests $(wildcard benchmarks experiments scripts)
 
-# The tests use local files only: an attempt to reach a model hub fails at once instead of hanging.
+# No test reaches a model hub; an attempt fails at once instead of hanging.
 test test-full: export HF_HUB_OFFLINE = 1
 
 .PHONY: help setup demo bench test test-full lint pytest-compile eval-smoke format clean
@@ -34,10 +34,11 @@ setup: $(READY) ## Build the environment in .venv (the other targets do it thems
 demo: $(READY) ## Compress a real language model and write a report of what it costs to build/demo
 	@$(BIN)/mea demo --out build/demo
 
-bench: $(READY) ## Measure decoding on this machine and write the records
+bench: $(READY) ## Measure decoding and the command line's start on this machine and write the records
 	@$(BIN)/python benchmarks/run.py
+	@$(BIN)/python benchmarks/start.py
 
-test: $(READY) lint ## Lint, types, layers and the tests (at most 20 minutes on 2 cores)
+test: $(READY) lint ## Lint, types, layers and the tests (at most 10 minutes on 2 quiet cores)
 	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j 2 pytest-compile eval-smoke
 	@$(PYTEST) -m "not slow and not compile" --durations=10
 

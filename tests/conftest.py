@@ -1,8 +1,11 @@
 """What every test may use: the same random numbers each time, derived tolerances, and a small saved model with text."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an attempt to reach a hub fails at once, not after retries
 
 import pytest
 import torch

@@ -9,7 +9,8 @@ from importlib.resources import files
 import pytest
 import torch
 
-from mea.text import NAMES, STRETCH, load_text, repeat_spans
+from mea.names import TEXTS
+from mea.text import STRETCH, load_text, repeat_spans
 
 DATA = files("mea") / "data"
 
@@ -27,9 +28,9 @@ def runs_of(name: str, length: int = 13) -> set[tuple[str, ...]]:
 def test_files_and_readme_state_the_same():
     readme = (DATA / "README.md").read_text(encoding="utf-8")
     stated = dict(reversed(line.split()) for line in re.findall(r"^[0-9a-f]{64}  \S+$", readme, re.MULTILINE))
-    actual = {f"{name}.txt.gz": hashlib.sha256((DATA / f"{name}.txt.gz").read_bytes()).hexdigest() for name in NAMES}
+    actual = {f"{name}.txt.gz": hashlib.sha256((DATA / f"{name}.txt.gz").read_bytes()).hexdigest() for name in TEXTS}
     assert stated == actual
-    for name in NAMES:
+    for name in TEXTS:
         assert f"| `{name}` | {len(load_text(name)):,} |" in readme
 
 
@@ -43,7 +44,7 @@ def test_nothing_tested_on_was_calibrated_or_chosen_on(text):
     """What is calibrated on is apart from every other text; technical-valid, to choose on, from what is tested on."""
     own = runs_of(text)
     assert len(own) > 5_000
-    for name in set(NAMES) - {"calibration", "encyclopaedic", text}:
+    for name in set(TEXTS) - {"calibration", "encyclopaedic", text}:
         assert own.isdisjoint(runs_of(name)), name
 
 
@@ -77,9 +78,9 @@ def test_reads_a_file(tmp_path, suffix):
 
 
 def test_unknown_name_gets_a_suggestion():
-    with pytest.raises(ValueError, match="did you mean wikitext-2-test"):
+    with pytest.raises(ValueError, match="did you mean 'wikitext-2-test'"):
         load_text("wikitext2-test")
-    with pytest.raises(ValueError, match=f"names are {', '.join(NAMES)}"):
+    with pytest.raises(ValueError, match=f"texts are {', '.join(TEXTS)}"):
         load_text("zzz")
 
 

@@ -20,7 +20,7 @@ for name in exchanges exchanges-55 exchanges-75; do
   cp build/$name/compression.json $RECORDS/$name-tried.json
 done
 for name in uniform slopes exchanges prototype half deep exchanges-55 exchanges-75; do
-  mea perplexity build/$name --against "$MODEL" --tokens 20480 --dtype float32 --json $RECORDS/$name.json
+  mea perplexity build/$name --against "$MODEL" --tokens 20480 --dtype float32 --record $RECORDS/$name.json
   mea perplexity build/$name --against "$MODEL" --text technical --tokens 8192 --dtype float32 \
-    --json $RECORDS/$name-technical.json
+    --record $RECORDS/$name-technical.json
 done

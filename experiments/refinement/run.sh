@@ -9,8 +9,8 @@ mea compress "$MODEL" build/sensitivity --method post_rope --weighting sensitivi
   "${OPTIONS[@]}" --measure 20480
 cp build/sensitivity/compression.json $RECORDS/sensitivity-64k.json
 mea perplexity build/sensitivity --against "$MODEL" --text technical --tokens 4096 --dtype float32 \
-  --json $RECORDS/sensitivity-64k-technical.json
+  --record $RECORDS/sensitivity-64k-technical.json
 mea perplexity build/sensitivity --against "$MODEL" --window 8192 --tokens 8192 --dtype float32 \
-  --json $RECORDS/sensitivity-64k-8k.json
+  --record $RECORDS/sensitivity-64k-8k.json
 mea compress "$MODEL" build/mean "${OPTIONS[@]}" --measure 0
 cp build/mean/compression.json $RECORDS/mean-64k.json

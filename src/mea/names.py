@@ -1,7 +1,24 @@
-"""Names that users give: what to say about one that does not exist."""
+"""Names that users give: the lists of them, and what to say about one that does not exist.
+
+The command line shows these lists without importing what they name, which would take seconds. Tests hold them against
+the registries.
+"""
 
 from collections.abc import Iterable
 from difflib import get_close_matches
+
+TEXTS = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
+DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
+METHODS = ("post_rope", "pre_rope", "joint", "svd", "gram", "gauge", "gqa-mean", "gqa-procrustes")
+DEFAULT_METHOD = "post_rope"
+WEIGHTINGS = ("mean", "uniform", "sensitivity", "frequency")
+DEFAULT_WEIGHTING = "mean"
+LAYOUTS = ("full", "half", "deep")
+CACHE_BITS = (2, 4, 8)
+SUITES = ("zero-shot", "knowledge", "science", "math", "long-context")
+STAGES = ("layers", "distil", "near", "cpt")
+DEFAULT_STAGE = "distil"
+TRAINED = ("factors", "attention", "all", "lora")
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:
@@ -12,3 +29,9 @@ def did_you_mean(name: object, choices: Iterable[str]) -> str:
     folded = {choice.lower(): choice for choice in reversed(list(choices))}
     near = get_close_matches(str(name).lower(), folded, n=1)
     return f"; did you mean {folded[near[0]]!r}?" if near else ""
+
+
+def listed(names: Iterable[object]) -> str:
+    """``a, b or c``."""
+    *most, last = map(str, names)
+    return f"{', '.join(most)} or {last}" if most else last

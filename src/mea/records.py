@@ -28,6 +28,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -86,9 +87,7 @@ def make_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     _validate(record, "the record")
-    return json.loads(
-        json.dumps(record)
-    )  # what a reader will get: lists for tuples, and nothing shared with the caller
+    return json.loads(json.dumps(record))  # as a reader will get it: lists for tuples, nothing shared with the caller
 
 
 def write_record(path: str | Path, record: Record) -> Path:
@@ -177,13 +176,11 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter to results, as far as they are installed."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with suppress(PackageNotFoundError):
+            installed[package] = version(package)
+    return installed
 
 
 def commit() -> str | None:

@@ -1,6 +1,5 @@
 """Texts to calibrate and to test on: shipped ones by name, the user's own files, and windows that are read again."""
 
-import difflib
 import gzip
 import zlib
 from importlib.resources import files
@@ -11,7 +10,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-NAMES = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
+from mea.names import TEXTS, did_you_mean
+
 STRETCH = 512  # tokens: as many as are refined and recovered on in one piece
 LEAST = 8  # tokens: a shorter stretch has no room for a copy
 
@@ -22,7 +22,8 @@ def load_text(name_or_path: str | Path) -> str:
     Parameters
     ----------
     name_or_path
-        One of `NAMES` (``data/README.md`` says what they are), or a UTF-8 file, compressed if it ends in ``.gz``.
+        One of `mea.names.TEXTS` (``data/README.md`` says what they are), or a UTF-8 file, which is compressed if its
+        name ends in ``.gz``.
 
     Raises
     ------
@@ -31,14 +32,13 @@ def load_text(name_or_path: str | Path) -> str:
     OSError
         The file does not exist or cannot be read.
     """
-    if str(name_or_path) in NAMES:
+    if str(name_or_path) in TEXTS:
         data = (files("mea") / "data" / f"{name_or_path}.txt.gz").read_bytes()
         return gzip.decompress(data).decode("utf-8")
     path = Path(name_or_path)
     if not path.exists() and not path.suffix and len(path.parts) == 1:
-        close = difflib.get_close_matches(path.name.lower(), NAMES, n=1)
-        guess = f"did you mean {close[0]}? " if close else ""
-        raise ValueError(f"no text named {str(path)!r}: {guess}names are {', '.join(NAMES)}; anything else is a file")
+        guess = did_you_mean(path, TEXTS)
+        raise ValueError(f"no text named {str(path)!r}{guess}; texts are {', '.join(TEXTS)}, anything else is a file")
     return _read(path)
 
 

@@ -119,7 +119,7 @@ def test_the_graph_of_names_is_complete():
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1, mix="neither"), "need a mixing"),
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1).folded(), "only a square mixing folds"),
         (lambda: DifferentialAttention(48, 4, 1), "must be even"),
-        (lambda: TalkingHeadsAttention(48, 4, backend="sdpa"), "one of 'eager'; got 'sdpa'"),
+        (lambda: TalkingHeadsAttention(48, 4, backend="sdpa"), "one of 'eager', not 'sdpa'"),
     ],
 )
 def test_impossible_options_are_refused(build, message):

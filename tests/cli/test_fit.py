@@ -19,7 +19,7 @@ def runs(tmp_path_factory):
 
 def test_prints_every_answer_and_writes_the_record(mea, runs, tmp_path):
     out = tmp_path / "new" / "fit.json"
-    result = mea("fit", runs, "--draws", 200, "--seed", 3, "--out", out)
+    result = mea("fit", runs, "--draws", 200, "--seed", 3, "--record", out)
     assert result.exit_code == 0, result.output
     record = read_record(out)
     again = fit_records([*sweep()[::2], *sweep()[1::2]], FitSettings(draws=200, seed=3))

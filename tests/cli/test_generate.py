@@ -1,17 +1,9 @@
 """``mea generate`` continues a prompt as the model's own generate does, for one model or two."""
 
-import inspect
-import re
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from mea.cli.compare import compare
-from mea.cli.compress import compress
-from mea.cli.profile import profile
-from mea.compression import Calibration
-from mea.compression.methods import DEFAULT_METHOD, METHODS
 from mea.evaluate.generation import continue_prompt
 
 
@@ -70,23 +62,6 @@ def test_mistakes_are_one_line(mea, models_, options, message):
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert "Traceback" not in result.output
-
-
-def test_help_lists_the_commands(mea):
-    result = mea("--help")
-    assert result.exit_code == 0
-    assert "perplexity" in result.stdout
-    assert "generate" in result.stdout
-
-
-def test_help_names_every_method(mea):
-    """Written out, because the help does not wait for what the methods need."""
-    words = set(re.findall(r"[\w-]+", mea("compress", "--help").stdout))
-    assert words >= set(METHODS)
-    for command in (compress, profile):
-        assert inspect.signature(command).parameters["method"].default == DEFAULT_METHOD
-    for command in (compress, profile, compare):
-        assert inspect.signature(command).parameters["copy_fraction"].default == Calibration().copy_fraction
 
 
 def test_over_a_cache_in_few_bits(mea, models_):

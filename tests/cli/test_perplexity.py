@@ -16,7 +16,7 @@ def losses(folder, text, window):
 
 def test_prints_and_records_the_ratio(mea, models_, text, tmp_path):
     out = tmp_path / "records" / "r.json"
-    options = ("--text", text, "--window", 64, "--against", models_["b"], "--json", out)
+    options = ("--text", text, "--window", 64, "--against", models_["b"], "--record", out)
     result = mea("perplexity", models_["a"], *options)
     assert result.exit_code == 0, result.output
     record = read_record(out)
@@ -36,7 +36,7 @@ def test_prints_and_records_the_ratio(mea, models_, text, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--text", "wikitext-2-tets"), "did you mean wikitext-2-test"),
+        (("--text", "wikitext-2-tets"), "did you mean 'wikitext-2-test'"),
         (("--text", "gone.txt"), "No such file or directory: gone.txt"),
         (("--window", "300"), "longer than the model's context of 256"),
         (("--tokens", "9999"), "the text has 300 tokens, not the 9,999 asked for"),
@@ -80,7 +80,7 @@ def test_through_a_cache_in_few_bits(mea, models_, text, tmp_path):
     ratios = []
     for bits in (8, 2):
         out = tmp_path / f"{bits}.json"
-        options = ("--text", text, "--window", 100, "--against", models_["a"], "--cache-bits", bits, "--json", out)
+        options = ("--text", text, "--window", 100, "--against", models_["a"], "--cache-bits", bits, "--record", out)
         result = mea("perplexity", models_["a"], *options)
         assert result.exit_code == 0, result.output
         record = read_record(out)

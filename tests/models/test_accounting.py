@@ -101,7 +101,7 @@ def test_a_change_of_vocabulary_keeps_the_variants_together():
 
 
 def test_wrong_names_get_a_hint():
-    with pytest.raises(ValueError, match=r"no shape is called '30M'.*Did you mean '30m'"):
+    with pytest.raises(ValueError, match=r"no shape is called '30M'.*did you mean '30m'"):
         preset("30M")
-    with pytest.raises(ValueError, match=r"no variant is called 'transfomer'.*Did you mean 'transformer'"):
+    with pytest.raises(ValueError, match=r"no variant is called 'transfomer'.*did you mean 'transformer'"):
         preset("3m", "transfomer")

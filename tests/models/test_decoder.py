@@ -244,7 +244,7 @@ def test_without_position_embedding_the_order_of_past_tokens_does_not_matter(agr
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"attention": "gpa"}, "Did you mean 'gqa'"),
+        ({"attention": "gpa"}, "did you mean 'gqa'"),
         ({"attention": "gqa", "attention_options": {"head_nrom": "off"}}, "do not suit 'gqa'.*head_nrom"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
     ],

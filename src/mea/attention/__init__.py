@@ -1,12 +1,11 @@
 """One ``nn.Module`` per attention method, one file each, one signature: usable alone, or by name through `by_name`."""
 
-import difflib
-
 from mea.attention.base import Attention, KVCache
 from mea.attention.differential import DifferentialAttention, DifferentialAttentionV2
 from mea.attention.gqa import GroupedQueryAttention
 from mea.attention.mea import MultiheadExplicitAttention
 from mea.attention.talking_heads import ModifiedTalkingHeadsAttention, TalkingHeadsAttention
+from mea.names import did_you_mean
 
 __all__ = [
     "METHODS",
@@ -40,7 +39,6 @@ def by_name(name: str) -> type[Attention]:
         If there is none; the message names the nearest.
     """
     if name not in METHODS:
-        near = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no attention method is called {name!r}; there are {', '.join(METHODS)}.{hint}")
+        hint = did_you_mean(name, METHODS)
+        raise ValueError(f"no attention method is called {name!r}: there are {', '.join(METHODS)}{hint}")
     return METHODS[name]

@@ -129,7 +129,7 @@ def block_mask(
             see = see & (padding[b, k] | (k == q))
         return see
 
-    given = next((x for x in (padding, documents) if x is not None), None)
-    rows, device = (None, device) if given is None else (given.shape[0], str(given.device))
+    per_row = next((x for x in (padding, documents) if x is not None), None)
+    rows, device = (None, device) if per_row is None else (per_row.shape[0], str(per_row.device))
     # A lambda, because PyTorch counts a mask function's arguments, and a decorated one (a type checker's) hides them.
     return create_block_mask(lambda b, h, q, k: visible(b, q, k), rows, None, queries, keys, device=str(device))

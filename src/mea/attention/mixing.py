@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from mea.names import did_you_mean
 from mea.ops import reference
 from mea.ops.rope import join_pairs, split_pairs
 
@@ -23,7 +24,8 @@ NOISE = 0.02  # standard deviation that "identity_noise" adds, the one usual for
 def check_name(kind: str, name: str, allowed: tuple[str, ...]) -> None:
     """Raise ValueError unless `name` is one of `allowed`."""
     if name not in allowed:
-        raise ValueError(f"{kind} must be one of {', '.join(map(repr, allowed))}; got {name!r}")
+        hint = did_you_mean(name, allowed)
+        raise ValueError(f"{kind} must be one of {', '.join(map(repr, allowed))}, not {name!r}{hint}")
 
 
 def block_copy(components: int, heads: int) -> Float[Tensor, "h_c h_kv"]:

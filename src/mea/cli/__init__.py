@@ -1,51 +1,62 @@
 """The command line: one file per subcommand, no logic.
 
-A subcommand is a function with typer's annotations, registered below. What it needs it imports when it runs, so that no
-other waits for it. The package itself, which registers models with transformers, is the wait of a few seconds before
-``mea --help``.
+A subcommand is a function with typer's annotations and two examples, registered below. What it needs it imports when it
+runs: torch and transformers take seconds, and ``--help`` must not wait for them.
 """
+
+from typing import Annotated
 
 import typer
 
-from mea.cli.compare import compare
-from mea.cli.compress import compress
+import mea
+from mea.cli import compare, compress, demo, eval, fit, generate, perplexity, pretrain, profile, recover, report, sweep
+from mea.cli.command import Command, epilog
 from mea.cli.console import friendly
-from mea.cli.demo import demo
-from mea.cli.eval import evaluate
-from mea.cli.fit import fit
-from mea.cli.generate import generate
-from mea.cli.perplexity import perplexity
-from mea.cli.pretrain import pretrain
-from mea.cli.profile import profile
-from mea.cli.recover import recover
-from mea.cli.report import report
-from mea.cli.sweep import sweep
 
 app = typer.Typer(
     name="mea",
     help="Halve the KV cache of a language model, and measure what it costs.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 COMMANDS = {
-    "compress": compress,
-    "compare": compare,
-    "demo": demo,
-    "eval": evaluate,
-    "fit": fit,
-    "perplexity": perplexity,
-    "generate": generate,
-    "profile": profile,
-    "pretrain": pretrain,
-    "sweep": sweep,
-    "recover": recover,
-    "report": report,
+    "Compress": {
+        "compress": (compress.compress, compress.EXAMPLES),
+        "recover": (recover.recover, recover.EXAMPLES),
+        "generate": (generate.generate, generate.EXAMPLES),
+        "profile": (profile.profile, profile.EXAMPLES),
+    },
+    "Measure": {
+        "perplexity": (perplexity.perplexity, perplexity.EXAMPLES),
+        "eval": (eval.evaluate, eval.EXAMPLES),
+        "compare": (compare.compare, compare.EXAMPLES),
+        "demo": (demo.demo, demo.EXAMPLES),
+        "report": (report.report, report.EXAMPLES),
+    },
+    "Pretrain": {
+        "pretrain": (pretrain.pretrain, pretrain.EXAMPLES),
+        "sweep": (sweep.sweep, sweep.EXAMPLES),
+        "fit": (fit.fit, fit.EXAMPLES),
+    },
 }
-for name, command in COMMANDS.items():
-    app.command(name)(friendly(command))
+for panel, commands in COMMANDS.items():
+    for name, (function, examples) in commands.items():
+        register = app.command(name, cls=Command, epilog=epilog(examples), rich_help_panel=panel)
+        register(friendly(function))
+
+
+def print_version(wanted: bool) -> bool:
+    """Print the version and leave."""
+    if wanted:
+        typer.echo(f"mea {mea.__version__}")
+        raise typer.Exit
+    return wanted
 
 
 @app.callback()
-def main() -> None:
+def main(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
+    ] = False,
+) -> None:
     """Keeps subcommands subcommands, however few there are."""

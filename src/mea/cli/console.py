@@ -1,5 +1,6 @@
-"""What all subcommands share: errors as one line, progress on stderr."""
+"""What all subcommands share: where they print, errors as one line, progress on stderr."""
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -8,10 +9,12 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-errors = Console(stderr=True)
+from mea.records import Progress
+
+output, errors = Console(), Console(stderr=True)
 USER_ERROR = 2  # exit code of what the user can put right
+LINE_SECONDS = 15.0  # between two lines on progress where stderr is no terminal
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -35,22 +38,60 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @contextmanager
-def progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A function of (what, done, total) that shows one bar for each thing that is being done.
+def progress() -> Iterator[Progress]:
+    """What is told how far work has come: it shows one bar for each stage, or a line from time to time in a log.
 
-    What stands in brackets after its name may change from call to call.
+    What stands in brackets after a stage's name may change from call to call.
     """
+    with _bars() if errors.is_terminal else _lines() as report:
+        yield report
+
+
+@contextmanager
+def _bars() -> Iterator[Progress]:
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, TimeRemainingColumn(), console=errors) as bars:
+    with Bars(*columns, TimeRemainingColumn(), console=errors) as bars:
         tasks: dict[str, Any] = {}
 
-        def report(what: str, done: int, total: int) -> None:
+        def report(what: str, done: int, total: int, /) -> None:
             name = what.partition(" (")[0]
             if name not in tasks:
                 tasks[name] = bars.add_task(what, total=total)
             bars.update(tasks[name], description=what, completed=done, total=total)
 
         yield report
+
+
+@contextmanager
+def _lines() -> Iterator[Progress]:
+    """A line for each stage when it begins and every `LINE_SECONDS` after, from a thread: steps may take minutes."""
+    stage, ended = ["", 0, 0], threading.Event()
+
+    def show() -> None:
+        what, done, total = stage
+        if total:
+            errors.print(f"{what}: {done:,} of {total:,} ({done / total:.0%})", soft_wrap=True, highlight=False)
+
+    def report(what: str, done: int, total: int, /) -> None:
+        begins = what.partition(" (")[0] != str(stage[0]).partition(" (")[0]
+        stage[:] = what, done, total
+        if begins:
+            show()
+
+    def repeat() -> None:
+        while not ended.wait(LINE_SECONDS):
+            show()
+
+    thread = threading.Thread(target=repeat, daemon=True)
+    thread.start()
+    try:
+        yield report
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _one_line(error: Exception) -> str:

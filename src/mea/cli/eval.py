@@ -5,38 +5,73 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from mea.cli.console import errors, progress
+from mea.cli import options as shared
+from mea.cli.console import errors, output, progress
+from mea.names import CACHE_BITS, SUITES, listed
+
+EXAMPLES = (
+    "mea eval COMPRESSED --against MODEL --suite zero-shot",
+    "mea eval MODEL --suite long-context --lengths 512,1024 --cache-bits 4",
+)
+LONG_CONTEXT_PANEL = "With --suite long-context"
 
 
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.")],
-    against: Annotated[str | None, typer.Option(help="Another model, to compare item by item.")] = None,
-    suite: Annotated[str | None, typer.Option(help="zero-shot, knowledge, science, math or long-context.")] = None,
+    model: shared.Model,
+    against: shared.Against = None,
+    suite: Annotated[str | None, typer.Option(help=f"{listed(SUITES)}.", rich_help_panel=shared.WHAT)] = None,
     task: Annotated[
-        list[str] | None, typer.Option(help="A task of lm-evaluation-harness, or of long-context; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="A task of lm-evaluation-harness, or of long-context; may be repeated.", rich_help_panel=shared.WHAT
+        ),
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder with local rows of the zero-shot tasks.")] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(help="First rows of each task, or prompts of each kind.", rich_help_panel=shared.WHAT),
+    ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Folder for records and samples; an interrupted run continues there.", rich_help_panel=shared.WHAT
+        ),
+    ] = Path("eval"),
     lengths: Annotated[
-        str | None, typer.Option(help="long-context: tokens, as in 512,1024; by default up to the model's limit.")
+        str | None,
+        typer.Option(
+            help="Tokens of the contexts, as in 512,1024; by default up to the model's limit.",
+            rich_help_panel=LONG_CONTEXT_PANEL,
+        ),
     ] = None,
     cache_bits: Annotated[
-        int | None, typer.Option(help="long-context: store the cache of MODEL (not of --against) in 8, 4 or 2 bits.")
+        int | None,
+        typer.Option(
+            help=f"Store the cache of MODEL (not of --against) in {listed(CACHE_BITS)} bits a number.",
+            rich_help_panel=LONG_CONTEXT_PANEL,
+        ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="long-context: of the prompts.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Only so many rows of each task, or prompts of each kind.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
-    batch_tokens: Annotated[int | None, typer.Option(help="Tokens of a batch; found while running if absent.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the prompts.", rich_help_panel=LONG_CONTEXT_PANEL)] = 0,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder with local rows of the zero-shot tasks.", rich_help_panel=shared.ADVANCED),
+    ] = None,
     label: Annotated[
-        str | None, typer.Option(help="Name of the model in records; by default that of its folder.")
+        str | None,
+        typer.Option(
+            help="Name of the model in records; by default that of its folder.", rich_help_panel=shared.ADVANCED
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder for records and samples; runs are resumed there.")] = Path("eval"),
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens of a batch; found while running by default.", rich_help_panel=shared.ADVANCED),
+    ] = None,
+    dtype: shared.Dtype = "auto",
 ) -> None:
-    """Score a model by lm-evaluation-harness's tasks or on long contexts, alone or item by item against another one."""
+    """Score a model on tasks or on long contexts, alone or item by item against another one."""
     from mea.evaluate.suites import LONG_CONTEXT
 
-    tasks, place = tuple(task or ()), None if data is None else str(data)
+    tasks, folder = tuple(task or ()), None if data is None else str(data)
     long_only = {"--lengths": lengths, "--cache-bits": cache_bits, "--seed": seed or None}
     if suite == LONG_CONTEXT:
         refuse({"--data": data, "--batch-tokens": batch_tokens}, f"has no meaning for the suite {LONG_CONTEXT}")
@@ -48,11 +83,11 @@ def evaluate(
     from mea.evaluate.harness.run import evaluate as run
     from mea.report.sections.tasks import task_tables
 
-    plan = Evaluation(suite, tasks, place, limit, dtype, batch_tokens)
+    plan = Evaluation(suite, tasks, folder, limit, dtype, batch_tokens)
     with progress() as report:
         records = run(model, plan, out, against=against, label=label, progress=report)
     for table in task_tables(records):
-        Console().print(table)
+        output.print(table)
     if suite:
         errors.print(describe(suite), highlight=False)
 
@@ -79,7 +114,7 @@ def long_context(
         say = functools.partial(errors.print, highlight=False)
         records = run(model, plan, out, against=against, label=label, progress=report, say=say)
     for table in context_tables(records):
-        Console().print(table)
+        output.print(table)
 
 
 def numbers(text: str | None) -> tuple[int, ...]:

@@ -4,19 +4,36 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from mea.cli.console import progress
+from mea.cli import options as shared
+from mea.cli.console import output, progress
+
+EXAMPLES = (
+    "mea fit RECORDS --record fit.json",
+    "mea fit RECORDS --held 0.375 --draws 1000",
+)
 
 
 def fit(
     records: Annotated[list[Path], typer.Argument(help="Records of training runs, or folders of them.")],
-    out: Annotated[Path | None, typer.Option(help="Write the record of the fit to this file.")] = None,
-    draws: Annotated[int, typer.Option(help="Bootstrap replicates.")] = 4000,
-    seed: Annotated[int, typer.Option(help="Of the replicates.")] = 0,
-    skip: Annotated[float, typer.Option(help="Share of the tokens, at the beginning, that is not fitted.")] = 0.1,
-    held: Annotated[float, typer.Option(help="Share of the tokens from which the rest is predicted.")] = 0.5,
-    horizon: Annotated[float, typer.Option(help="Predict the loss at so many times the tokens.")] = 10.0,
+    record: Annotated[
+        Path | None, typer.Option(help="Write the record of the fit to this file.", rich_help_panel=shared.WHAT)
+    ] = None,
+    skip: Annotated[
+        float, typer.Option(help="First share of the tokens, which is not fitted.", rich_help_panel=shared.WHAT)
+    ] = 0.1,
+    held: Annotated[
+        float,
+        typer.Option(
+            help="First share of the tokens, from which the loss at the rest is predicted.", rich_help_panel=shared.WHAT
+        ),
+    ] = 0.5,
+    horizon: Annotated[
+        float,
+        typer.Option(help="Predict the loss at this multiple of the tokens.", rich_help_panel=shared.WHAT),
+    ] = 10.0,
+    draws: Annotated[int, typer.Option(help="Bootstrap replicates.", rich_help_panel=shared.ADVANCED)] = 4000,
+    seed: shared.Seed = 0,
 ) -> None:
     """Fit loss against tokens over a sweep: best rates, stability, differences, and whether the fit predicts."""
     from mea.records import write_record
@@ -27,8 +44,8 @@ def fit(
 
     settings = FitSettings(draws=draws, seed=seed, skip=skip, held=held, horizon=horizon)
     with progress() as report:
-        record = fit_records(find_records(records), settings, progress=report)
-    if out:
-        write_record(out, record)
-    for part in fit_parts(record):
-        Console().print(TerminalTable(part))
+        fitted = fit_records(find_records(records), settings, progress=report)
+    if record:
+        write_record(record, fitted)
+    for part in fit_parts(fitted):
+        output.print(TerminalTable(part))

@@ -4,22 +4,33 @@ from typing import Annotated
 
 import typer
 
+from mea.cli import options as shared
 from mea.cli.console import errors
+
+EXAMPLES = (
+    "mea generate MODEL --prompt 'Once upon a time'",
+    "mea generate COMPRESSED --against MODEL --prompt 'Once upon' --cache-bits 8",
+)
 
 
 def generate(
-    model: Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int, typer.Option(help="Of the draws, if the temperature is above 0.")] = 0,
-    cache_bits: Annotated[
-        int | None, typer.Option(help="Store the cache in 8, 4 or 2 bits instead of as it is.")
-    ] = None,
-    chat: Annotated[bool, typer.Option("--chat", help="Use the model's chat template.")] = False,
-    against: Annotated[str | None, typer.Option(help="Another model, to continue the same prompt.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto (the weights' own), fast, float32, bfloat16 or float16.")] = "auto",
+    model: shared.Model,
+    prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False, rich_help_panel=shared.WHAT)],
+    against: shared.Against = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", rich_help_panel=shared.WHAT)] = 128,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=shared.WHAT)
+    ] = False,
+    temperature: Annotated[
+        float, typer.Option(help="0 always takes the likeliest token.", rich_help_panel="Sampling")
+    ] = 0.0,
+    top_p: Annotated[
+        float,
+        typer.Option(help="Draw from the likeliest tokens of this total probability.", rich_help_panel="Sampling"),
+    ] = 1.0,
+    seed: Annotated[int, typer.Option(help="Seed of the draws.", rich_help_panel="Sampling")] = 0,
+    dtype: shared.Dtype = "auto",
+    cache_bits: shared.CacheBits = None,
 ) -> None:
     """Continue a prompt; the text appears as it is made."""
     from mea.evaluate.generation import continue_prompt

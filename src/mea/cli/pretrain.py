@@ -5,21 +5,33 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from mea.cli.console import progress
+from mea.cli import options as shared
+from mea.cli.console import output, progress
+
+EXAMPLES = (
+    "mea pretrain run.toml OUT",
+    "mea pretrain decay.toml OUT --start-from OTHER/checkpoint-1200",
+)
 
 
 def pretrain(
     config: Annotated[Path, typer.Argument(help="TOML file of the run's settings (docs/pretraining.md).")],
-    out: Annotated[Path, typer.Argument(help="Folder of the run; one that was interrupted goes on.")],
-    cache: Annotated[Path, typer.Option(help="Tokenised data, shared by runs.")] = Path("build/pretraining/data"),
-    record: Annotated[Path | None, typer.Option(help="Where the record goes, if not into OUT.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder of the run; an interrupted run continues there.")],
     start_from: Annotated[
-        Path | None, typer.Option(help="Checkpoint of a run at a constant rate, to go on with a decay.")
+        Path | None,
+        typer.Option(
+            help="Checkpoint of a run at a constant rate, to continue with a decay.", rich_help_panel=shared.WHAT
+        ),
     ] = None,
+    record: Annotated[
+        Path | None, typer.Option(help="Record to write, if not in OUT.", rich_help_panel=shared.WHAT)
+    ] = None,
+    cache: Annotated[
+        Path, typer.Option(help="Folder of tokenised text, shared by runs.", rich_help_panel=shared.ADVANCED)
+    ] = Path("build/pretraining/data"),
 ) -> None:
-    """Train a model of the attention family from nothing."""
+    """Train a model of the attention family from random weights."""
     from mea.train.pretraining.run import divergence_message
     from mea.train.pretraining.run import pretrain as run
     from mea.train.pretraining.settings import read_settings
@@ -30,4 +42,4 @@ def pretrain(
     if message := divergence_message(made):
         raise ValueError(message)
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
-        Console().print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")
+        output.print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")

@@ -5,45 +5,95 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from mea.cli.console import errors, progress
+from mea.cli import options as shared
+from mea.cli.console import errors, output, progress
+from mea.names import DEFAULT_STAGE, STAGES, TRAINED, listed
+
+EXAMPLES = (
+    "mea recover COMPRESSED OUT --original MODEL --text FILE",
+    "mea recover COMPRESSED OUT --stage cpt --text FILE --tokens 1000000 --dry-run",
+)
 
 
 def recover(
     model: Annotated[str, typer.Argument(help="What mea compress wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
-    text: Annotated[list[str], typer.Option(help="Text to train on, a file or a packaged one; may be repeated.")],
-    original: Annotated[str | None, typer.Option(help="The uncompressed model; cpt does without.")] = None,
-    stage: Annotated[str, typer.Option(help="layers, distil, near or cpt; several joined by +.")] = "distil",
-    trained: Annotated[str | None, typer.Option(help="factors, attention, all or lora.")] = None,
-    tokens: Annotated[int | None, typer.Option(help="Tokens of each stage; 100,000 by default.")] = None,
-    window: Annotated[int | None, typer.Option(help="Tokens read in one piece; 512 by default.")] = None,
-    copy_fraction: Annotated[
-        float | None, typer.Option(help="Share of the windows in which a part is read again; 0.5 with distil and near.")
+    text: Annotated[
+        list[str],
+        typer.Option(
+            help="Text to train on, a file or a packaged one; may be repeated.",
+            show_default=False,
+            rich_help_panel=shared.WHAT,
+        ),
+    ],
+    original: Annotated[
+        str | None,
+        typer.Option(help="The uncompressed model; the stage cpt needs none.", rich_help_panel=shared.WHAT),
     ] = None,
-    batch: Annotated[int | None, typer.Option(help="Windows per step; 4 by default.")] = None,
-    micro_batch: Annotated[int | None, typer.Option(help="Windows at a time in one process.")] = None,
-    rate: Annotated[
+    stage: Annotated[
+        str, typer.Option(help=f"{listed(STAGES)}; several joined by +.", rich_help_panel=shared.WHAT)
+    ] = DEFAULT_STAGE,
+    trained: Annotated[
+        str | None,
+        typer.Option(help=f"Parameters to train: {listed(TRAINED)}.", rich_help_panel=shared.WHAT),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Tokens of each stage; 100,000 by default.", rich_help_panel=shared.TRAINING)
+    ] = None,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens of one window; 512 by default.", rich_help_panel=shared.TRAINING)
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows of one step; 4 by default.", rich_help_panel=shared.TRAINING)
+    ] = None,
+    lr: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate of the factors; for distil and near as a share of each tensor's RMS."),
+        typer.Option(
+            help="Peak learning rate of the factors; in distillation relative to each tensor's RMS.",
+            rich_help_panel=shared.TRAINING,
+        ),
     ] = None,
-    base_lr: Annotated[float | None, typer.Option(help="Of everything else.")] = None,
-    held_out: Annotated[int | None, typer.Option(help="Tokens of the texts that choose the best state.")] = None,
+    base_lr: Annotated[
+        float | None, typer.Option(help="Peak learning rate of all other weights.", rich_help_panel=shared.TRAINING)
+    ] = None,
+    copy_fraction: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the windows in which spans are repeated; in distillation 0.5 by default.",
+            rich_help_panel=shared.TRAINING,
+        ),
+    ] = None,
+    held_out: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the texts that choose the best state.", rich_help_panel=shared.TRAINING),
+    ] = None,
+    micro_batch: Annotated[
+        int | None, typer.Option(help="Windows at a time in one process.", rich_help_panel=shared.ADVANCED)
+    ] = None,
     precision: Annotated[
-        str | None, typer.Option(help="Of products: bfloat16 or float32; by default the faster one here.")
+        str | None,
+        typer.Option(
+            help="Of products: bfloat16 or float32; by default the faster one here.", rich_help_panel=shared.ADVANCED
+        ),
     ] = None,
-    shard: Annotated[bool, typer.Option("--shard", help="Under torchrun: FSDP2 instead of copies.")] = False,
-    measure: Annotated[int, typer.Option(help="WikiText-2 test tokens for the model card; 0: none.")] = 4096,
+    shard: Annotated[
+        bool,
+        typer.Option("--shard", help="Under torchrun: FSDP2 instead of copies.", rich_help_panel=shared.ADVANCED),
+    ] = False,
+    measure: Annotated[
+        int,
+        typer.Option(help="WikiText-2 test tokens for the model card; 0: none.", rich_help_panel=shared.ADVANCED),
+    ] = 4096,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
 ) -> None:
-    """Train a compressed model for a short while to bring back quality; an interrupted run goes on."""
+    """Train a compressed model for a short time to regain quality; an interrupted run continues."""
     from mea.train.recovery.save import recover_to_folder, recovery_seconds
     from mea.train.recovery.settings import recovery
 
     changes = {
         "trained": trained, "tokens": tokens, "window": window, "copy_fraction": copy_fraction,
-        "batch": batch, "micro_batch": micro_batch, "rate": rate, "base_lr": base_lr, "held_out": held_out,
+        "batch": batch, "micro_batch": micro_batch, "rate": lr, "base_lr": base_lr, "held_out": held_out,
         "precision": precision,
     }  # fmt: skip
     stages = [recovery(name, **changes) for name in stage.split("+")]
@@ -64,4 +114,4 @@ def recover(
         )
     if speaks:
         start, end = record["results"]["held_out_start"]["ce"], record["results"]["held_out"]["ce"]
-        Console().print(f"held-out loss {start:.4f} → {end:.4f} ({out})")
+        output.print(f"held-out loss {start:.4f} → {end:.4f} ({out})")

@@ -1,28 +1,38 @@
 """``mea report``."""
 
+import functools
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from mea.cli import options as shared
+from mea.cli.console import errors, output
+
+EXAMPLES = (
+    "mea report RECORDS --out report.html",
+    "mea report RECORDS fit.json --markdown README.md --csv tables.csv",
+)
 
 
 def report(
-    records: Annotated[list[Path], typer.Argument(help="Folders of records, searched all the way down, or records.")],
-    out: Annotated[Path | None, typer.Option(help="HTML page to write.")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Markdown file to write, or to bring up to date.")] = None,
-    csv: Annotated[Path | None, typer.Option(help="CSV file of all tables.")] = None,
-    title: Annotated[str, typer.Option(help="Heading of the page.")] = "",
+    records: Annotated[list[Path], typer.Argument(help="Records, or folders that hold records at any depth.")],
+    out: Annotated[Path | None, typer.Option(help="HTML page to write.", rich_help_panel=shared.WHAT)] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Markdown file to write, or to update.", rich_help_panel=shared.WHAT)
+    ] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file of all tables.", rich_help_panel=shared.WHAT)] = None,
+    title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=shared.WHAT)] = "",
 ) -> None:
-    """Make one page of whatever records there are: pretraining, compression, tasks, long context."""
+    """Make one page of records: pretraining, compression, tasks, long contexts."""
     from mea.report import as_csv, find_records, make_sections, write_markdown, write_report, write_text
     from mea.report.render.html import check_packages
 
     if out is None and markdown is None and csv is None:
         raise ValueError("nothing to write: give --out, --markdown or --csv")
     check_packages()
-    errors = Console(stderr=True, soft_wrap=True, highlight=False, markup=False)
-    found = find_records(records, lambda message: errors.print(f"left out: {message}"))
+    say = functools.partial(errors.print, soft_wrap=True, highlight=False, markup=False)
+    found = find_records(records, lambda message: say(f"left out: {message}"))
     sections = make_sections(found)
     written = []
     if out:
@@ -33,7 +43,7 @@ def report(
     if csv:
         written.append(write_text(csv, as_csv(sections)))
     for path in written:
-        Console().print(path, soft_wrap=True, highlight=False)
+        output.print(path, soft_wrap=True, highlight=False)
 
 
 def _shown(path: Path) -> str:

@@ -4,28 +4,47 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from mea.cli.console import errors, progress
+from mea.cli import options as shared
+from mea.cli.console import errors, output, progress
+
+EXAMPLES = (
+    "mea sweep sweep.toml RECORDS --text FOLDER_OF_TEXTS",
+    "mea sweep sweep.toml RECORDS --workers 2 --minutes 60",
+)
 
 
 def sweep(
     config: Annotated[Path, typer.Argument(help="TOML file of the sweep (docs/pretraining.md).")],
     results: Annotated[Path, typer.Argument(help="Folder of the records; runs that have one are skipped.")],
-    files: Annotated[list[str] | None, typer.Option(help="Training text, in place of the file's data.files.")] = None,
-    work: Annotated[Path, typer.Option(help="Tokenised data and unfinished runs.")] = Path("build/pretraining"),
-    workers: Annotated[int, typer.Option(help="Runs at a time.")] = 1,
-    attempts: Annotated[int, typer.Option(help="Of a run that crashes.")] = 3,
-    minutes: Annotated[float | None, typer.Option(help="Start no run after so many minutes.")] = None,
-    ray: Annotated[bool, typer.Option("--ray", help="Run on the Ray cluster this machine belongs to.")] = False,
-    gpus: Annotated[float, typer.Option(help="GPUs of a run on Ray.")] = 1,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text to train on, instead of the file's data.files; may be repeated.", rich_help_panel=shared.WHAT
+        ),
+    ] = None,
+    work: Annotated[
+        Path, typer.Option(help="Folder of tokenised text and unfinished runs.", rich_help_panel=shared.WHAT)
+    ] = Path("build/pretraining"),
+    minutes: Annotated[
+        float | None, typer.Option(help="Start no run after this time.", rich_help_panel=shared.WHAT)
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Runs at a time.", rich_help_panel=shared.ADVANCED)] = 1,
+    attempts: Annotated[int, typer.Option(help="Attempts at a run that crashes.", rich_help_panel=shared.ADVANCED)] = 3,
+    ray: Annotated[
+        bool,
+        typer.Option(
+            "--ray", help="Run on the Ray cluster that this machine belongs to.", rich_help_panel=shared.ADVANCED
+        ),
+    ] = False,
+    gpus: Annotated[float, typer.Option(help="With --ray: GPUs of a run.", rich_help_panel=shared.ADVANCED)] = 1,
 ) -> None:
-    """Variants, learning rates and seeds as one set of runs that can be stopped and gone on with."""
+    """Train variants at several learning rates and seeds; an interrupted sweep continues."""
     from mea.train.pretraining.sweep import on_ray
     from mea.train.pretraining.sweep import sweep as run
     from mea.train.pretraining.sweep_file import read_jobs
 
-    jobs = read_jobs(config, files)
+    jobs = read_jobs(config, text)
     launch = on_ray(gpus) if ray else None
     with progress() as report:
         counts = run(
@@ -39,4 +58,4 @@ def sweep(
             launch=launch,
             note=errors.print,
         )
-    Console().print(", ".join(f"{count} {what}" for what, count in counts.items()))
+    output.print(", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -1,4 +1,4 @@
-"""What a configuration costs, in closed form: parameters, floating-point operations, bytes of cache.
+"""What a configuration costs: parameters, floating-point operations, bytes of cache; no weights are made.
 
 Operations are those of matrix products, two per multiplication and addition, as is the custom; norms, activations and
 softmax are not counted. Attention counts the whole ``t × s`` score matrix: causality saves up to half of it in kernels
@@ -8,8 +8,13 @@ that skip masked blocks. Each function is tested against a count of the real thi
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+from torch import nn
+
 from mea.attention.mea import folding_is_cheaper
+from mea.attention.mixing import FrequencyMixing
 from mea.models.config import MeaConfig
+from mea.models.decoder import build_attention
 
 
 @dataclass(frozen=True)
@@ -22,43 +27,35 @@ class _Heads:
     mixed_keys: bool
     mixed_values: bool
     frequency: bool
-    extra: int  # parameters beside projections and mixings
+    gate: int  # outputs of projections of the hidden states beside the usual four
+    parameters: int  # of the whole layer's attention
 
 
 def _heads(config: MeaConfig) -> _Heads:
-    options = config.attention_options or {}
-    h, h_kv, d = config.num_attention_heads, config.num_key_value_heads or 1, config.head_dim or 0
-    kind = config.attention
-    mix = options.get("mix", "both") if kind in ("mea", "modified_talking_heads") else "neither"
-    keys, values = mix in ("both", "keys"), mix in ("both", "values")
-    h_c = options.get("num_component_heads") or h_kv
-    query, key, value = (2 * h if kind == "differential_v2" else h), (h_c if keys else h_kv), (h_c if values else h_kv)
-
-    norm = options.get("head_norm", "shared_gain" if kind == "mea" else "off")
-    extra = {"off": 0, "no_gain": 0, "shared_gain": d, "per_head_gain": h * d}[norm]
-    if kind == "differential_v1":
-        extra = 4 * d + 2 * d  # the vectors of lambda, and the gain over a double head
-    elif kind == "differential_v2":
-        extra = config.hidden_size * h
-    elif kind == "talking_heads":
-        extra = 2 * h * h
-    if options.get("qk_norm"):
-        extra += 2 * d
-    if config.attention_bias:
-        extra += (query + key + value) * d + config.hidden_size
-    return _Heads(query, key, value, keys, values, options.get("key_mixing") == "frequency", extra)
+    """Read off one layer's attention, built without memory: a new method needs no entry here."""
+    with torch.device("meta"):
+        attention = build_attention(config, 0)
+    usual = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    width = config.hidden_size * attention.head_dim
+    query, key, value, _ = (projection.weight.numel() // width for projection in usual)
+    others = [module for module in attention.modules() if isinstance(module, nn.Linear) and module not in usual]
+    key_mixing = getattr(attention, "key_mixing", None)
+    return _Heads(
+        query,
+        key,
+        value,
+        mixed_keys=key_mixing is not None,
+        mixed_values=getattr(attention, "value_mixing", None) is not None,
+        frequency=isinstance(key_mixing, FrequencyMixing),
+        gate=sum(projection.out_features for projection in others),
+        parameters=sum(parameter.numel() for parameter in attention.parameters()),
+    )
 
 
 def parameters(config: MeaConfig) -> int:
     """Number of parameters, embeddings included; a tied output projection counts once."""
-    heads, d, width = _heads(config), config.head_dim or 0, config.hidden_size
-    h, h_kv = config.num_attention_heads, config.num_key_value_heads or 1
-    attention = width * d * (heads.query + heads.key + heads.value + h) + heads.extra
-    if heads.mixed_keys:
-        attention += heads.key * h_kv * (d if heads.frequency else 1)
-    if heads.mixed_values:
-        attention += heads.value * h_kv
-    layer = attention + 3 * width * config.intermediate_size + 2 * width
+    width = config.hidden_size
+    layer = _heads(config).parameters + 3 * width * config.intermediate_size + 2 * width
     embeddings = config.vocab_size * width * (1 if config.tie_word_embeddings else 2)
     return embeddings + config.num_hidden_layers * layer + width
 
@@ -86,12 +83,8 @@ def training_flops(config: MeaConfig, batch: int, tokens: int) -> int:
 
 def decode_flops(config: MeaConfig, context: int) -> int:
     """Operations of generating one token of one sequence when `context` tokens, itself included, are in the cache."""
-    heads, d, h, h_kv = (
-        _heads(config),
-        config.head_dim or 0,
-        config.num_attention_heads,
-        config.num_key_value_heads or 1,
-    )
+    heads, d = _heads(config), config.head_dim or 0
+    h, h_kv = config.num_attention_heads, config.num_key_value_heads or 1
     h_c, read = min(heads.key, heads.value), _attention(config, 1, context)
     components = 2 * config.hidden_size * (heads.key + heads.value) * d
     if h_c == h_kv:
@@ -105,10 +98,9 @@ def decode_flops(config: MeaConfig, context: int) -> int:
 
 
 def _dense(config: MeaConfig, n: int) -> int:
-    """The projections of queries and output, the feed-forward layer, and Differential V2's of lambda."""
+    """The projections of queries and output, the feed-forward layer, and what else the method projects."""
     heads, d, h = _heads(config), config.head_dim or 0, config.num_attention_heads
-    gate = h if config.attention == "differential_v2" else 0
-    return 2 * n * config.hidden_size * ((heads.query + h) * d + 3 * config.intermediate_size + gate)
+    return 2 * n * config.hidden_size * ((heads.query + h) * d + 3 * config.intermediate_size + heads.gate)
 
 
 def _keys_values(config: MeaConfig, n: int) -> int:
@@ -131,7 +123,10 @@ def _keys_values(config: MeaConfig, n: int) -> int:
 
 
 def _attention(config: MeaConfig, t: int, s: int) -> int:
-    """Scores and reads of one sequence, `t` queries and `s` keys, at the width of one head."""
+    """Scores and reads of one sequence, `t` queries and `s` keys, at the width of one head.
+
+    A method that does more than softmax attention with each token pair is told apart by its name here.
+    """
     query, d, h = _heads(config).query, config.head_dim or 0, config.num_attention_heads
     score = read = d
     if config.attention == "differential_v1":

@@ -76,19 +76,19 @@ class MeaConfig(PreTrainedConfig):
         ValueError
             For a kind of scaling that this package has not.
         """
-        given = dict(self.rope_parameters or {})
-        kind = given.get("rope_type", "default")
+        parameters = dict(self.rope_parameters or {})
+        kind = parameters.get("rope_type", "default")
         if kind == "none":
             return None
         if kind not in ("default", "linear", "llama3"):
             raise ValueError(f"rope_type must be 'default', 'linear', 'llama3' or 'none', not {kind!r}")
-        original = given.get("original_max_position_embeddings") or self.max_position_embeddings
+        original = parameters.get("original_max_position_embeddings") or self.max_position_embeddings
         return RopeConfig(
-            theta=float(given.get("rope_theta", 10000.0)),
+            theta=float(parameters.get("rope_theta", 10000.0)),
             scaling=kind,
-            fraction=float(given.get("partial_rotary_factor", 1.0)),
-            factor=float(given.get("factor", 1.0)),
-            low_freq_factor=float(given.get("low_freq_factor", 1.0)),
-            high_freq_factor=float(given.get("high_freq_factor", 4.0)),
+            fraction=float(parameters.get("partial_rotary_factor", 1.0)),
+            factor=float(parameters.get("factor", 1.0)),
+            low_freq_factor=float(parameters.get("low_freq_factor", 1.0)),
+            high_freq_factor=float(parameters.get("high_freq_factor", 4.0)),
             original_max_position=int(original),
         )

@@ -15,7 +15,7 @@ from transformers.masking_utils import create_causal_mask, create_sliding_window
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from mea.attention import Attention, DifferentialAttention, by_name
+from mea.attention import Attention, by_name
 from mea.attention.backends import Backend
 from mea.attention.mixing import FrequencyMixing, HeadMixing, HeadNorm
 from mea.models.config import MeaConfig
@@ -109,10 +109,11 @@ class MeaPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, HeadMixing | FrequencyMixing | DifferentialAttention):
+        reset = getattr(module, "reset_parameters", None)
+        if isinstance(module, HeadMixing | FrequencyMixing | Attention) and reset:
             loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
             if not all(loaded):
-                module.reset_parameters()
+                reset()
         elif isinstance(module, HeadNorm) and module.weight is not None:
             nn.init.constant_(module.weight, module.init)
         else:

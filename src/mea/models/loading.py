@@ -18,9 +18,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
+from mea.names import DTYPES
 from mea.ops.precision import named_dtype
 
-DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 MEMORY_SHARE = 0.7  # of the free memory may be taken by weights; more stays on disk and is read layer by layer
 
 MARKED_BYTES = 2**20

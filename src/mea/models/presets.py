@@ -6,11 +6,11 @@ takes the difference, so that every variant of a shape has the same number of pa
 ``differential_v2`` (twice the query heads) and ``mea_half`` (half the key and value components) need that.
 """
 
-import difflib
 from typing import Any
 
 from mea.models.accounting import parameters
 from mea.models.config import MeaConfig
+from mea.names import did_you_mean
 
 # Head counts are even everywhere and there are four key/value heads or more: Differential V1 pairs them, and half of
 # them are still more than one component.
@@ -133,9 +133,7 @@ def preset(shape: str, variant: str = "transformer", **changes: Any) -> MeaConfi
 
 def _lookup(kind: str, table: dict[str, dict[str, Any]], name: str) -> dict[str, Any]:
     if name not in table:
-        near = difflib.get_close_matches(name, table, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no {kind} is called {name!r}; there are {', '.join(table)}.{hint}")
+        raise ValueError(f"no {kind} is called {name!r}: there are {', '.join(table)}{did_you_mean(name, table)}")
     return table[name]
 
 

@@ -10,7 +10,9 @@ from mea.report.sections.profile import profile_table
 
 
 def record(layers: int = 6, done: int = 6):
-    found = [{"added": 0.1 / (1 + place), "standard_error": 0.01, "lost": 0.02} for place in range(done)]
+    found = [
+        {"added": 0.1 / (1 + place), "standard_error": 0.01, "relative_output_error": 0.02} for place in range(done)
+    ]
     layouts = {"full": list(range(layers)), "half": [1, 2, 3], "deep": [3, 4, 5]}
     config = {"model": "m", "method": "position", "keep": 0.5, "layers": layers, "layouts": layouts}
     config |= {"text": "rest", "tokens": 4096, "window": 1024}

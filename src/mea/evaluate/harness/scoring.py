@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from mea.evaluate.harness.packing import Packed, Scored, batches, pack, tensors
 from mea.models.lm_head import replaced_forward
-from mea.ops.memory import keep_freed_memory
+from mea.ops.precision import keep_freed_memory
 
 ROWS = 256  # logits made at a time
 SMALLEST, LARGEST = 512, 65_536  # tokens of a batch

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from mea.models.latent_attention import MODEL_TYPE_PREFIX
-from mea.ops.memory import keep_freed_memory
+from mea.ops.precision import keep_freed_memory
 from mea.records import Progress
 from mea.train.recovery.loss import Distilled
 from mea.train.recovery.parameters import choose, factors, merged

@@ -1,0 +1,38 @@
+"""What a subcommand does beside typer's own: it answers an option's old name with the new one."""
+
+from typing import Any
+
+from typer.core import TyperCommand
+
+# Command -> old option -> what to give instead.
+RENAMED: dict[str, dict[str, str]] = {
+    "compress": {
+        "--text": "--calibration-text",
+        "--tokens": "--calibration-tokens",
+        "--window": "--calibration-window",
+        "--reread": "--copy-fraction",
+        "--odd": "--layout FILE, with the ranks of keys and values of each layer",
+    },
+    "compare": {"--allocate": "--allocate-keep", "--reread": "--copy-fraction"},
+    "fit": {"--out": "--record"},
+    "perplexity": {"--json": "--record"},
+    "profile": {"--reread": "--copy-fraction"},
+    "recover": {"--reread": "--copy-fraction", "--rate": "--lr", "--other-rate": "--base-lr"},
+    "sweep": {"--files": "--text"},
+}
+
+
+class Command(TyperCommand):
+    """A subcommand that knows the old names of its options."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for argument in args:
+            old = argument.partition("=")[0]
+            if new := RENAMED.get(str(self.name), {}).get(old):
+                ctx.fail(f"{old} is gone: give {new}")
+        return super().parse_args(ctx, args)
+
+
+def epilog(examples: tuple[str, ...]) -> str:
+    """Examples as typer shows them below a command's options."""
+    return "\n\n".join(["Examples:", *(f"  {example}" for example in examples)])

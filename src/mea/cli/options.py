@@ -1,0 +1,52 @@
+"""Options that several commands share: one name, one meaning and one help text each, and the panels that group them."""
+
+from typing import Annotated
+
+import typer
+
+from mea.names import CACHE_BITS, DTYPES, METHODS, TEXTS, listed
+
+WHAT, BUDGET, METHOD, CALIBRATION = "What", "Budget", "Method", "Calibration"
+MEASUREMENT, TRAINING, ADVANCED = "Measurement", "Training", "Advanced"
+
+# Defaults of mea.compression.Calibration, which a test holds them to: importing it takes seconds.
+CALIBRATION_TEXT, CALIBRATION_TOKENS, CALIBRATION_WINDOW, COPY_FRACTION = "calibration", 16384, 1024, 0.5
+WINDOW = 1024
+
+TEXT_HELP = f"{listed(TEXTS)}, or a .txt or .txt.gz file."
+METHOD_HELP = f"{listed(METHODS)}."
+METHOD_OR_WEIGHTING_HELP = f"{listed(METHODS)}, or post_rope:WEIGHTING."
+
+Model = Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.", show_default=False)]
+Against = Annotated[str | None, typer.Option(help="Another model, to compare with.", rich_help_panel=WHAT)]
+Text = Annotated[str, typer.Option(help=f"Text to score: {TEXT_HELP}", rich_help_panel=MEASUREMENT)]
+Window = Annotated[
+    int, typer.Option(help="Tokens of one window of the text; windows do not overlap.", rich_help_panel=MEASUREMENT)
+]
+CacheBits = Annotated[
+    int | None,
+    typer.Option(help=f"Store the cache in {listed(CACHE_BITS)} bits a number.", rich_help_panel=ADVANCED),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help=f"{listed(DTYPES)}; auto is the weights' own, fast is bfloat16 where the machine multiplies it, else "
+        "float32.",
+        rich_help_panel=ADVANCED,
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Seed of the random choices.", rich_help_panel=ADVANCED)]
+CalibrationText = Annotated[
+    str, typer.Option(help=f"Text to fit the factors on: {TEXT_HELP}", rich_help_panel=CALIBRATION)
+]
+CalibrationTokens = Annotated[int, typer.Option(help="Tokens of the calibration text.", rich_help_panel=CALIBRATION)]
+CalibrationWindow = Annotated[
+    int, typer.Option(help="Tokens of one window of the calibration text.", rich_help_panel=CALIBRATION)
+]
+CopyFraction = Annotated[
+    float,
+    typer.Option(
+        help="Share of the windows in which spans are repeated, so that the factors keep what finds earlier tokens.",
+        rich_help_panel=CALIBRATION,
+    ),
+]
