@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from mea.records import make_record, write_record
-from mea.train.pretraining.dataset import TokenStream, prepare
+from mea.train.pretraining.dataset import TokenStream
 from mea.train.pretraining.settings import settings_from
-from mea.train.pretraining.sweep import read_jobs
+from mea.train.pretraining.sweep_file import read_sweep
+from mea.train.pretraining.tokenise import prepare
 
 RECORD = Path(__file__).parent / "records" / "counts.json"
 SMOOTHING = 200  # tokens that the frequencies count for in the context of one token
@@ -22,7 +23,7 @@ SMOOTHING = 200  # tokens that the frequencies count for in the context of one t
 
 def main(*files: str) -> None:
     """Count, score, and write the record."""
-    data = settings_from(read_jobs("experiments/learning_rate/sweep.toml", list(files))[0].tables).data
+    data = settings_from(read_sweep("experiments/learning_rate/sweep.toml", list(files))[0].tables).data
     shards = prepare(data, "build/pretraining/data")
     streams = [TokenStream(shards, split) for split in ("train", "validation")]
     train, text = (stream.read(0, len(stream))[0] for stream in streams)

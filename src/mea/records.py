@@ -117,6 +117,8 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())  # else the name could outlive the content when the machine loses power
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:

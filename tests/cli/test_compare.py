@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from mea.comparison import training
 from mea.records import read_record, read_records
-from mea.train import same_recovery
 from mea.train.recovery.api import recover
 
 
@@ -33,11 +33,11 @@ def test_compare_writes_records_and_three_reports(mea, models_, text, tmp_path):
 
 def test_compare_measures_before_and_after_the_same_training(mea, models_, text, tmp_path, monkeypatch):
     def recorded(student, original, rows, held_out, settings, *args, **options):
-        rates[student.config.latent_form] = settings.rate
+        lrs[student.config.latent_form] = settings.lr
         return recover(student, original, rows, held_out, settings, *args, **options)
 
-    rates: dict[str, float] = {}
-    monkeypatch.setattr(same_recovery, "recover", recorded)
+    lrs: dict[str, float] = {}
+    monkeypatch.setattr(training, "recover", recorded)
     options = ("--method", "post_rope:uniform", "--method", "joint", "--keep", 0.5, "--bits", 8, "--decode-steps", 0)
     options += ("--text", text, "--tokens", 256, "--window", 64, "--context", 40)
     options += ("--calibration-tokens", 256, "--calibration-window", 64, "--recover-tokens", 2 * 64)
@@ -47,7 +47,7 @@ def test_compare_measures_before_and_after_the_same_training(mea, models_, text,
     result = mea("compare", models_["a"], tmp_path, *options, "--recover-text", text)
     assert result.exit_code == 0, result.output
     records = {record["config"]["label"]: record for record in read_records(tmp_path / "records")}
-    assert rates == {"post_rope": 5e-4, "joint": 1.5e-4}
+    assert lrs == {"post_rope": 5e-4, "joint": 1.5e-4}
     for method in ("post_rope:uniform", "joint"):
         before, after = records[f"{method} 0.5"], records[f"{method} 0.5, recovered"]
         assert after["config"]["recovery"]["steps"] == 2

@@ -4,7 +4,6 @@ import json
 import shutil
 
 import pytest
-import torch
 
 from mea.models.decoder import MeaForCausalLM
 from mea.records import read_record
@@ -19,7 +18,7 @@ from two_processes import run_on_two
 def test_one_process_has_nothing_to_share_with(settings):
     model = build_model(settings(), 300, 0)
     with pytest.raises(ValueError, match="several processes"):
-        shard(model, 1, torch.device("cpu"))
+        shard(model, model.model.layers)
 
 
 @pytest.mark.slow

@@ -105,11 +105,11 @@ def compare(
     from mea.comparison.measure import Protocol
     from mea.comparison.run import Training, describe_cost
     from mea.comparison.run import compare as run
+    from mea.comparison.training import SameRecovery, one_by_one
     from mea.compression import Calibration
     from mea.report import terminal_table, write_report
     from mea.report.registry import make_sections
     from mea.report.render.markdown import as_csv, write_markdown, write_text
-    from mea.train.same_recovery import SameRecovery, one_by_one
 
     configs = method_configs(
         method or METHODS, keep or KEEPS, bits=bits or BITS,

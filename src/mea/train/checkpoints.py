@@ -6,6 +6,8 @@ import shutil
 import zlib
 from pathlib import Path
 
+from mea.records import write_atomically
+
 MARK = "complete.json"
 
 
@@ -16,9 +18,7 @@ def mark_complete(folder: Path) -> None:
         with path.open("rb") as file:
             os.fsync(file.fileno())
     content = {name: [path.stat().st_size, checksum_of(path)] for name, path in files.items()}
-    partial = folder / f"{MARK}.partial"
-    partial.write_text(json.dumps(content), encoding="utf-8")
-    partial.replace(folder / MARK)
+    write_atomically(folder / MARK, json.dumps(content))
 
 
 def is_complete(folder: Path) -> bool:
@@ -34,21 +34,21 @@ def is_complete(folder: Path) -> bool:
 
 
 def last_complete(run: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that is whole, and the names of newer ones that are not; these are removed."""
-    found = sorted(run.glob("checkpoint-*"), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    bad: list[str] = []
-    for folder in found:
+    """The newest checkpoint that is complete, and the names of newer ones that are not; these are removed."""
+    newest_first = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    incomplete: list[str] = []
+    for folder in newest_first:
         if is_complete(folder):
-            return folder, bad
-        bad.append(folder.name)
+            return folder, incomplete
+        incomplete.append(folder.name)
         shutil.rmtree(folder)
-    return None, bad
+    return None, incomplete
 
 
 def checksum_of(path: Path) -> int:
-    """CRC-32 of a file, read a piece at a time."""
-    value = 0
+    """CRC-32 of a file, read in pieces of 4 MiB."""
+    checksum = 0
     with path.open("rb") as file:
         while piece := file.read(1 << 22):
-            value = zlib.crc32(piece, value)
-    return value
+            checksum = zlib.crc32(piece, checksum)
+    return checksum

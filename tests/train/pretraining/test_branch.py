@@ -6,8 +6,8 @@ import pytest
 
 from mea.records import read_record
 from mea.train.pretraining.run import pretrain
-from mea.train.pretraining.sweep import KEPT, STEPS, sweep, work
-from mea.train.pretraining.sweep_file import Job
+from mea.train.pretraining.sweep import STEPS, sweep, work
+from mea.train.pretraining.sweep_file import SweepRun
 from tiny_corpus import merged
 
 DECAY = {"optim": {"schedule": "wsd", "final_fraction": 0.0, "decay_fraction": 0.2}}
@@ -35,7 +35,7 @@ def test_a_branch_is_the_whole_run(constant, settings, cache, tmp_path):
 @pytest.mark.parametrize(
     ("checkpoint", "changes", "message"),
     [
-        ("checkpoint-8", {}, "no whole checkpoint"),
+        ("checkpoint-8", {}, "no complete checkpoint"),
         (BEFORE, {"optim": {"learning_rate": 1.0}}, r"with another optim\.learning_rate"),
         (BEFORE, {"model": {"variant": "groupnorm"}, "run": {"seed": 1}}, r"model\.variant, run\.seed"),
         (BEFORE, {"optim": {"decay_fraction": 0.4}}, "decay from 12"),
@@ -52,10 +52,10 @@ def test_what_is_no_branch_of_a_run_is_refused(constant, settings, cache, tmp_pa
 def test_a_sweep_keeps_checkpoints_and_branches_from_them(tables, tmp_path):
     """The second run goes on from what the first kept; the third finds nothing kept and is trained whole."""
     base = merged(tables, {"optim": {"learning_rate": 1e-3}})
-    jobs = [
-        Job("mea-0.001-0", base, "mea-0.001-0", keep=0.8),
-        Job("mea-0.001-0-wsd", merged(base, DECAY), "mea-0.001-0", branch=0.8),
-        Job("mea-0.001-1-wsd", merged(base, merged(DECAY, {"run": {"seed": 1}})), "mea-0.001-1", branch=0.8),
+    runs = [
+        SweepRun("mea-0.001-0", base, "mea-0.001-0", keep=0.8),
+        SweepRun("mea-0.001-0-wsd", merged(base, DECAY), "mea-0.001-0", branch=0.8),
+        SweepRun("mea-0.001-1-wsd", merged(base, merged(DECAY, {"run": {"seed": 1}})), "mea-0.001-1", branch=0.8),
     ]
     notes: list[str] = []
 
@@ -65,8 +65,8 @@ def test_a_sweep_keeps_checkpoints_and_branches_from_them(tables, tmp_path):
         assert (Path(log).parent / STEPS).read_text() == "20"  # which the sweep tells of while a run goes on
         return 0
 
-    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=here, note=notes.append)
+    counts = sweep(runs, tmp_path / "records", tmp_path / "work", launch=here, note=notes.append)
     assert counts["finished"] == 3, notes
-    assert (tmp_path / "work" / KEPT / "mea-0.001-0" / BEFORE).is_dir()
-    steps = [read_record(tmp_path / "records" / f"{job.name}.json")["results"]["branched_at_step"] for job in jobs]
+    assert (tmp_path / "work" / "kept" / "mea-0.001-0" / BEFORE).is_dir()
+    steps = [read_record(tmp_path / "records" / f"{run.name}.json")["results"]["branched_at_step"] for run in runs]
     assert steps == [None, 16, None]

@@ -9,21 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from mea import records
 from mea.models.decoder import MeaForCausalLM
-from mea.train.pretraining import dataset
 from mea.train.pretraining import documents as documents_module
-from mea.train.pretraining.dataset import (
-    IGNORED,
-    TokenStream,
-    TrainingRows,
-    ValidationRows,
-    collate,
-    load_tokenizer,
-    prepare,
-)
+from mea.train.pretraining import tokenise
+from mea.train.pretraining.dataset import IGNORED, TokenStream, TrainingRows, ValidationRows, collate, row_of
 from mea.train.pretraining.documents import documents, is_validation
 from mea.train.pretraining.run import build_model
 from mea.train.pretraining.settings import DataSettings
+from mea.train.pretraining.tokenise import load_tokenizer, prepare
 from tiny_corpus import SEPARATOR, some_documents
 
 TEXTS = some_documents(40)
@@ -134,10 +128,10 @@ def test_the_splits_are_whole_documents_and_share_none(tmp_path):
     folder = prepare(settings, tmp_path / "cache")
     tokenizer = load_tokenizer(folder)
     found = {}
-    for split in dataset.SPLITS:
+    for split in tokenise.SPLITS:
         stream = TokenStream(folder, split)
         text = tokenizer.decode(stream.read(0, len(stream))[0])
-        found[split] = str(text).split(dataset.END)[:-1]
+        found[split] = str(text).split(tokenise.END)[:-1]
     assert found["train"] == [text for text in TEXTS if not is_validation(text, 0.2)]
     assert found["validation"] == [text for text in TEXTS if is_validation(text, 0.2)]
     assert found["validation"]
@@ -154,7 +148,7 @@ def test_any_text_survives_the_tokenizer(tmp_path):
 def test_tokenising_goes_on_after_the_last_whole_shard(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text(SEPARATOR.join(TEXTS), encoding="utf-8")
-    monkeypatch.setattr(dataset, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 500)
     settings = data(path, shard_tokens=200)
     whole = prepare(settings, tmp_path / "whole")
 
@@ -176,7 +170,7 @@ def test_reading_across_shards_gives_the_same_rows(tmp_path, monkeypatch):
     path = tmp_path / "a.txt"
     path.write_text(SEPARATOR.join(TEXTS), encoding="utf-8")
     one = TokenStream(prepare(data(path), tmp_path / "one"), "train")
-    monkeypatch.setattr(dataset, "BATCH_CHARACTERS", 500)
+    monkeypatch.setattr(tokenise, "BATCH_CHARACTERS", 500)
     many = TokenStream(prepare(data(path, shard_tokens=100), tmp_path / "many"), "train")
     assert len(many.tokens) > 3
     for start in range(0, len(one) - 64, 31):
@@ -207,7 +201,7 @@ def test_a_full_disk_says_what_it_lacks_and_leaves_no_half_shard(tmp_path, monke
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(dataset.os, "fsync", full)
+        patch.setattr(records.os, "fsync", full)
         with pytest.raises(OSError, match=r"bytes to write, .* free"):
             prepare(data(path), tmp_path / "cache")
     assert not list(tmp_path.rglob("*.partial"))
@@ -241,7 +235,7 @@ def test_documents_in_one_row_do_not_see_each_other(settings, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text(SEPARATOR.join(TEXTS), encoding="utf-8")
     stream = TokenStream(prepare(data(path), tmp_path / "cache"), "train")
-    row = dataset.row_of(stream, 0, 400)
+    row = row_of(stream, 0, 400)
     begins = (row["position_ids"] == 0).nonzero().flatten().tolist()
     assert len(begins) > 2
     assert [i for i in range(400) if row["labels"][i] == IGNORED] == begins

@@ -5,20 +5,20 @@ from typing import Any
 import pytest
 import torch
 
-from mea.train.pretraining.diagnostics import _by_tokens_seen, inspect
+from mea.train.pretraining.diagnostics import _by_tokens_seen, attention_diagnostics
 from mea.train.pretraining.run import build_model
 
 
 @pytest.mark.parametrize("variant", ["transformer", "mea", "mea_frequency", "differential_v1", "talking_heads"])
-def test_every_variant_can_be_inspected_and_is_left_as_it_was(settings, variant):
+def test_every_variant_can_be_diagnosed_and_is_left_as_it_was(settings, variant):
     torch.manual_seed(0)
     model = build_model(settings(model={"variant": variant}), 300, 0).eval()
     ids = torch.randint(0, 300, (2, 16))
     before = model(ids).logits
-    found = inspect(model, lambda: model(ids, use_cache=False))
-    assert len(found["largest_logit"]) == 2
-    assert [len(heads) for heads in found["head_rms"]] == [4, 4]
-    assert ("key_mixing" in found) == (variant == "mea")
+    diagnostics = attention_diagnostics(model, lambda: model(ids, use_cache=False))
+    assert len(diagnostics["largest_logit"]) == 2
+    assert [len(heads) for heads in diagnostics["head_rms"]] == [4, 4]
+    assert ("key_mixing" in diagnostics) == (variant == "mea")
     assert torch.equal(model(ids).logits, before)
 
 
@@ -32,32 +32,32 @@ def test_logits_rms_and_spectrum_are_those_computed_by_hand(settings):
     ids = torch.randint(0, 300, (2, 16))
     seen = {}
     hook = layer.o_proj.register_forward_hook(lambda _module, inputs, _out: seen.update(heads=inputs[0]))
-    found = inspect(model, lambda: model(ids, use_cache=False))
+    diagnostics = attention_diagnostics(model, lambda: model(ids, use_cache=False))
     hook.remove()
     rms = seen["heads"].view(2, 16, 4, 8).square().mean((0, 1, 3)).sqrt()
-    assert found["head_rms"][0] == pytest.approx(rms.tolist(), rel=1e-5)
-    assert found["value_mixing"][0] == pytest.approx([4, 3, 2, 1])
-    assert found["key_mixing"][1] == pytest.approx([1, 1, 1, 1])
+    assert diagnostics["head_rms"][0] == pytest.approx(rms.tolist(), rel=1e-5)
+    assert diagnostics["value_mixing"][0] == pytest.approx([4, 3, 2, 1])
+    assert diagnostics["key_mixing"][1] == pytest.approx([1, 1, 1, 1])
 
     first: Any = model.model.layers[0]
     x = first.input_layernorm(model.model.embed_tokens(ids))
     q, k = (layer.heads(projection(x)) for projection in (layer.q_proj, layer.k_proj))
     q, k = layer.rotate(q, k, None, None)
-    assert len(found["read_rms"][0]) == 5  # 1, 2, 4, 8 and 16 tokens seen
+    assert len(diagnostics["read_rms"][0]) == 5  # 1, 2, 4, 8 and 16 tokens seen
     value = layer.value_mixing(layer.heads(layer.v_proj(x)))  # the first token reads its own, all heads of it
-    assert found["read_rms"][0][0] == pytest.approx(value[:, 0].square().mean().sqrt().item(), rel=1e-5)
+    assert diagnostics["read_rms"][0][0] == pytest.approx(value[:, 0].square().mean().sqrt().item(), rel=1e-5)
 
     scores = torch.einsum("bthd,bshd->bhts", q, k) * 8**-0.5
     allowed = torch.ones(16, 16, dtype=torch.bool).tril()
-    assert found["largest_logit"][0] == pytest.approx(scores[..., allowed].max().item(), rel=1e-5)
+    assert diagnostics["largest_logit"][0] == pytest.approx(scores[..., allowed].max().item(), rel=1e-5)
 
 
 def test_reads_are_told_by_the_tokens_that_are_seen():
     """A mean of n unrelated values is as loud as 1 / sqrt(n), and a document starts anew."""
     out = torch.randn(4000, 8, 2, 16).cumsum(1) / torch.arange(1, 9)[:, None, None]
-    found = _by_tokens_seen(out, None)
+    diagnostics = _by_tokens_seen(out, None)
     truth = [(sum(1 / n for n in group) / len(group)) ** 0.5 for group in ([1], [2, 3], [4, 5, 6, 7], [8])]
-    assert found == pytest.approx(truth, rel=0.01)
+    assert diagnostics == pytest.approx(truth, rel=0.01)
     mask = torch.ones(8, 8, dtype=torch.bool).tril()
     mask[4:, :4] = False
     place = (1 + torch.arange(8) % 4)[None, :, None, None]

@@ -16,7 +16,8 @@ from mea.models.decoder import MeaForCausalLM
 from mea.records import read_record
 from mea.train.checkpoints import MARK
 from mea.train.pretraining import run as pretraining
-from mea.train.pretraining.run import build_model, divergence_message, pretrain
+from mea.train.pretraining.record import divergence_message
+from mea.train.pretraining.run import build_model, pretrain
 from mea.train.pretraining.trainer import parameter_groups
 
 
@@ -137,7 +138,7 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(settings, cache, tmp_path,
         original(self, folder)
 
     monkeypatch.setattr(pretraining.PretrainTrainer, "_save_optimizer_and_scheduler", full)
-    with pytest.raises(OSError, match="checkpoint-4 is whole"):
+    with pytest.raises(OSError, match="checkpoint-4 is complete"):
         pretrain(settings(), tmp_path, cache=cache)
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 

@@ -13,7 +13,7 @@ from mea.records import make_record, write_record
 from mea.train.pretraining import sweep as sweeps
 from mea.train.pretraining.settings import settings_from
 from mea.train.pretraining.sweep import on_ray, run_command, sweep
-from mea.train.pretraining.sweep_file import read_jobs
+from mea.train.pretraining.sweep_file import read_sweep
 from tiny_corpus import SEPARATOR, some_documents
 
 SWEEP = """
@@ -27,17 +27,17 @@ model = {{ variant = "mea", freeze_mixing = "random" }}
 
 [[stage]]
 arms = ["mea", "frozen"]
-rates = [1e-3, 1]
+learning_rates = [1e-3, 1]
 seeds = [0]
 
 [[stage]]
 arms = ["mea"]
-rates = [1e-3]
+learning_rates = [1e-3]
 seeds = [0, 1]
 
 [[stage]]
 arms = ["mea"]
-rates = [1e-3]
+learning_rates = [1e-3]
 seeds = [0]
 branch = 0.8
 change = {{ optim = {{ schedule = "cosine" }} }}
@@ -45,12 +45,12 @@ change = {{ optim = {{ schedule = "cosine" }} }}
 
 
 @pytest.fixture
-def jobs(tmp_path):
+def runs(tmp_path):
     text = tmp_path / "text.txt"
     text.write_text(SEPARATOR.join(some_documents()), encoding="utf-8")
     path = tmp_path / "sweep.toml"
     path.write_text(SWEEP.format(separator=SEPARATOR.replace("\n", "\\n")), encoding="utf-8")
-    return read_jobs(path, [str(text)])
+    return read_sweep(path, [str(text)])
 
 
 def fake(outcomes: dict[str, list[str]], calls: list[str]):
@@ -75,8 +75,8 @@ def fake(outcomes: dict[str, list[str]], calls: list[str]):
     return launch
 
 
-def test_the_order_is_that_of_the_stages_and_nothing_comes_twice(jobs):
-    assert [job.name for job in jobs] == [
+def test_the_order_is_that_of_the_stages_and_nothing_comes_twice(runs):
+    assert [run.name for run in runs] == [
         "mea-0.001-0",
         "frozen-0.001-0",
         "mea-1-0",
@@ -84,14 +84,14 @@ def test_the_order_is_that_of_the_stages_and_nothing_comes_twice(jobs):
         "mea-0.001-1",
         "mea-0.001-0-cosine",
     ]
-    frozen = jobs[1].tables
+    frozen = runs[1].tables
     assert frozen["model"] == {"variant": "mea", "freeze_mixing": "random"}
     assert (frozen["labels"], frozen["run"]) == ({"arm": "frozen"}, {"seed": 0})
-    assert jobs[-1].tables["optim"] == {"schedule": "cosine", "learning_rate": 1e-3}
-    assert (jobs[-1].base, jobs[-1].branch) == ("mea-0.001-0", 0.8)
+    assert runs[-1].tables["optim"] == {"schedule": "cosine", "learning_rate": 1e-3}
+    assert (runs[-1].base, runs[-1].branch) == ("mea-0.001-0", 0.8)
 
 
-def test_finished_runs_are_skipped_crashed_ones_tried_again(jobs, tmp_path):
+def test_finished_runs_are_skipped_crashed_ones_tried_again(runs, tmp_path):
     calls, notes = [], []
     outcomes = {
         "frozen-0.001-0": ["crash", "good"],
@@ -99,7 +99,7 @@ def test_finished_runs_are_skipped_crashed_ones_tried_again(jobs, tmp_path):
         "frozen-1-0": ["crash", "crash", "crash", "good"],
     }
     launch = fake(outcomes, calls)
-    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=launch, note=notes.append)
+    counts = sweep(runs, tmp_path / "records", tmp_path / "work", launch=launch, note=notes.append)
     assert counts == {"finished": 5, "diverged": 1, "failed": 1, "left": 0}
     assert calls.count("frozen-0.001-0") == 2
     assert calls.count("frozen-1-0") == 3
@@ -109,27 +109,27 @@ def test_finished_runs_are_skipped_crashed_ones_tried_again(jobs, tmp_path):
 
     calls.clear()
     outcomes["frozen-1-0"] = ["good"]
-    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=launch, note=notes.append)
+    counts = sweep(runs, tmp_path / "records", tmp_path / "work", launch=launch, note=notes.append)
     assert calls == ["frozen-1-0"]
     assert counts["finished"] == 6
 
 
-def test_an_interruption_starts_nothing_more(jobs, tmp_path):
+def test_an_interruption_starts_nothing_more(runs, tmp_path):
     calls = []
     launch = fake({"frozen-0.001-0": ["interrupt"]}, calls)
     with pytest.raises(KeyboardInterrupt):
-        sweep(jobs, tmp_path / "records", tmp_path / "work", launch=launch, note=lambda _: None)
+        sweep(runs, tmp_path / "records", tmp_path / "work", launch=launch, note=lambda _: None)
     assert len(calls) < 4
-    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", launch=fake({}, []), note=lambda _: None)
+    counts = sweep(runs, tmp_path / "records", tmp_path / "work", launch=fake({}, []), note=lambda _: None)
     assert counts["finished"] == 6
 
 
-def test_after_the_time_is_over_no_run_is_started(jobs, tmp_path):
-    counts = sweep(jobs, tmp_path / "records", tmp_path / "work", minutes=0.0, launch=fake({}, []))
+def test_after_the_time_is_over_no_run_is_started(runs, tmp_path):
+    counts = sweep(runs, tmp_path / "records", tmp_path / "work", minutes=0.0, launch=fake({}, []))
     assert counts == {"finished": 0, "diverged": 0, "failed": 0, "left": 6}
 
 
-def test_a_branch_waits_for_the_run_that_it_goes_on_from(jobs, tmp_path):
+def test_a_branch_waits_for_the_run_that_it_goes_on_from(runs, tmp_path):
     """With two workers it began beside that run, found nothing kept, and was trained whole in five times the time."""
     happened = []
 
@@ -140,13 +140,13 @@ def test_a_branch_waits_for_the_run_that_it_goes_on_from(jobs, tmp_path):
         happened.append(branch)
         return fake({}, [])(command, log)
 
-    sweep([jobs[0], jobs[-1]], tmp_path / "records", tmp_path / "work", workers=2, launch=launch, note=lambda _: None)
+    sweep([runs[0], runs[-1]], tmp_path / "records", tmp_path / "work", workers=2, launch=launch, note=lambda _: None)
     assert happened == [False, False, True, True]
 
 
-def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, jobs, tmp_path):
+def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, runs, tmp_path):
     """A run takes minutes to days: a bar that moved only when one ends would say nothing for as long."""
-    monkeypatch.setattr(sweeps, "LOOK", 0.01)
+    monkeypatch.setattr(sweeps, "POLL_SECONDS", 0.01)
     told, seen = [], threading.Event()
 
     def launch(command: list[str], log: str) -> int:
@@ -159,8 +159,8 @@ def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, jobs, tmp_path):
         if done == 7:
             seen.set()
 
-    sweep(jobs[:2], tmp_path / "records", tmp_path / "work", launch=launch, progress=progress, note=lambda _: None)
-    steps = [settings_from(job.tables).optim.steps for job in jobs[:2]]
+    sweep(runs[:2], tmp_path / "records", tmp_path / "work", launch=launch, progress=progress, note=lambda _: None)
+    steps = [settings_from(run.tables).optim.steps for run in runs[:2]]
     told = [entry for entry in told if entry[0].startswith("steps")]
     assert ("steps (0 of 2 runs have a record)", 7, sum(steps)) in told
     assert told[-1] == ("steps (2 of 2 runs have a record)", sum(steps), sum(steps))
@@ -169,7 +169,8 @@ def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, jobs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("rates = [1e-3, 1]", ""), "stage 1 lacks rates"),
+        (("learning_rates = [1e-3, 1]", ""), "stage 1 lacks learning_rates"),
+        (("learning_rates = [1e-3, 1]", "rates = [1e-3, 1]"), "has rates, which are called learning_rates now"),
         (('arms = ["mea", "frozen"]', 'arms = ["mae"]'), "run mae-0.001-0: no variant is called 'mae'"),
         (("[[stage]]", "[[stages]]"), r"has no \[\[stage\]\]"),
     ],
@@ -178,7 +179,7 @@ def test_a_sweep_file_that_is_wrong(tmp_path, change, message):
     path = tmp_path / "sweep.toml"
     path.write_text(SWEEP.format(separator="x").replace(*change), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
-        read_jobs(path)
+        read_sweep(path)
 
 
 def test_a_command_adds_to_its_log(tmp_path):
@@ -188,11 +189,11 @@ def test_a_command_adds_to_its_log(tmp_path):
     assert log.read_text() == "before\nout\n"
 
 
-def test_runs_at_a_time_share_the_threads(monkeypatch, jobs, tmp_path):
+def test_runs_at_a_time_share_the_threads(monkeypatch, runs, tmp_path):
     monkeypatch.setattr(sweeps.torch, "get_num_threads", lambda: 6)
     monkeypatch.setattr(sweeps, "WORKER", "import os; raise SystemExit('threads ' + os.environ['OMP_NUM_THREADS'])")
     notes = []
-    sweep(jobs[:1], tmp_path / "records", tmp_path / "work", workers=2, attempts=1, note=notes.append)
+    sweep(runs[:1], tmp_path / "records", tmp_path / "work", workers=2, attempts=1, note=notes.append)
     assert "threads 3" in notes[0]
 
 
@@ -232,10 +233,10 @@ def test_ray_is_given_the_same_command(monkeypatch, tmp_path):
     assert ray.asked == [{"num_cpus": 1, "num_gpus": 0.5, "max_retries": 0}]
 
 
-def test_a_node_of_the_cluster_that_dies_is_a_crash_of_its_run(monkeypatch, jobs, tmp_path):
+def test_a_node_of_the_cluster_that_dies_is_a_crash_of_its_run(monkeypatch, runs, tmp_path):
     """Ray raises then, which ended the whole sweep; the run is to be tried again, as after any crash."""
     monkeypatch.setitem(sys.modules, "ray", StandInForRay(dies=True))
     notes = []
-    counts = sweep(jobs[:2], tmp_path / "records", tmp_path / "work", launch=on_ray(0.0), note=notes.append)
+    counts = sweep(runs[:2], tmp_path / "records", tmp_path / "work", launch=on_ray(0.0), note=notes.append)
     assert counts["failed"] == 2
     assert all("failed 3 times: the worker died" in note for note in notes)

@@ -27,7 +27,7 @@ SMALL: dict[str, Any] = {
     "precision": "float32",
     "evaluations": 4,
     "checkpoints": 4,
-    "rate": 3e-2,  # relative; the tensors of these models have an RMS of about a tenth
+    "lr": 3e-2,  # relative; the tensors of these models have an RMS of about a tenth
     "base_lr": 1e-2,
 }
 
@@ -43,9 +43,9 @@ def rows(count: int = 48) -> torch.Tensor:
     return torch.randint(1, 99, (count, WINDOW), generator=torch.Generator().manual_seed(count))
 
 
-def run(pair: Any, folder: Path, preset: str = "distil", progress: Any = None, **changes: Any) -> Any:
+def run(pair: Any, folder: Path, stage: str = "distill", progress: Any = None, **changes: Any) -> Any:
     student, original = copy.deepcopy(pair)
-    settings = recovery(preset, **{**SMALL, **changes})
+    settings = recovery(stage, **{**SMALL, **changes})
     return recover(student, original, rows(), rows(4), settings, folder, progress=progress)
 
 
@@ -58,28 +58,28 @@ class Stopped(Exception):
     pass
 
 
-@pytest.mark.parametrize("preset", ["distil", "cpt"])  # relative rates and absolute ones
-def test_a_run_that_was_interrupted_ends_in_the_same_state(pair, tmp_path, preset):
-    whole = run(pair, tmp_path / "whole", preset)
+@pytest.mark.parametrize("stage", ["distill", "cpt"])  # relative rates and absolute ones
+def test_a_run_that_was_interrupted_ends_in_the_same_state(pair, tmp_path, stage):
+    whole = run(pair, tmp_path / "whole", stage)
 
     def stop(what: str, done: int, of: int) -> None:
-        if what == "recovering" and done == 8:
+        if what.startswith("recovering") and done == 8:
             raise Stopped
 
     with pytest.raises(Stopped):
-        run(pair, tmp_path / "parts", preset, progress=stop)
+        run(pair, tmp_path / "parts", stage, progress=stop)
     assert (tmp_path / "parts" / "checkpoint-6").is_dir()
-    resumed = run(pair, tmp_path / "parts", preset)
+    resumed = run(pair, tmp_path / "parts", stage)
     assert resumed.losses == whole.losses
     assert resumed.curve == whole.curve
     for name, tensor in whole.model.state_dict().items():
         assert torch.equal(tensor, resumed.model.state_dict()[name]), name
 
 
-@pytest.mark.parametrize("preset", ["layers", "distil", "near", "cpt"])
-def test_every_stage_lowers_what_it_minimises(pair, tmp_path, preset):
-    scale = 1 if recovery(preset).relative else 0.1
-    result = run(pair, tmp_path, preset, rate=scale * 3e-2, base_lr=scale * 1e-2)
+@pytest.mark.parametrize("stage", ["distill", "cpt"])
+def test_every_stage_lowers_what_it_minimises(pair, tmp_path, stage):
+    scale = 1 if recovery(stage).relative else 0.1
+    result = run(pair, tmp_path, stage, lr=scale * 3e-2, base_lr=scale * 1e-2)
     losses = [point["loss"] for point in result.losses]
     assert sum(losses[-3:]) < sum(losses[:3])
 
@@ -106,7 +106,7 @@ def test_relative_rates_are_the_same_share_of_every_tensor(pair, tmp_path):
     student, original = copy.deepcopy(pair)
     nought = next(parameter for name, parameter in student.named_parameters() if "norm" in name)
     torch.nn.init.zeros_(nought)
-    settings = recovery("near", **{**SMALL, "rate": 1e-3, "base_lr": 1e-4})
+    settings = recovery(**{**SMALL, "lr": 1e-3, "base_lr": 1e-4})
     own = list(factors(student).values())
     module = Distilled(student, original, kl=1.0, ce=0.0)
     groups = RecoveryTrainer(module, own, rows(), dict, settings, tmp_path).create_optimizer().param_groups
@@ -127,7 +127,7 @@ def test_distillation_comes_nearer_to_the_original_on_held_out_text(pair, tmp_pa
 def test_the_result_is_the_best_state_seen_and_never_worse_than_the_start(pair, tmp_path):
     student, original = copy.deepcopy(pair)
     useless = torch.ones_like(rows())  # one word again and again: it makes all others less likely
-    settings = recovery("cpt", **{**SMALL, "rate": 0.01, "base_lr": 0.01})
+    settings = recovery("cpt", **{**SMALL, "lr": 0.01, "base_lr": 0.01})
     result = recover(student, original, useless, rows(4), settings, tmp_path)
     assert result.curve[-1]["ce"] > result.curve[0]["ce"]
     assert result.best == min(result.curve, key=lambda point: point["ce"])
@@ -137,12 +137,12 @@ def test_the_result_is_the_best_state_seen_and_never_worse_than_the_start(pair, 
     assert measured == pytest.approx(result.best["ce"], rel=1e-5)  # in parts of 2 windows, and of 4 here
 
 
-@pytest.mark.parametrize(("preset", "chosen"), [("distil", 2), ("cpt", 1)])
-def test_distillation_chooses_by_nearness_among_states_that_predict_no_worse(pair, tmp_path, preset, chosen):
+@pytest.mark.parametrize(("stage", "chosen"), [("distill", 2), ("cpt", 1)])
+def test_distillation_chooses_by_nearness_among_states_that_predict_no_worse(pair, tmp_path, stage, chosen):
     student, original = copy.deepcopy(pair)
     scores = [{"ce": ce, "kl": kl} for ce, kl in ((3.0, 0.2), (2.9, 0.15), (2.95, 0.1), (3.1, 0.05))]
-    settings = recovery(preset, **{**SMALL, "tokens": 3 * 4 * WINDOW, "evaluations": 3})
-    module = Distilled(student, original, kl=float(preset == "distil"), ce=float(preset == "cpt"))
+    settings = recovery(stage, **{**SMALL, "tokens": 3 * 4 * WINDOW, "evaluations": 3})
+    module = Distilled(student, original, kl=float(stage == "distill"), ce=float(stage == "cpt"))
     trainer = RecoveryTrainer(module, [], rows(), iter(scores).__next__, settings, tmp_path)
     trainer.train()
     assert {name: trainer.restore_best()[name] for name in ("ce", "kl")} == scores[chosen]
@@ -255,19 +255,33 @@ def test_what_cannot_be_recovered_is_refused(pair, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trained": "atention"}, "did you mean attention"),
+        ({"trained": "atention"}, "did you mean 'attention'"),
         ({"tokens": 63}, "less than one step"),
         ({"batch": 3}, "cannot be cut"),
-        ({"rate": 0.0}, "must be positive"),
-        ({"warmup": 1.0}, "a share"),
+        ({"lr": 0.0}, "lr must be greater than 0"),
+        ({"warmup": 1.0}, "warmup must be less than 1"),
         ({"copy_fraction": 1.5}, "a share of the windows"),
-        ({"windows": 3}, "did you mean window"),
-        ({"objective": "attention", "trained": "all"}, "train factors or attention"),
+        ({"windows": 3}, "did you mean 'window'"),
+        ({"objective": "attention"}, "objective must be 'logits' or 'text'"),
     ],
 )
 def test_impossible_settings_are_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         recovery(**{**SMALL, **changes})
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("distil", "is called distill now"),
+        ("near", "use --stage distill --lr 3e-4 --base-lr 3e-4"),
+        ("layers", "use --stage distill --trained factors"),
+        ("cp", "did you mean 'cpt'"),
+    ],
+)
+def test_a_stage_of_an_old_or_wrong_name_is_refused_with_what_to_use(stage, message):
+    with pytest.raises(ValueError, match=message):
+        recovery(stage)
 
 
 class Letters:

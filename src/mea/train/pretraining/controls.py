@@ -18,17 +18,18 @@ def freeze_mixing(model: MeaForCausalLM) -> None:
     ValueError
         The model has none.
     """
-    found = [module for module in model.modules() if isinstance(module, HeadMixing)]
-    if not found:
+    mixings = [module for module in model.modules() if isinstance(module, HeadMixing)]
+    if not mixings:
         raise ValueError(f"{model.config.attention!r} has no mixing matrices to freeze")
-    for module in found:
-        module.requires_grad_(False)
+    for mixing in mixings:
+        mixing.requires_grad_(False)
 
 
 class FoldMixing(TrainerCallback):
-    """At a step, multiply the mixing into ``W_K`` and ``W_V`` and leave the identity, frozen: the function stays.
+    """At a step, multiply the mixing into ``W_K`` and ``W_V`` and freeze the identity in its place.
 
-    The moments of the two projections belong to another basis then and start anew.
+    The model computes the same function. The optimiser's moments of the two projections belong to the old basis and are
+    dropped.
 
     Parameters
     ----------

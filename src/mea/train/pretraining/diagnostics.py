@@ -1,4 +1,4 @@
-"""What goes on inside attention while a model trains: how large logits get, how loud heads are, what mixing became."""
+"""Diagnostics of attention during training: the largest logits, the RMS of every head, the spectra of the mixing."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -13,12 +13,12 @@ from torch.distributed.tensor import DTensor
 from mea.attention.base import Attention
 from mea.attention.mixing import HeadMixing
 
-Inspection = dict[str, list[Any]]
+Diagnostics = dict[str, list[Any]]
 
 
 @torch.no_grad()
-def inspect(model: nn.Module, forward: Callable[[], Any]) -> Inspection:
-    """Look into every attention layer during one forward pass.
+def attention_diagnostics(model: nn.Module, forward: Callable[[], Any]) -> Diagnostics:
+    """Diagnose every attention layer during one forward pass.
 
     Parameters
     ----------
@@ -32,41 +32,41 @@ def inspect(model: nn.Module, forward: Callable[[], Any]) -> Inspection:
     For every layer: ``largest_logit``, of scaled scores that the mask lets through; ``head_rms``, root mean square of
     each head as the output projection gets it; ``read_rms``, that of what attention reads (before norm and
     subtraction) over the tokens that see 1, 2 to 3, 4 to 7, ... tokens; ``key_mixing`` and ``value_mixing``, singular
-    values of the mixing matrices, if the layer has scalar ones. Talking heads mix the maps: there are no scores and
-    reads of single heads to tell of.
+    values of the mixing matrices, if the layer has scalar ones. Talking heads mix the attention maps: they have no
+    scores and reads of single heads.
     """
     layers = [module for module in model.modules() if isinstance(module, Attention)]
-    found: Inspection = {name: [[] for _ in layers] for name in ("head_rms", "read_rms")}
-    found["largest_logit"] = [-math.inf] * len(layers)
-    with _watched(layers, found):
+    diagnostics: Diagnostics = {name: [[] for _ in layers] for name in ("head_rms", "read_rms")}
+    diagnostics["largest_logit"] = [-math.inf] * len(layers)
+    with _recorded(layers, diagnostics):
         forward()
     for name in ("key_mixing", "value_mixing"):
         mixings = [getattr(layer, name, None) for layer in layers]
         if any(isinstance(mixing, HeadMixing) for mixing in mixings):
-            found[name] = [_spectrum(mixing) for mixing in mixings]
-    return found
+            diagnostics[name] = [_spectrum(mixing) for mixing in mixings]
+    return diagnostics
 
 
 @contextmanager
-def _watched(layers: list[Attention], found: Inspection) -> Iterator[None]:
-    """Within, scores and heads of every pass are entered into `found`."""
+def _recorded(layers: list[Attention], diagnostics: Diagnostics) -> Iterator[None]:
+    """Record scores and heads of every pass into `diagnostics`."""
     hooks = []
 
     def attend(index: int, q: Tensor, k: Tensor, v: Tensor, mask: Any) -> Tensor:
         largest = _largest(layers[index], q, k, mask)
-        found["largest_logit"][index] = max(found["largest_logit"][index], largest)
+        diagnostics["largest_logit"][index] = max(diagnostics["largest_logit"][index], largest)
         out = type(layers[index]).attend(layers[index], q, k, v, mask)
-        found["read_rms"][index] = _by_tokens_seen(out, mask)
+        diagnostics["read_rms"][index] = _by_tokens_seen(out, mask)
         return out
 
-    def loudness(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def head_rms(index: int, module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         heads = inputs[0].float().unflatten(-1, (layers[index].num_heads, -1))
-        found["head_rms"][index] = heads.square().mean((0, 1, 3)).sqrt().tolist()
+        diagnostics["head_rms"][index] = heads.square().mean((0, 1, 3)).sqrt().tolist()
 
     try:
         for index, layer in enumerate(layers):
             layer.attend = partial(attend, index)  # on the instance, over the class's method
-            hooks.append(layer.o_proj.register_forward_pre_hook(partial(loudness, index)))
+            hooks.append(layer.o_proj.register_forward_pre_hook(partial(head_rms, index)))
         yield
     finally:
         for layer in layers:

@@ -25,21 +25,20 @@ def source_files(data: DataSettings) -> list[Path]:
     ValueError
         A file of an unknown kind, or a folder without any of a known kind.
     """
-    found: list[Path] = []
-    for given in data.files:
-        path = Path(given)
+    paths: list[Path] = []
+    for path in map(Path, data.files):
         if path.is_dir():
             inside = sorted(p for p in path.iterdir() if p.is_file() and _kind(p) == data.kind)
             if not inside:
                 raise ValueError(f"{path} holds no {data.kind} files")
-            found += inside
+            paths += inside
         elif path.is_file():
             if _kind(path) is None:
-                raise ValueError(f"{path}: known are {', '.join(KINDS)}, as they are or as {', '.join(OPENERS)}")
-            found.append(path)
+                raise ValueError(f"{path}: known are {', '.join(KINDS)}, plain or compressed as {', '.join(OPENERS)}")
+            paths.append(path)
         else:
             raise FileNotFoundError(f"no training text at {path}")
-    return found
+    return paths
 
 
 def documents(data: DataSettings) -> Iterator[str]:

@@ -1,42 +1,34 @@
 """One pretraining run: from settings to a record, by the Hugging Face Trainer; killed at any moment, it goes on."""
 
 import errno
-import json
 import math
 import shutil
 import time
 import warnings
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, ProgressCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging as hf_logging
 
 from mea.models.accounting import training_flops
 from mea.models.decoder import MeaForCausalLM
-from mea.models.presets import preset
-from mea.ops.precision import keep_freed_memory, peak_flops
-from mea.records import Record, make_record, write_record
+from mea.ops.memory import keep_freed_memory
+from mea.ops.precision import peak_flops
+from mea.records import Progress, Record, write_record
 from mea.train.checkpoints import last_complete
 from mea.train.fsdp import shard
-from mea.train.pretraining.branch import SETTINGS, adopt, branched_at, differing, stored
-from mea.train.pretraining.callbacks import MarkCheckpoints, StopDiverged, TellProgress
+from mea.train.pretraining.branch import adopt, branched_at, check_same_run
+from mea.train.pretraining.callbacks import StopDiverged
 from mea.train.pretraining.controls import FoldMixing, freeze_mixing
-from mea.train.pretraining.dataset import (
-    Progress,
-    TokenStream,
-    TrainingRows,
-    ValidationRows,
-    collate,
-    load_tokenizer,
-    prepare,
-)
+from mea.train.pretraining.dataset import TokenStream, TrainingRows, ValidationRows
+from mea.train.pretraining.record import run_record
 from mea.train.pretraining.settings import PretrainSettings
+from mea.train.pretraining.tokenise import load_tokenizer, prepare
 from mea.train.pretraining.trainer import PretrainTrainer
+from mea.train.trainer import ReportSteps, training_arguments
 
-KIND = "pretraining"
 LITTLE_SPACE = 64 << 20  # bytes free below which a failed write is put down to a full disk
 
 
@@ -62,10 +54,8 @@ def pretrain(
     record
         Where the record goes, if not into `out`.
     start_from
-        A checkpoint of a run at a constant rate with the same settings, from which a new run goes on with a schedule
-        that decays later (`pretraining.branch`). What was recorded up to there becomes part of the new record.
-    progress
-        Called with what is done, how much of it and how much there is.
+        A checkpoint of a run at a constant learning rate with the same settings, from which a new run goes on with a
+        schedule that decays later (`pretraining.branch`). What was recorded before becomes part of the new record.
 
     Raises
     ------
@@ -73,23 +63,41 @@ def pretrain(
         `out` holds a run with other settings; data too short for a batch; damaged shards; a `start_from` that does not
         fit the settings.
     OSError
-        The disk is full: the last whole checkpoint stays.
+        The disk is full: the last complete checkpoint stays.
     """
     keep_freed_memory()
     out = Path(out)
-    target = Path(record) if record else out / "record.json"
     out.mkdir(parents=True, exist_ok=True)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    args = training_arguments(settings, out)
+    args = _arguments(settings, out)
     with args.main_process_first():
-        _same_settings(settings, out)
+        check_same_run(settings, out)
         shards = prepare(settings.data, cache, progress)
-        checkpoint, broken = last_complete(out)
+        checkpoint, incomplete = last_complete(out)
         if checkpoint is None and start_from is not None:
             checkpoint = adopt(Path(start_from), settings, out)
-    if broken:
-        warnings.warn(f"{', '.join(broken)} of {out}: not complete, or damaged; removed", stacklevel=2)
+    if incomplete:
+        warnings.warn(f"{', '.join(incomplete)} of {out}: not complete, or damaged; removed", stacklevel=2)
+    args.eval_on_start = checkpoint is None
+    trainer, stop = _trainer(settings, args, shards, progress)
+    start = time.perf_counter()
+    _train(trainer, checkpoint, out)
+    result = run_record(settings, trainer, stop.reason, time.perf_counter() - start)
+    result["results"] |= {"incomplete_checkpoints": len(incomplete), "branched_at_step": branched_at(out)}
+    if not stop.reason:
+        trainer.save_model(str(out / "model"))  # with the tokenizer
+        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+    if args.should_save:
+        write_record(record or out / "record.json", result)
+    return result
+
+
+def _trainer(
+    settings: PretrainSettings, args: TrainingArguments, shards: Path, progress: Progress | None
+) -> tuple[PretrainTrainer, StopDiverged]:
+    """The trainer of a run, and the callback that knows why it ended early."""
+    optim = settings.optim
     tokenizer = load_tokenizer(shards)
     end = tokenizer.eos_token_id
     assert isinstance(end, int)  # `prepare` refuses a tokenizer without one
@@ -98,48 +106,24 @@ def pretrain(
     model = build_model(settings, len(tokenizer), end)
     flops = training_flops(model.config, settings.rows_per_batch, settings.data.row)
     if settings.run.shard:
-        model = shard(model, args.world_size, args.device)
-    stop = StopDiverged(math.log(len(tokenizer)) + settings.run.divergence, settings.optim.warmup_steps)
-    callbacks: list[Any] = [stop, MarkCheckpoints()]
+        shard(model, model.model.layers)
+    stop = StopDiverged(math.log(len(tokenizer)) + settings.run.divergence, optim.warmup_steps)
+    callbacks: list[TrainerCallback] = [stop]
     if settings.run.fold_at is not None:
-        callbacks.append(FoldMixing(int(settings.run.fold_at * settings.optim.steps)))
+        callbacks.append(FoldMixing(int(settings.run.fold_at * optim.steps)))
     if progress:
-        peak = peak_flops(args.device.type, settings.run.precision)
-        callbacks.append(TellProgress(progress, settings.optim.batch_tokens, flops, peak * args.world_size))
-    args.eval_on_start = checkpoint is None
+        peak = peak_flops(args.device.type, settings.run.precision) * args.world_size
+        callbacks.append(ReportSteps(progress, "steps", optim.batch_tokens, flops, peak))
     trainer = PretrainTrainer(
-        model=model,
-        args=args,
-        data_collator=collate,
+        model,
+        args,
         train_dataset=rows,
         eval_dataset=validation,
         processing_class=tokenizer,
         callbacks=callbacks,
-        mixer_multiplier=settings.optim.mixer_multiplier,
-        validation_batch=args.per_device_train_batch_size,
+        mixer_multiplier=optim.mixer_multiplier,
     )
-    for shown in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(shown)
-    start = time.perf_counter()
-    _train(trainer, checkpoint, out)
-    made = _record(settings, trainer, stop.reason, model, time.perf_counter() - start)
-    made["results"] |= {"incomplete_checkpoints": len(broken), "branched_at_step": branched_at(out)}
-    if not stop.reason:
-        trainer.save_model(str(out / "model"))  # with the tokenizer
-        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
-    if args.should_save:
-        write_record(target, made)
-    return made
-
-
-def divergence_message(record: Record) -> str | None:
-    """What to say of a run that diverged; None if it did not."""
-    if not record["results"]["diverged"]:
-        return None
-    return (
-        f"the run diverged: {record['results']['reason']}. Its record is written, its last whole checkpoint kept; "
-        f"lower the learning rate ({record['config']['learning_rate']:g}) or lengthen the warm-up"
-    )
+    return trainer, stop
 
 
 def build_model(settings: PretrainSettings, vocabulary: int, end: int) -> MeaForCausalLM:
@@ -151,20 +135,14 @@ def build_model(settings: PretrainSettings, vocabulary: int, end: int) -> MeaFor
     return model
 
 
-def training_arguments(settings: PretrainSettings, out: Path) -> TrainingArguments:
-    """The Trainer's arguments for these settings.
-
-    Raises
-    ------
-    ValueError
-        The batch does not divide by processes and micro-batches.
-    """
+def _arguments(settings: PretrainSettings, out: Path) -> TrainingArguments:
     optim, run = settings.optim, settings.run
-    every = max(1, optim.steps // run.checkpoints)
     kind, options = _schedule(settings)
-    args = TrainingArguments(
-        output_dir=str(out),
-        max_steps=optim.steps,
+    return training_arguments(
+        out,
+        steps=optim.steps,
+        rows=settings.rows_per_batch,
+        micro_rows=run.micro_batch_rows,
         learning_rate=optim.learning_rate,
         weight_decay=optim.weight_decay,
         adam_beta1=optim.beta1,
@@ -176,29 +154,13 @@ def training_arguments(settings: PretrainSettings, out: Path) -> TrainingArgumen
         warmup_steps=optim.warmup_steps,
         bf16=run.precision == "bfloat16",
         torch_compile=run.compile,
-        use_cpu=not torch.cuda.is_available(),
         seed=run.seed,
         logging_steps=run.log_every,
-        logging_nan_inf_filter=False,
-        eval_strategy="steps",
         eval_steps=max(1, optim.steps // run.validations),
-        save_strategy="steps",
-        save_steps=every,
-        save_total_limit=2,
+        save_steps=max(1, optim.steps // run.checkpoints),
         report_to=list(run.report_to),
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        disable_tqdm=True,
         ddp_find_unused_parameters=run.fold_at is not None,
     )
-    micro = run.micro_batch_rows or max(1, settings.rows_per_batch // args.world_size)
-    if settings.rows_per_batch % (micro * args.world_size):
-        raise ValueError(
-            f"a batch of {settings.rows_per_batch} rows is no multiple of {micro} rows in {args.world_size} processes"
-        )
-    args.per_device_train_batch_size = micro
-    args.gradient_accumulation_steps = settings.rows_per_batch // (micro * args.world_size)
-    return args
 
 
 def _schedule(settings: PretrainSettings) -> tuple[str, dict[str, Any]]:
@@ -230,18 +192,6 @@ def _rows(settings: PretrainSettings, shards: Path) -> tuple[TrainingRows, Valid
     return rows, ValidationRows(TokenStream(shards, "validation"), data.row, data.validation_tokens)
 
 
-def _same_settings(settings: PretrainSettings, out: Path) -> None:
-    """Refuse to go on with another run's checkpoints."""
-    place, given = out / SETTINGS, stored(settings)
-    if place.is_file():
-        if changed := differing(given, json.loads(place.read_text(encoding="utf-8"))):
-            raise ValueError(f"{out} holds a run with other settings ({', '.join(changed)}): choose another folder")
-        return
-    partial = place.with_suffix(".partial")
-    partial.write_text(json.dumps(given, indent=1), encoding="utf-8")
-    partial.replace(place)
-
-
 def _train(trainer: PretrainTrainer, checkpoint: Path | None, out: Path) -> None:
     try:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -250,72 +200,5 @@ def _train(trainer: PretrainTrainer, checkpoint: Path | None, out: Path) -> None
         if not full:
             raise
         kept, _ = last_complete(out)
-        where = f"{kept.name} is whole and will be gone on from" if kept else "no checkpoint was written yet"
-        raise OSError(errno.ENOSPC, f"no space left for a checkpoint; {where}", str(out)) from error
-
-
-def _record(
-    settings: PretrainSettings, trainer: PretrainTrainer, reason: str, model: MeaForCausalLM, seconds: float
-) -> Record:
-    history: list[dict[str, Any]] = trainer.state.log_history
-    batch = settings.optim.batch_tokens
-    steps = [entry for entry in history if "loss" in entry]
-    evaluations = {e["step"]: e for e in history if "eval_blocks" in e}
-    losses = {step: e["eval_loss"] for step, e in sorted(evaluations.items())}
-    done = trainer.state.global_step
-    config = {
-        **settings.labels,
-        "variant": settings.model.variant,
-        "preset": settings.model.preset,
-        "learning_rate": settings.optim.learning_rate,
-        "schedule": settings.optim.schedule,
-        "tokens": settings.optim.tokens,
-        "warmup_tokens": settings.optim.warmup_tokens,
-        "vocabulary": model.config.vocab_size,
-        "seed": settings.run.seed,
-        "settings": stored(settings),
-    }
-    plain = preset(settings.model.preset)
-    finite = [value for value in losses.values() if math.isfinite(value)]
-    results = {
-        "diverged": bool(reason),
-        "reason": reason,
-        "steps": done,
-        "validation_loss": None if reason or not finite else finite[-1],
-        "initial_loss": losses.get(0),
-        "parameters": model.num_parameters(),
-        "non_embedding_parameters": model.num_parameters()
-        - model.model.embed_tokens.weight.numel() * (1 if plain.tie_word_embeddings else 2),
-        "seconds_of_last_start": seconds,
-        "processes": trainer.args.world_size,
-    }
-    samples = {
-        "train_loss": [entry["loss"] for entry in steps],
-        "grad_norm": [float(entry["grad_norm"]) for entry in steps],
-        "validation_tokens": [step * batch for step in losses],
-        "validation_loss": list(losses.values()),
-        "validation_blocks": [_blocks(evaluations[step]["eval_blocks"]) for step in losses],
-    }
-    inspections = [evaluations[step]["inspection"] for step in losses]
-    samples |= {name: [found[name] for found in inspections] for name in inspections[0]} if inspections else {}
-    samples = {name: _rounded(values, 6 if "loss" in name else 4) for name, values in samples.items()}
-    return make_record(KIND, config, results=results, samples=samples, seeds={"weights_and_order": settings.run.seed})
-
-
-BLOCKS = 32  # into which a record groups the validation rows
-
-
-def _blocks(rows: list[float]) -> list[float]:
-    """Mean losses of neighbouring rows."""
-    parts = min(BLOCKS, len(rows))
-    cuts = [len(rows) * i // parts for i in range(parts + 1)]
-    return [sum(rows[a:b]) / (b - a) for a, b in pairwise(cuts)]
-
-
-def _rounded(value: Any, digits: int) -> Any:
-    """Fewer digits make a record half the size; fp32 losses mean six, and what is not finite is None."""
-    if isinstance(value, list):
-        return [_rounded(item, digits) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.{digits}g}") if math.isfinite(value) else None
-    return value
+        state = f"{kept.name} is complete; the run goes on from it" if kept else "no checkpoint was written yet"
+        raise OSError(errno.ENOSPC, f"no space left for a checkpoint; {state}", str(out)) from error

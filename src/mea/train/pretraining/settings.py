@@ -1,23 +1,23 @@
-"""What a pretraining run is: validated, frozen, read from a TOML file that holds only what differs from defaults."""
+"""Settings of a pretraining run: frozen, checked, read from a TOML file that holds only what differs from defaults."""
 
-import dataclasses
-import difflib
-import math
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic.dataclasses import dataclass
 
 from mea.models.config import MeaConfig
 from mea.models.presets import preset
+from mea.train.settings import CONFIG, Count, Fraction, Names, NotNegative, Positive, build
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Precision = Literal["float32", "bfloat16"]
 Frozen = Literal["no", "identity", "random"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class ModelSettings:
     """Which model: a preset and a variant of `mea.models.presets`, with changes.
 
@@ -33,8 +33,8 @@ class ModelSettings:
         Keep the mixing matrices as they are: ``"identity"``, or ``"random"`` (orthogonal).
     """
 
-    preset: str = "1m"
-    variant: str = "mea"
+    preset: StrictStr = "1m"
+    variant: StrictStr = "mea"
     changes: dict[str, Any] = field(default_factory=dict)
     attention_options: dict[str, Any] = field(default_factory=dict)
     freeze_mixing: Frozen = "no"
@@ -53,7 +53,7 @@ class ModelSettings:
         return config
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class DataSettings:
     """Where the text is, and how it becomes rows of tokens.
 
@@ -82,37 +82,27 @@ class DataSettings:
         Tokens of a shard at least (it ends with a document).
     """
 
-    files: tuple[str, ...] = ()
-    hub: str | None = None
-    hub_config: str | None = None
-    hub_split: str = "train"
+    files: Names = ()
+    hub: StrictStr | None = None
+    hub_config: StrictStr | None = None
+    hub_split: StrictStr = "train"
     kind: Literal["text", "json", "parquet"] = "text"
-    column: str = "text"
-    separator: str | None = None
-    tokenizer: str | None = None
-    vocabulary: int = 2048
-    tokenizer_characters: int = 20_000_000
-    validation_fraction: float = 0.02
-    validation_tokens: int = 65_536
-    row: int = 256
-    shard_tokens: int = 1 << 26
+    column: StrictStr = "text"
+    separator: StrictStr | None = None
+    tokenizer: StrictStr | None = None
+    vocabulary: Annotated[StrictInt, Field(ge=257)] = 2048  # the 256 bytes and an end mark
+    tokenizer_characters: Count = 20_000_000
+    validation_fraction: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.02
+    validation_tokens: Count = 65_536
+    row: Annotated[StrictInt, Field(ge=2)] = 256
+    shard_tokens: Count = 1 << 26
 
     def __post_init__(self) -> None:
         if bool(self.files) == (self.hub is not None):
             raise ValueError("data: give either files or hub")
-        if self.vocabulary < 257:
-            raise ValueError(
-                f"data.vocabulary must hold the 256 bytes and an end mark, 257 at least: {self.vocabulary}"
-            )
-        if not 0 < self.validation_fraction < 1:
-            raise ValueError(f"data.validation_fraction must lie between 0 and 1: {self.validation_fraction}")
-        for name in ("validation_tokens", "tokenizer_characters", "shard_tokens"):
-            _positive(f"data.{name}", getattr(self, name))
-        if self.row < 2:
-            raise ValueError(f"data.row must be 2 at least: {self.row}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class OptimSettings:
     """AdamW and its schedule. Amounts of training are given in tokens.
 
@@ -135,29 +125,21 @@ class OptimSettings:
         Largest norm of the gradient; 0 for no clipping.
     """
 
-    learning_rate: float = 3e-3
-    mixer_multiplier: float = 1.0
-    weight_decay: float = 0.1
-    beta1: float = 0.9
-    beta2: float = 0.95
-    epsilon: float = 1e-8
+    learning_rate: Positive = 3e-3
+    mixer_multiplier: Positive = 1.0
+    weight_decay: NotNegative = 0.1
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.95
+    epsilon: NotNegative = 1e-8
     schedule: Schedule = "constant"
-    warmup_tokens: int = 0
-    final_fraction: float = 0.1
-    decay_fraction: float = 0.2
-    clip: float = 1.0
-    tokens: int = 3_000_000
-    batch_tokens: int = 2048
+    warmup_tokens: Annotated[StrictInt, Field(ge=0)] = 0
+    final_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.2
+    clip: NotNegative = 1.0
+    tokens: Count = 3_000_000
+    batch_tokens: Count = 2048
 
     def __post_init__(self) -> None:
-        for name in ("learning_rate", "tokens", "batch_tokens", "mixer_multiplier"):
-            _positive(f"optim.{name}", getattr(self, name))
-        for name in ("weight_decay", "warmup_tokens", "clip"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"optim.{name} must not be negative: {getattr(self, name)}")
-        for name in ("final_fraction", "decay_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"optim.{name} must lie between 0 and 1: {getattr(self, name)}")
         if self.tokens < self.batch_tokens:
             raise ValueError(f"optim.tokens {self.tokens} are fewer than one batch of {self.batch_tokens}")
 
@@ -168,13 +150,13 @@ class OptimSettings:
 
     @property
     def warmup_steps(self) -> int:
-        """Steps over which the rate rises."""
+        """Steps over which the learning rate rises."""
         return self.warmup_tokens // self.batch_tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class RunSettings:
-    """How a run is carried out and watched.
+    """How a run is carried out, logged and saved.
 
     Parameters
     ----------
@@ -196,31 +178,27 @@ class RunSettings:
     fold_at
         Fraction of the steps after which mixing is folded into the projections and stays the identity.
     divergence
-        A run whose mean loss over `DIVERGENCE_WINDOW` steps is this far above that of a uniform guess has diverged.
+        A run has diverged when its mean loss over `DIVERGENCE_WINDOW` steps is this far above a uniform guess's.
     """
 
-    seed: int = 0
-    micro_batch_rows: int | None = None
+    seed: StrictInt = 0
+    micro_batch_rows: Count | None = None
     precision: Precision = "float32"
-    compile: bool = False
-    validations: int = 10
-    checkpoints: int = 4
-    log_every: int = 1
-    report_to: tuple[str, ...] = ()
-    shard: bool = False
-    fold_at: float | None = None
-    divergence: float = 0.5
+    compile: StrictBool = False
+    validations: Count = 10
+    checkpoints: Count = 4
+    log_every: Count = 1
+    report_to: Names = ()
+    shard: StrictBool = False
+    fold_at: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    divergence: Annotated[float, Field(strict=True)] = 0.5
 
     def __post_init__(self) -> None:
-        for name in ("validations", "checkpoints", "log_every"):
-            _positive(f"run.{name}", getattr(self, name))
         if self.shard and self.fold_at is not None:
             raise ValueError("run.fold_at changes whole matrices: it does not go with run.shard")
-        if self.fold_at is not None and not 0 < self.fold_at < 1:
-            raise ValueError(f"run.fold_at is a fraction of the run, between 0 and 1: {self.fold_at}")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class PretrainSettings:
     """All of a run; `labels` (``arm``, ``mixing``, ``norm``) go into its record as they are, for tables and effects."""
 
@@ -255,69 +233,12 @@ def read_settings(path: str | Path) -> PretrainSettings:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The tables of a TOML file."""
-    path = Path(path)
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
-    return tables
 
 
 def settings_from(tables: dict[str, Any]) -> PretrainSettings:
     """Settings from nested dicts, as TOML gives them; see `read_settings`."""
-    return build(PretrainSettings, tables, "")
-
-
-def build(cls: type, values: Any, where: str) -> Any:
-    """An instance of a dataclass from a dict, dataclass fields from dicts of their own."""
-    if not isinstance(values, dict):
-        raise ValueError(f"[{where}] must be a table, not {values!r}")
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    for name in values:
-        if name not in fields:
-            near = difflib.get_close_matches(name, fields, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            place = f"[{where}] has" if where else "there is"
-            raise ValueError(f"{place} no {name!r}; known are {', '.join(fields)}.{hint}")
-    kinds = get_type_hints(cls)
-    made = {
-        name: _converted(kinds[name], value, f"{where}.{name}" if where else name) for name, value in values.items()
-    }
-    required = {name for name, f in fields.items() if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := required - set(made):
-        raise ValueError(f"[{where or 'settings'}] lacks {', '.join(sorted(missing))}")
-    return cls(**made)
-
-
-def _converted(kind: Any, value: Any, where: str) -> Any:
-    """A value of TOML as a field's type: tables become dataclasses, lists or a lone string tuples, integers floats."""
-    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
-        return build(kind, value, where)
-    choices = get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
-    for choice in choices:
-        plain = get_origin(choice) or choice
-        if plain is Literal:
-            _one_of(where, value, get_args(choice))
-            return value
-        if plain is tuple and isinstance(value, str | list | tuple):
-            return (value,) if isinstance(value, str) else tuple(_converted(str, item, where) for item in value)
-        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
-            if not math.isfinite(value):
-                raise ValueError(f"{where} is {value}")
-            return float(value)
-        if isinstance(value, plain) and (plain is bool or not isinstance(value, bool)):
-            return value
-    names = " or ".join(getattr(get_origin(choice) or choice, "__name__", str(choice)) for choice in choices)
-    raise ValueError(f"{where} must be {names}, not {value!r}")
-
-
-def _one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, not {value!r}.{hint}")
-
-
-def _positive(name: str, value: int | float) -> None:
-    if not value > 0:
-        raise ValueError(f"{name} must be positive: {value}")
+    return build(PretrainSettings, tables)

@@ -1,17 +1,19 @@
-"""Many runs, as one thing that can be stopped and gone on with at any moment.
+"""A sweep of runs, which can be interrupted at any moment and goes on where it was.
 
 A run is done when its record is there. Each runs in a process of its own: one that crashes takes no other with it.
 """
 
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,21 +23,45 @@ import torch
 from mea.records import Progress, read_record
 from mea.train.checkpoints import is_complete
 from mea.train.pretraining.branch import SETTINGS
-from mea.train.pretraining.dataset import prepare
-from mea.train.pretraining.run import KIND
+from mea.train.pretraining.record import KIND
 from mea.train.pretraining.settings import settings_from
-from mea.train.pretraining.sweep_file import Job
+from mea.train.pretraining.sweep_file import SweepRun
+from mea.train.pretraining.tokenise import prepare
 
-KEPT = "kept"  # of the work folder, for checkpoints that branches start from
-STEPS = "steps"  # of a run's folder: how many it has done
-LOOK = 2.0  # seconds after which the sweep looks how far its runs are
+STEPS = "steps"  # file in a run's folder: how many it has done
+POLL_SECONDS = 2.0  # between looks at how many steps the runs have done
 Launch = Callable[[list[str], str], int]
 # The command that does one run; the arguments are the run's settings as JSON, its folder, the cache and the record.
 WORKER = "from mea.train.pretraining.sweep import work; import sys; work(*sys.argv[1:])"
 
 
+@dataclass(frozen=True)
+class Folders:
+    """Where a sweep keeps what."""
+
+    results: Path
+    work: Path
+
+    @property
+    def data(self) -> Path:
+        """Tokenised data."""
+        return self.work / "data"
+
+    def record(self, run: SweepRun) -> Path:
+        """The record that says that a run is done."""
+        return self.results / f"{run.name}.json"
+
+    def run(self, run: SweepRun) -> Path:
+        """The folder of an unfinished run."""
+        return self.work / "runs" / run.name
+
+    def kept(self, name: str) -> Path:
+        """Checkpoints of the run of this name that branches start from."""
+        return self.work / "kept" / name
+
+
 def sweep(
-    jobs: list[Job],
+    runs: list[SweepRun],
     results: str | Path,
     work_folder: str | Path,
     *,
@@ -50,8 +76,8 @@ def sweep(
 
     Parameters
     ----------
-    jobs
-        From `read_jobs`.
+    runs
+        From `read_sweep`.
     results
         Folder of the records; ``NAME.json`` each.
     work_folder
@@ -65,7 +91,7 @@ def sweep(
     launch
         Runs a command, its output added to a file, and returns its exit code; None for a process on this machine.
     progress
-        Called with what is done, how much of it and how much there is: steps, those of all runs that had no record.
+        Told the steps done of all runs that had no record.
     note
         Told of every run's end.
 
@@ -73,58 +99,66 @@ def sweep(
     -------
     Numbers of runs that are ``finished`` (before or now), of these ``diverged``, ``failed`` and ``left``.
     """
-    results, work_folder = Path(results).absolute(), Path(work_folder).absolute()
-    todo = [job for job in jobs if not (results / f"{job.name}.json").is_file()]
-    if todo:
-        for tables in _distinct_data(todo):  # once, before processes would do it side by side
-            prepare(settings_from(tables).data, work_folder / "data", progress)
+    folders = Folders(Path(results).absolute(), Path(work_folder).absolute())
+    todo = [run for run in runs if not folders.record(run).is_file()]
+    for tables in _distinct_data(todo):  # once, before processes would do it side by side
+        prepare(settings_from(tables).data, folders.data, progress)
     if launch is None:  # with all threads each, two runs on two cores took four times as long
         launch = partial(run_command, threads=max(1, torch.get_num_threads() // workers))
-    start, failed, done = time.monotonic(), [], 0
+    deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
     stopping = threading.Event()
 
-    def run(job: Job, base: Future | None) -> str | None:
+    def carry_out(run: SweepRun, base: Future | None) -> str | None:
         if base is not None:
             base.exception()  # ended, well or not: what it kept is where the branch starts
-        late = minutes is not None and time.monotonic() - start > 60 * minutes
-        return None if late else _attempt(job, results, work_folder, attempts, launch, stopping)
+        return None if time.monotonic() > deadline else _attempt(run, folders, attempts, launch, stopping)
 
-    steps = {job.name: settings_from(job.tables).optim.steps for job in todo}
     with ThreadPoolExecutor(workers) as pool:
-        futures: dict[Future, Job] = {}
         begun: dict[str, Future] = {}  # runs are begun in this order: waiting for one before never ends in waiting
-        for job in todo:
-            begun[job.name] = pool.submit(run, job, begun.get(job.base) if job.branch is not None else None)
-            futures[begun[job.name]] = job
-        pending = set(futures)
+        for run in todo:
+            base = begun.get(run.base) if run.branch is not None else None
+            begun[run.name] = pool.submit(carry_out, run, base)
         try:
-            while pending:
-                ended, pending = wait(pending, LOOK, FIRST_COMPLETED)
-                for future in ended:
-                    job, error = futures[future], future.result()
-                    if error:
-                        failed.append(job.name)
-                        note(f"{job.name} failed {attempts} times: {error}")
-                    elif (results / f"{job.name}.json").is_file():
-                        done += 1
-                        note(f"{job.name}: {_outcome(results / f'{job.name}.json')}")
-                if progress:
-                    over = sum(steps[futures[future].name] for future in futures.keys() - pending)
-                    over += sum(_steps_done(work_folder / "runs" / futures[future].name) for future in pending)
-                    what = f"steps ({len(jobs) - len(todo) + done} of {len(jobs)} runs have a record)"
-                    progress(what, over, sum(steps.values()))
+            failed = _follow(dict(zip(begun.values(), todo, strict=True)), folders, len(runs), progress, note)
         except BaseException:  # an interruption too: start nothing more, and nothing again
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    there = [results / f"{job.name}.json" for job in jobs if (results / f"{job.name}.json").is_file()]
-    diverged = sum(bool(read_record(path)["results"]["diverged"]) for path in there)
-    left = len(jobs) - len(there) - len(failed)
-    return {"finished": len(there), "diverged": diverged, "failed": len(failed), "left": left}
+    records = [folders.record(run) for run in runs if folders.record(run).is_file()]
+    diverged = sum(bool(read_record(path)["results"]["diverged"]) for path in records)
+    left = len(runs) - len(records) - failed
+    return {"finished": len(records), "diverged": diverged, "failed": failed, "left": left}
+
+
+def _follow(
+    futures: dict[Future, SweepRun],
+    folders: Folders,
+    total_runs: int,
+    progress: Progress | None,
+    note: Callable[[str], None],
+) -> int:
+    """Wait for all runs, report steps and ends; return how many failed."""
+    steps = {run.name: settings_from(run.tables).optim.steps for run in futures.values()}
+    pending, failed, done = set(futures), 0, total_runs - len(futures)
+    while pending:
+        ended, pending = wait(pending, POLL_SECONDS, FIRST_COMPLETED)
+        for future in ended:
+            run, error = futures[future], future.result()
+            if error:
+                failed += 1
+                note(f"{run.name} {error}")
+            elif folders.record(run).is_file():
+                done += 1
+                note(f"{run.name}: {_outcome(folders.record(run))}")
+        if progress:
+            steps_done = sum(steps[futures[future].name] for future in futures.keys() - pending)
+            steps_done += sum(_steps_done(folders.run(futures[future])) for future in pending)
+            progress(f"steps ({done} of {total_runs} runs have a record)", steps_done, sum(steps.values()))
+    return failed
 
 
 def work(tables: str, folder: str, cache: str, record: str, start_from: str | None = None) -> None:
-    """What one process of a sweep does."""
+    """What one process of a sweep does: one run."""
     from mea.train.pretraining.run import pretrain
 
     def tell(what: str, done: int, _total: int) -> None:
@@ -136,24 +170,19 @@ def work(tables: str, folder: str, cache: str, record: str, start_from: str | No
 
 
 def _steps_done(folder: Path) -> int:
-    """How far a run is: none if it has not begun, or is just being written about."""
+    """Steps that a run has done; 0 if it has not begun, or the file is just being written."""
     try:
         return int((folder / STEPS).read_text(encoding="utf-8") or 0)
     except FileNotFoundError:
         return 0
 
 
-def _distinct_data(jobs: list[Job]) -> Iterator[dict[str, Any]]:
-    seen = set()
-    for job in jobs:
-        key = json.dumps(job.tables.get("data"), sort_keys=True)
-        if key not in seen:
-            seen.add(key)
-            yield job.tables
+def _distinct_data(runs: list[SweepRun]) -> list[dict[str, Any]]:
+    return list({json.dumps(run.tables.get("data"), sort_keys=True): run.tables for run in runs}.values())
 
 
 def run_command(command: list[str], log: str, threads: int | None = None) -> int:
-    """Run a command with its output added to a file, and so many threads if given; return its exit code."""
+    """Run a command with its output added to a file, and so many threads if they are given; return its exit code."""
     environment = os.environ | ({} if threads is None else {"OMP_NUM_THREADS": str(threads)})
     with open(log, "a", encoding="utf-8") as file:
         return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
@@ -185,15 +214,13 @@ def on_ray(gpus: float) -> Launch:
     return launch
 
 
-def _attempt(
-    job: Job, results: Path, work_folder: Path, attempts: int, launch: Launch, stopping: threading.Event
-) -> str | None:
-    """Run a job until its record is there; the last line of what it said if it never was."""
-    record, folder = results / f"{job.name}.json", work_folder / "runs" / job.name
-    arguments = [json.dumps(job.tables), str(folder), str(work_folder / "data"), str(record)]
+def _attempt(run: SweepRun, folders: Folders, attempts: int, launch: Launch, stopping: threading.Event) -> str | None:
+    """Launch a run until its record is there; what to say of it, with the last line of its log, if it never was."""
+    record, folder = folders.record(run), folders.run(run)
+    arguments = [json.dumps(run.tables), str(folder), str(folders.data), str(record)]
     log, error = folder / "log.txt", ""
-    if job.branch is not None:
-        start = work_folder / KEPT / job.base / _checkpoint(job, job.branch)
+    if run.branch is not None:
+        start = folders.kept(run.base) / _checkpoint(run, run.branch)
         arguments += [str(start)] if is_complete(start) else []
     for _ in range(attempts):
         if stopping.is_set():
@@ -201,27 +228,27 @@ def _attempt(
         folder.mkdir(parents=True, exist_ok=True)
         code = launch([sys.executable, "-c", WORKER, *arguments], str(log))
         if code == 0 and record.is_file():
-            if job.keep is not None:
-                _keep(folder, _checkpoint(job, job.keep), work_folder / KEPT / job.name)
+            if run.keep is not None:
+                _keep(folder, _checkpoint(run, run.keep), folders.kept(run.name))
             shutil.rmtree(folder)
             return None
         lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
         error = f"{lines[-1] if lines else 'no output'} (exit code {code}; all of it is in {log})"
-    return error
+    return f"failed {attempts} times: {error}"
 
 
-def _checkpoint(job: Job, share: float) -> str:
+def _checkpoint(run: SweepRun, share: float) -> str:
     """Name of the checkpoint after a share of a run's steps."""
-    return f"checkpoint-{round(share * settings_from(job.tables).optim.steps)}"
+    return f"checkpoint-{round(share * settings_from(run.tables).optim.steps)}"
 
 
-def _keep(run: Path, checkpoint: str, place: Path) -> None:
+def _keep(folder: Path, checkpoint: str, kept: Path) -> None:
     """Move a checkpoint of a finished run, if it is still there, to where branches look for it."""
-    if is_complete(run / checkpoint):
-        place.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(place / checkpoint, ignore_errors=True)
-        shutil.copyfile(run / SETTINGS, place / SETTINGS)
-        shutil.move(run / checkpoint, place / checkpoint)
+    if is_complete(folder / checkpoint):
+        kept.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(kept / checkpoint, ignore_errors=True)
+        shutil.copyfile(folder / SETTINGS, kept / SETTINGS)
+        shutil.move(folder / checkpoint, kept / checkpoint)
 
 
 def _outcome(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""The runs of a sweep: what its file says, as a list of names and settings."""
+"""A sweep's TOML file as a list of runs."""
 
 import copy
 import hashlib
@@ -12,16 +12,16 @@ from mea.train.pretraining.settings import read_toml, settings_from
 
 
 @dataclass(frozen=True)
-class Job:
+class SweepRun:
     """One run of a sweep: its name, and its settings as nested tables.
 
     Parameters
     ----------
     base, branch
-        The run from whose kept checkpoint, after this share of the steps, it goes on; it is done from the beginning if
-        there is none.
+        The run from whose kept checkpoint, after this share of the steps, it goes on; without that checkpoint it is
+        trained from the beginning.
     keep
-        After which share of the steps a checkpoint is kept.
+        Share of the steps after which a checkpoint is kept.
     """
 
     name: str
@@ -31,15 +31,15 @@ class Job:
     keep: float | None = None
 
 
-def read_jobs(path: str | Path, files: list[str] | None = None) -> list[Job]:
+def read_sweep(path: str | Path, files: list[str] | None = None) -> list[SweepRun]:
     """The runs of a sweep file, in the order in which they are to be done.
 
     The tables ``data``, ``model``, ``optim`` and ``run`` are what all runs share. Each ``[[stage]]`` has ``arms``,
-    ``rates`` and ``seeds``. An arm is the name of an ``[arms.NAME]`` table, which holds what it changes; without such
-    a table it is the variant of that name. A stage's ``change`` holds more tables, for all its runs; with ``branch``,
-    a share of the steps, each of them goes on there from the run without the change, if that run's checkpoint was kept:
-    ``keep`` at the top of a sweep file keeps those after such a share. Stages come one after the other, in each the
-    seeds, in these the rates, in these the arms; a run named twice is one run.
+    ``learning_rates`` and ``seeds``. An arm is the name of an ``[arms.NAME]`` table, which holds what it changes;
+    without such a table it is the variant of that name. A stage's ``change`` holds more tables, for all its runs. With
+    ``branch``, a share of the steps, each run goes on there from the run without the change, if that run's checkpoint
+    was kept: ``keep`` at the top of a sweep file keeps those after such a share. The order is by stage, then seed, then
+    learning rate, then arm; a run named twice is one run.
 
     Parameters
     ----------
@@ -56,36 +56,45 @@ def read_jobs(path: str | Path, files: list[str] | None = None) -> list[Job]:
     tables = read_toml(path)
     stages, arms, keep = tables.pop("stage", None), tables.pop("arms", {}), tables.pop("keep", None)
     if not stages:
-        raise ValueError(f"{path} has no [[stage]] with arms, rates and seeds")
+        raise ValueError(f"{path} has no [[stage]] with arms, learning_rates and seeds")
     if files:
         tables.setdefault("data", {})["files"] = files
-    jobs: dict[str, Job] = {}
+    runs: dict[str, SweepRun] = {}
     for number, stage in enumerate(stages, 1):
-        missing = [name for name in ("arms", "rates", "seeds") if not stage.get(name)]
+        if "rates" in stage:
+            raise ValueError(f"{path}: stage {number} has rates, which are called learning_rates now")
+        missing = [name for name in ("arms", "learning_rates", "seeds") if not stage.get(name)]
         if missing:
             raise ValueError(f"{path}: stage {number} lacks {', '.join(missing)}")
-        for seed, rate, arm in itertools.product(stage["seeds"], stage["rates"], stage["arms"]):
-            job = _job(tables, arm, arms.get(arm, {"model": {"variant": arm}}), rate, seed, stage.get("change", {}))
-            job = replace(job, branch=stage.get("branch"), keep=keep)
+        for seed, lr, arm in itertools.product(stage["seeds"], stage["learning_rates"], stage["arms"]):
+            run = _run(tables, arm, arms.get(arm, {"model": {"variant": arm}}), lr, seed, stage.get("change", {}))
+            run = replace(run, branch=stage.get("branch"), keep=keep)
             try:
-                settings_from(job.tables)
+                settings_from(run.tables)
             except ValueError as error:
-                raise ValueError(f"{path}, run {job.name}: {error}") from error
-            jobs.setdefault(job.name, job)
-    return list(jobs.values())
+                raise ValueError(f"{path}, run {run.name}: {error}") from error
+            runs.setdefault(run.name, run)
+    return list(runs.values())
 
 
-def _job(tables: dict[str, Any], arm: str, changes: dict[str, Any], rate: int | float, seed: int, more: dict) -> Job:
-    made = copy.deepcopy(tables)
-    for source in (changes, more):
-        for table, values in source.items():
-            made.setdefault(table, {}).update(copy.deepcopy(values))
-    made.setdefault("optim", {})["learning_rate"] = float(rate)
-    made.setdefault("run", {})["seed"] = seed
-    made.setdefault("labels", {})["arm"] = arm
-    suffix = f"-{_short(more)}" if more else ""
-    base = f"{arm}-{rate:g}-{seed}"
-    return Job(f"{base}{suffix}", made, base)
+def _run(
+    shared: dict[str, Any],
+    arm: str,
+    arm_changes: dict[str, Any],
+    lr: int | float,
+    seed: int,
+    stage_changes: dict[str, Any],
+) -> SweepRun:
+    tables = copy.deepcopy(shared)
+    for changes in (arm_changes, stage_changes):
+        for table, values in changes.items():
+            tables.setdefault(table, {}).update(copy.deepcopy(values))
+    tables.setdefault("optim", {})["learning_rate"] = float(lr)
+    tables.setdefault("run", {})["seed"] = seed
+    tables.setdefault("labels", {})["arm"] = arm
+    base = f"{arm}-{lr:g}-{seed}"
+    suffix = f"-{_short(stage_changes)}" if stage_changes else ""
+    return SweepRun(base + suffix, tables, base)
 
 
 def _short(changes: dict[str, Any]) -> str:

@@ -1,24 +1,24 @@
-"""The Hugging Face Trainer with this package's optimiser groups, data order and validation."""
+"""The Trainer of pretraining: optimiser groups, and validation that scores every token alike."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, SequentialSampler, Subset
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainingArguments
 
 from mea.attention.mixing import FrequencyMixing, HeadMixing
-from mea.train.fsdp import is_sharded, load_state, load_weights, save_state
+from mea.train.fsdp import is_sharded
 from mea.train.pretraining.dataset import IGNORED, collate
-from mea.train.pretraining.diagnostics import inspect
+from mea.train.pretraining.diagnostics import Diagnostics, attention_diagnostics
+from mea.train.trainer import BaseTrainer
 
-INSPECTED = 8  # validation rows on which attention is looked into
+DIAGNOSTIC_ROWS = 8  # validation rows on which attention is diagnosed
 
 
-def parameter_groups(model: nn.Module, rate: float, decay: float, mixer_multiplier: float) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, lr: float, decay: float, mixer_multiplier: float) -> list[dict[str, Any]]:
     """Matrices with weight decay; mixing matrices and vectors without, the former at their own learning rate."""
     mixing = {id(p) for m in model.modules() if isinstance(m, HeadMixing | FrequencyMixing) for p in m.parameters()}
     groups: dict[str, list[nn.Parameter]] = {"matrices": [], "vectors": [], "mixing": []}
@@ -26,55 +26,24 @@ def parameter_groups(model: nn.Module, rate: float, decay: float, mixer_multipli
         if parameter.requires_grad:
             kind = "mixing" if id(parameter) in mixing else "matrices" if parameter.dim() > 1 else "vectors"
             groups[kind].append(parameter)
-    rates = {"matrices": rate, "vectors": rate, "mixing": rate * mixer_multiplier}
+    lrs = {"matrices": lr, "vectors": lr, "mixing": lr * mixer_multiplier}
     return [
-        {"params": found, "lr": rates[kind], "weight_decay": decay if kind == "matrices" else 0.0}
-        for kind, found in groups.items()
-        if found
+        {"params": parameters, "lr": lrs[kind], "weight_decay": decay if kind == "matrices" else 0.0}
+        for kind, parameters in groups.items()
+        if parameters
     ]
 
 
-class PretrainTrainer(Trainer):
-    """Rows come in the data set's own order, which is the shuffled one; validation scores every token alike."""
+class PretrainTrainer(BaseTrainer):
+    """Scores validation rows one by one, and looks into attention on some of them."""
 
-    def __init__(
-        self, model: Any, args: TrainingArguments, *, mixer_multiplier: float, validation_batch: int, **kwargs: Any
-    ) -> None:
-        args.save_only_model = is_sharded(model)  # else it refuses, not knowing that this class can save such states
-        super().__init__(model, args, **kwargs)
-        args.save_only_model = False
-        self.mixer_multiplier, self.validation_batch = mixer_multiplier, validation_batch
+    def __init__(self, model: Any, args: TrainingArguments, *, mixer_multiplier: float, **options: Any) -> None:
+        self.mixer_multiplier = mixer_multiplier
+        super().__init__(model, args, sharded=is_sharded(model), data_collator=collate, **options)
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        return SequentialSampler(self.train_dataset if train_dataset is None else train_dataset)  # pyright: ignore
-
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        if self.optimizer is None:
-            args = self.args
-            model = self.model if model is None else model
-            groups = parameter_groups(model, args.learning_rate, args.weight_decay, self.mixer_multiplier)
-            betas, eps = (args.adam_beta1, args.adam_beta2), args.adam_epsilon
-            self.optimizer = torch.optim.AdamW(groups, lr=args.learning_rate, betas=betas, eps=eps, fused=True)
-        assert self.optimizer is not None
-        return self.optimizer
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if is_sharded(self.model):
-            save_state(self.model, self.optimizer, self.lr_scheduler, Path(output_dir), self.args.should_save)  # pyright: ignore
-        else:
-            super()._save_optimizer_and_scheduler(output_dir)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is not None and is_sharded(self.model):
-            load_state(self.model, self.optimizer, self.lr_scheduler, Path(checkpoint))  # pyright: ignore
-        else:
-            super()._load_optimizer_and_scheduler(checkpoint)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if is_sharded(self.model):
-            load_weights(self.model, Path(resume_from_checkpoint))  # pyright: ignore[reportArgumentType]
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """As the function of this name."""
+        return parameter_groups(self.model, self.args.learning_rate, self.args.weight_decay, self.mixer_multiplier)
 
     @torch.no_grad()
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
@@ -88,9 +57,8 @@ class PretrainTrainer(Trainer):
         model.eval()
         sums, counts = [], []
         rank, processes = self.args.process_index, self.args.world_size
-        few = collate([rows[i] for i in range(min(INSPECTED, len(rows)))])
         mine = [i % len(rows) for i in range(rank, -(-len(rows) // processes) * processes, processes)]
-        for batch in DataLoader(Subset(rows, mine), self.validation_batch, collate_fn=collate):
+        for batch in DataLoader(Subset(rows, mine), self.args.per_device_train_batch_size, collate_fn=collate):
             batch = self._prepare_inputs(batch)
             labels = batch.pop("labels")[:, 1:]
             with self.compute_loss_context_manager():
@@ -104,13 +72,15 @@ class PretrainTrainer(Trainer):
         self.log(metrics)
         history: list[dict[str, Any]] = self.state.log_history
         history[-1]["eval_blocks"] = (total / count).tolist()  # not logged: a reporter could not show it
-        few = self._prepare_inputs(few)
-        del few["labels"]
-        with self.compute_loss_context_manager():
-            found = inspect(self.model, lambda: self.model(**few, use_cache=False))  # pyright: ignore
-        history[-1]["inspection"] = found
+        history[-1]["diagnostics"] = self._diagnostics(rows)
         model.train(training)
         return metrics
+
+    def _diagnostics(self, rows: Any) -> Diagnostics:
+        batch = self._prepare_inputs(collate([rows[i] for i in range(min(DIAGNOSTIC_ROWS, len(rows)))]))
+        del batch["labels"]
+        with self.compute_loss_context_manager():
+            return attention_diagnostics(self.model, lambda: self.model(**batch, use_cache=False))
 
     def _of_all_processes(self, values: Tensor, rows: int) -> Tensor:
         """Values of the rows in their order, in fp64 on the CPU."""

@@ -13,18 +13,16 @@ import torch
 import torch.distributed as dist
 from jaxtyping import Int
 from torch import Tensor
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
 
 from mea.models.latent_attention import MODEL_TYPE_PREFIX
 from mea.ops.precision import keep_freed_memory
 from mea.records import Progress
+from mea.train.checkpoints import last_complete
+from mea.train.fsdp import full_state, shard
 from mea.train.recovery.loss import Distilled
 from mea.train.recovery.parameters import choose, factors, merged
 from mea.train.recovery.settings import Recovery
-from mea.train.recovery.trainer import Point, RecoveryTrainer, last_checkpoint
-from mea.train.recovery_layers import LayerOutputs
+from mea.train.recovery.trainer import Point, RecoveryTrainer
 
 
 @dataclass(frozen=True)
@@ -97,24 +95,18 @@ def recover(
         share_frozen(own, original)
     if settings.less_memory:
         own.gradient_checkpointing_enable({"use_reentrant": False})
-    if settings.objective == "attention":
-        module: Any = LayerOutputs(own, original)
-    else:
-        distils = settings.objective == "logits"
-        module = Distilled(own, original, kl=1.0 if distils else 0.0, ce=settings.ce if distils else 1.0)
-    processes = dist.get_world_size() if dist.is_initialized() else 1
+    kl, ce = (1.0, settings.ce) if settings.objective == "logits" else (0.0, 1.0)
+    module: Any = Distilled(own, original, kl=kl, ce=ce)
     if sharded:
         shard(module, own.model.layers)
 
-    def scored() -> dict[str, float]:
+    def score() -> dict[str, float]:
         return held_out_losses(module, held_out, settings, progress)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    trainer = RecoveryTrainer(
-        module, list(factors(own).values()), rows, scored, settings, folder,
-        processes=processes, sharded=sharded, progress=progress,
-    )  # fmt: skip
-    trainer.train(resume_from_checkpoint=last_checkpoint(folder))
+    trainer = RecoveryTrainer(module, list(factors(own).values()), rows, score, settings, folder, progress)
+    with trainer.args.main_process_first():
+        checkpoint, _ = last_complete(folder)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best = trainer.restore_best()
     if settings.less_memory:
         own.gradient_checkpointing_disable()
@@ -159,9 +151,9 @@ def held_out_losses(
     device = next(module.parameters()).device
     with torch.autocast(device.type, torch.bfloat16, enabled=settings.precision == "bfloat16"):
         for done, part in enumerate(parts, start=1):
-            found = module(input_ids=part.to(device))
+            losses = module(input_ids=part.to(device))
             for name in sums:
-                sums[name] += found[name].item() * len(part) / len(held_out)
+                sums[name] += losses[name].item() * len(part) / len(held_out)
             if progress:
                 progress("scoring held-out text", done, len(parts))
     window = held_out.shape[1]
@@ -180,35 +172,14 @@ def share_frozen(student: Any, original: Any) -> None:
             parameter.data = other.data
 
 
-def shard(module: Any, layers: Any) -> None:
-    """Shard a module's parameters over all processes, layer by layer, with FSDP2.
-
-    Raises
-    ------
-    ValueError
-        There are no processes to shard over.
-    RuntimeError
-        Nothing was sharded.
-    """
-    if not dist.is_initialized() or dist.get_world_size() < 2:
-        raise ValueError("sharding needs several processes: start it under torchrun")
-    for layer in layers:
-        fully_shard(layer)
-    fully_shard(module)
-    parameters = list(module.parameters())
-    if not isinstance(module, FSDPModule) or not all(isinstance(each, DTensor) for each in parameters):
-        raise RuntimeError("FSDP2 left parameters unsharded")
-
-
 def gathered(module: Any, student: Any) -> Any | None:
     """The whole of a sharded student on the first process; None on the others."""
-    state = get_model_state_dict(module, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    state = full_state(module)
     if dist.get_rank():
         return None
     whole = type(student)(student.config)
-    prefix = "student."
-    found = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    missing, unexpected = whole.load_state_dict(found, strict=False)
+    own = {name.removeprefix("student."): tensor for name, tensor in state.items()}
+    missing, unexpected = whole.load_state_dict(own, strict=False)
     whole.tie_weights()
     lost = set(missing) - set(whole.all_tied_weights_keys)
     if lost or unexpected:

@@ -1,28 +1,27 @@
-"""What a stage of recovery is: validated, frozen, with presets by name."""
+"""What a stage of recovery is: checked, frozen, with presets by name."""
 
-import dataclasses
-import difflib
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
+from pydantic import AfterValidator, Field, StrictBool, StrictInt
+from pydantic.dataclasses import dataclass
+
+from mea.names import did_you_mean
 from mea.ops.precision import named_dtype
 from mea.text import check_fraction
+from mea.train.settings import CONFIG, Count, NotNegative, Positive, build
 
-Objective = Literal["attention", "logits", "text"]
-Trained = Literal["factors", "attention", "all", "lora"]
-Precision = Literal["fast", "bfloat16", "float32"]
+Precision = Annotated[Literal["fast", "bfloat16", "float32"], AfterValidator(named_dtype)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=CONFIG)
 class Recovery:
     """One stage of training after compression. Amounts of training are given in tokens.
 
     Parameters
     ----------
     objective
-        ``"attention"``: every compressed attention's output, given the original's input to it, against the original's
-        output, each layer by itself. ``"logits"``: the original's next-token distribution. ``"text"``: plain continued
-        pretraining, for which no original is needed.
+        ``"logits"``: divergence from the original's next-token distribution. ``"text"``: plain continued pretraining,
+        for which no original is needed.
     trained
         ``"factors"``: encoders and decoders of the latents, ``v_proj`` being the encoder of the values;
         ``"attention"``: all weights of all attention layers; ``"all"``: the whole model; ``"lora"``: the factors, and
@@ -32,19 +31,20 @@ class Recovery:
     window
         Tokens that are read in one piece.
     copy_fraction
-        Share of the windows in which a part is read a second time, see `mea.text.repeat_spans`.
+        Share of the windows that end with copies of some of their own tokens, see `mea.text.repeat_spans`.
     batch
         Windows per step, over all processes.
     micro_batch
         Windows at a time in one process; less takes less memory and gives the same steps.
-    rate, base_lr
+    lr, base_lr
         Peak learning rate of the factors, and of everything else that is trained.
     relative
-        Rates are multiplied by each tensor's own RMS at the start, as Adafactor does (arXiv 1804.04235): factors are an
-        order of magnitude smaller than projections, and a joint latent's differ by as much from each other. The second
-        matrix of a low-rank update, zero at the start, counts as one that makes the update as large as its weight.
+        Learning rates are multiplied by each tensor's own RMS at the start, as Adafactor does (arXiv 1804.04235):
+        factors are an order of magnitude smaller than projections, and those of a joint latent differ by as much. The
+        second matrix of a low-rank update is zero at the start: it counts as one that makes the update as large as the
+        weight it is added to.
     warmup
-        Share of the tokens during which the rate rises; it falls to 0 as a cosine afterwards.
+        Share of the tokens during which the learning rate rises; it falls to 0 as a cosine afterwards.
     weight_decay, betas, clip
         Of AdamW; the largest norm of the gradient.
     ce
@@ -66,50 +66,35 @@ class Recovery:
         Orders the windows.
     """
 
-    objective: str = "logits"
-    trained: str = "attention"
-    tokens: int = 100_000
-    window: int = 512
+    objective: Literal["logits", "text"] = "logits"
+    trained: Literal["factors", "attention", "all", "lora"] = "attention"
+    tokens: Count = 100_000
+    window: Annotated[StrictInt, Field(ge=8)] = 512
     copy_fraction: float = 0.0
-    batch: int = 4
-    micro_batch: int = 4
-    rate: float = 1e-3
-    base_lr: float = 1e-3
-    relative: bool = True
-    warmup: float = 0.1
-    weight_decay: float = 0.0
+    batch: Count = 4
+    micro_batch: Count = 4
+    lr: Positive = 1e-3
+    base_lr: Positive = 1e-3
+    relative: StrictBool = True
+    warmup: Annotated[float, Field(ge=0, lt=1, strict=True)] = 0.1
+    weight_decay: NotNegative = 0.0
     betas: tuple[float, float] = (0.9, 0.95)
-    clip: float = 1.0
+    clip: NotNegative = 1.0
     ce: float = 0.0
-    rank: int = 16
-    held_out: int = 8192
-    evaluations: int = 8
-    checkpoints: int = 8
-    precision: str = "fast"
-    less_memory: bool = False
-    seed: int = 0
+    rank: Count = 16
+    held_out: Count = 8192
+    evaluations: Count = 8
+    checkpoints: Count = 8
+    precision: Precision = "fast"
+    less_memory: StrictBool = False
+    seed: StrictInt = 0
 
     def __post_init__(self) -> None:
-        for name, allowed in (("objective", Objective), ("trained", Trained), ("precision", Precision)):
-            one_of(name, getattr(self, name), get_args(allowed))
-        object.__setattr__(self, "betas", tuple(self.betas))
-        object.__setattr__(self, "precision", named_dtype(self.precision))
-        for name in ("tokens", "batch", "micro_batch", "rank", "held_out", "evaluations", "checkpoints"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
         check_fraction(self.copy_fraction)
-        if self.window < 8:
-            raise ValueError(f"a window of {self.window} tokens leaves too little to predict: 8 at least")
         if self.batch % self.micro_batch:
             raise ValueError(f"a batch of {self.batch} windows cannot be cut into parts of {self.micro_batch}")
         if self.tokens < self.step_tokens:
             raise ValueError(f"{self.tokens:,} tokens are less than one step: {self.batch} windows of {self.window}")
-        if not (self.rate > 0 and self.base_lr > 0):
-            raise ValueError(f"learning rates must be positive, not {self.rate} and {self.base_lr}")
-        if not 0 <= self.warmup < 1:
-            raise ValueError(f"warmup is a share of the tokens, 0 to 1, not {self.warmup}")
-        if self.objective == "attention" and self.trained in ("all", "lora"):
-            raise ValueError(f"attention outputs train factors or attention, not {self.trained!r}")
 
     @property
     def step_tokens(self) -> int:
@@ -122,40 +107,32 @@ class Recovery:
         return self.tokens // self.step_tokens
 
 
-# Presets: what differs from the defaults. The rate of `layers` is a usual one, not searched for; that of `distil` was
-# the best of three tried from `position` in closed form (experiments/recovery). `near` is `distil` at a lower rate, for
-# a start near the original, such as a joint latent; both read parts again, as compression does by default. `cpt` is the
-# paper's continued pretraining (arXiv 2601.19611, section on KV-cache compression); its warm-up of 1,000 batches of 68M
-# tokens is longer than its run of 22B, so that the share here is ours.
-PRESETS: dict[str, dict[str, Any]] = {
-    "layers": {"objective": "attention", "trained": "factors", "relative": False},
-    "distil": {"trained": "all", "copy_fraction": 0.5},
-    "near": {"trained": "all", "copy_fraction": 0.5, "rate": 3e-4, "base_lr": 3e-4},
+# Stages: what differs from the defaults. The learning rate of `distill`, relative to each tensor, was the best of three
+# (experiments/recovery). `cpt` is the paper's continued pretraining (arXiv 2601.19611, section on KV-cache
+# compression); its warm-up of 1,000 batches of 68M tokens is longer than its run of 22B, so that the share is ours.
+STAGES: dict[str, dict[str, Any]] = {
+    "distill": {"trained": "all", "copy_fraction": 0.5},
     "cpt": {
-        "objective": "text", "trained": "all", "rate": 1.6e-5, "base_lr": 1.6e-5, "relative": False,
-        "weight_decay": 0.1,
+        "objective": "text", "trained": "all", "lr": 1.6e-5, "base_lr": 1.6e-5, "relative": False, "weight_decay": 0.1,
     },
 }  # fmt: skip
+OLD_STAGES = {
+    "distil": "is called distill now",
+    "near": "was distill at other learning rates: use --stage distill --lr 3e-4 --base-lr 3e-4",
+    "layers": "does not exist any more: use --stage distill --trained factors",
+}
 
 
-def recovery(preset: str = "distil", **changes: Any) -> Recovery:
-    """A preset's settings with changes; those that are None are left as they are.
+def recovery(stage: str = "distill", **changes: Any) -> Recovery:
+    """The settings of a stage with changes; those that are None are left as they are.
 
     Raises
     ------
     ValueError
-        There is no such preset or setting, or a value is impossible.
+        There is no such stage or setting, or a value is impossible.
     """
-    one_of("the stage", preset, tuple(PRESETS))
-    names = tuple(field.name for field in dataclasses.fields(Recovery))
-    for name in changes:
-        one_of("the setting", name, names)
-    return Recovery(**{**PRESETS[preset], **{name: value for name, value in changes.items() if value is not None}})
-
-
-def one_of(what: str, given: Any, allowed: tuple[str, ...]) -> None:
-    """Raise ValueError, with a guess at what was meant, if `given` is not allowed."""
-    if given not in allowed:
-        close = difflib.get_close_matches(str(given), allowed, n=1)
-        guess = f"; did you mean {close[0]}?" if close else ""
-        raise ValueError(f"{what} is one of {', '.join(allowed)}, not {given!r}{guess}")
+    if stage in OLD_STAGES:
+        raise ValueError(f"the stage {stage!r} {OLD_STAGES[stage]}")
+    if stage not in STAGES:
+        raise ValueError(f"the stage must be {' or '.join(STAGES)}, not {stage!r}{did_you_mean(stage, STAGES)}")
+    return build(Recovery, STAGES[stage] | {name: value for name, value in changes.items() if value is not None})

@@ -12,23 +12,20 @@ from mea.train.recovery.api import describe, recover
 from mea.train.recovery.data import windows
 from mea.train.recovery.settings import Recovery, recovery
 
-SLOWER = 0.5  # rates relative to the presets', whose steps read four windows: few tokens are spent best one by one
+# Relative to the stages' own learning rates, whose steps read four windows: few tokens are spent best one by one.
+SCALE = 0.5
+# A joint latent begins nearer to the original than other forms, and at their learning rates moves away from it.
+JOINT = {"lr": 1.5e-4, "base_lr": 1.5e-4}
 
 
-def one_by_one(preset: str = "distil", **changes: Any) -> Recovery:
-    """A preset in steps of one window, at rates that suit these."""
-    rates = {name: SLOWER * getattr(recovery(preset), name) for name in ("rate", "base_lr")}
-    return recovery(preset, batch=1, micro_batch=1, **rates | changes)
-
-
-NEAR = {name: getattr(one_by_one("near"), name) for name in ("rate", "base_lr")}
+def one_by_one(stage: str = "distill", **changes: Any) -> Recovery:
+    """A stage in steps of one window, at learning rates that suit these."""
+    lrs = {name: SCALE * getattr(recovery(stage), name) for name in ("lr", "base_lr")}
+    return recovery(stage, batch=1, micro_batch=1, **lrs | changes)
 
 
 class SameRecovery:
-    """Trains copies of models, each on the same windows in the same order.
-
-    Joint latents begin nearer to the original than other forms, and at the usual rates move away from it: they train at
-    those of the stage ``near``, one window a step.
+    """Trains copies of models, each on the same windows in the same order; joint latents at lower learning rates.
 
     Parameters
     ----------
@@ -61,11 +58,11 @@ class SameRecovery:
         self.settings, self.folder, self.progress = settings, folder, progress
         self.rows, self.held_out = windows(load_tokenizer(source), texts, settings)
         self.description: dict[str, Any] = {
-            **describe(settings), "joint": NEAR, "texts": [Path(text).name for text in texts]
+            **describe(settings), "joint": JOINT, "texts": [Path(text).name for text in texts]
         }  # fmt: skip
 
     def __call__(self, student: Any, original: Any, name: str) -> Any:
         """A trained copy of `student` in its best state; `original` is only read."""
         model, folder = copy.deepcopy(student).float(), self.folder / name
-        settings = replace(self.settings, **NEAR) if student.config.latent_form == "joint" else self.settings
+        settings = replace(self.settings, **JOINT) if student.config.latent_form == "joint" else self.settings
         return recover(model, original, self.rows, self.held_out, settings, folder, progress=self.progress).model
