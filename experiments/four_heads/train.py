@@ -39,9 +39,9 @@ def make_model() -> Any:
     return LlamaForCausalLM(config)
 
 
-def train(model: Any, ids: torch.Tensor, steps: int, batch: int, window: int, rate: float) -> list[float]:
+def train(model: Any, ids: torch.Tensor, steps: int, batch: int, window: int, lr: float) -> list[float]:
     """Plain AdamW with a warm-up and a cosine; returns the loss of every step."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1)
     warm = max(1, steps // 20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1, (step + 1) / warm) * (0.55 + 0.45 * math.cos(math.pi * step / steps))
@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--window", type=int, default=256)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=2e-3)
     options = parser.parse_args()
 
     torch.manual_seed(0)
@@ -84,7 +84,7 @@ def main() -> None:
     ids = encode_text(tokenizer, seen)
     model = make_model()
     print(f"{model.num_parameters():,} parameters, {len(ids):,} tokens of text")
-    losses = train(model, ids, options.steps, options.batch, options.window, options.rate)
+    losses = train(model, ids, options.steps, options.batch, options.window, options.lr)
 
     model.save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)

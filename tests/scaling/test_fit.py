@@ -6,7 +6,7 @@ import pytest
 from mea.records import write_record
 from mea.scaling import FitSettings, fit_records
 from mea.scaling.draws import Draws, pooled_noise
-from mea.scaling.rates import rank_correlation, sensitivity
+from mea.scaling.learning_rate import rank_correlation, sensitivity
 from mea.scaling.runs import cells_of, read_runs
 
 QUICK = FitSettings(draws=400)
@@ -17,16 +17,16 @@ def test_a_sweep_with_known_answers(sweep, tmp_path):
     write_record(tmp_path / "fit.json", record)  # every value is JSON
     group = record["results"]["groups"]["constant"]
     a, b = group["arms"]
-    assert (a["best_rate"], b["best_rate"]) == (3e-3, 1e-2)
+    assert (a["best_lr"], b["best_lr"]) == (3e-3, 1e-2)
     assert a["best_inside"]
     assert b["best_inside"]
-    assert (a["paper_rate"], b["paper_rate"]) == (3e-3, 1e-2)
+    assert (a["paper_lr"], b["paper_lr"]) == (3e-3, 1e-2)
     assert a["probability_best"] > 0.95
     (difference,) = group["differences"]
     low, high = difference["interval"]
     assert low < -0.05 < high < 0
     assert difference["pairs"] == 3
-    fit = next(f for f in group["fits"] if (f["arm"], f["rate"]) == ("a", 3e-3))
+    fit = next(f for f in group["fits"] if (f["arm"], f["lr"]) == ("a", 3e-3))
     for name, truth in (("exponent", 0.4), ("scale", 1e6), ("floor", 2.0)):
         low, high = fit[name]["interval"]
         assert low < truth < high
@@ -36,8 +36,8 @@ def test_a_sweep_with_known_answers(sweep, tmp_path):
 
 def test_a_diverged_rate_is_not_fitted_but_counts_in_the_sensitivity(sweep):
     group = fit_records(sweep(), QUICK)["results"]["groups"]["constant"]
-    assert ("a", 3e-2) not in [(fit["arm"], fit["rate"]) for fit in group["fits"]]
-    cell = next(c for c in group["cells"] if (c["arm"], c["rate"]) == ("a", 3e-2))
+    assert ("a", 3e-2) not in [(fit["arm"], fit["lr"]) for fit in group["fits"]]
+    cell = next(c for c in group["cells"] if (c["arm"], c["lr"]) == ("a", 3e-2))
     assert (cell["diverged"], cell["loss"]) == (3, pytest.approx(7.6))
     a, b = group["arms"]
     assert a["sensitivity"] > b["sensitivity"] > 0
@@ -121,8 +121,8 @@ def test_the_paper_rule_tells_the_range_of_what_it_takes(run):
     """A spike in one of two seeds: with one seed each, the rule takes either rate about every second time."""
     records = [run("a", 1e-3, seed) for seed in range(2)] + [run("a", 2e-3, seed, spike=seed == 1) for seed in range(2)]
     arm = fit_records(records, QUICK)["results"]["groups"]["constant"]["arms"][0]
-    assert arm["paper_rate"] == 1e-3
-    assert arm["rules"]["paper"]["rates"] == [1e-3, 2e-3]
+    assert arm["paper_lr"] == 1e-3
+    assert arm["rules"]["paper"]["lrs"] == [1e-3, 2e-3]
 
 
 def test_factorial_effects(run):
@@ -170,7 +170,7 @@ def test_a_choice_at_a_constant_rate_that_does_not_hold_after_decay(run):
     (line,) = results["after_decay"]
     assert (line["best_constant"], line["best_decayed"]) == (3e-3, 1e-2)
     for name in ("constant", "early", "held", "far"):
-        assert line["rules"][name]["rate"] == 3e-3
+        assert line["rules"][name]["lr"] == 3e-3
         assert line["rules"][name]["probability"] < 0.2
         assert line["rules"][name]["regret"] == pytest.approx(0.1, rel=0.3)
     # No run has a spike: the paper's rule takes the largest rate, always, which loses 0.1 too.
@@ -190,7 +190,7 @@ def test_a_choice_that_holds(run):
     assert together["correlation"] == pytest.approx(1, abs=0.03)  # 1e-3 and 1e-2 of one arm differ by noise alone
     assert (together["best_constant_arm"], together["best_decayed_arm"]) == ("b", "b")
     lost = pytest.approx(0.13 / QUICK.draws, rel=1e-2)  # two seeds have long tails: one replicate takes a rate of a
-    assert together["rules"]["constant"] == {"arm": "b", "rate": 3e-3, "probability": 1, "regret": lost}
+    assert together["rules"]["constant"] == {"arm": "b", "lr": 3e-3, "probability": 1, "regret": lost}
     assert "paper" not in together["rules"]
 
 
@@ -225,7 +225,7 @@ def test_same_records_give_the_same_numbers(sweep):
 def test_errors(run, sweep):
     with pytest.raises(ValueError, match="no record of the kind 'pretraining' among 0"):
         fit_records([])
-    with pytest.raises(ValueError, match=r"two runs of a at rate 0\.001, constant, seed 0"):
+    with pytest.raises(ValueError, match=r"two runs of a at learning rate 0\.001, constant, seed 0"):
         fit_records([run("a", 1e-3, 0), run("a", 1e-3, 0)])
     with pytest.raises(ValueError, match="one preset and length only"):
         fit_records([run("a", 1e-3, 0), run("a", 1e-3, 1, preset="3m")])

@@ -1,11 +1,11 @@
 """Scaling: records of pretraining in, numbers out (NumPy and SciPy only, no torch).
 
 `fit_records` turns records of the kind ``"pretraining"`` into one of the kind ``"fit"``: fits of ``L(D)``, the best
-rate of every arm, stability, sensitivity to the rate, differences between arms, and whether the fit predicts. An
-*arm* is what is compared at its own best rate (a variant, or a variant with a control); a *cell* is one arm at one
-rate and one schedule, with a run for every seed.
+learning rate of every arm, stability, sensitivity to the learning rate, differences between arms, and whether the fit
+predicts. An *arm* is what is compared at its own best learning rate (a variant, or a variant with a control); a *cell*
+is one arm at one learning rate and one schedule, with a run for every seed.
 
-Fields that are read of a pretraining record:
+Fields of a pretraining record that are read:
 
 - ``config``: ``variant``, ``learning_rate`` (peak), ``schedule``, ``tokens`` (planned), ``preset``; if there are such,
   ``arm`` (name in tables, instead of the variant's), ``mixing`` (``"none"``, ``"k"``, ``"v"``, ``"kv"``) and ``norm``

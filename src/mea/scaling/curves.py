@@ -22,7 +22,7 @@ class CellFit:
     """
 
     arm: str
-    rate: float
+    lr: float
     seeds: list[int]
     tokens: NDArray
     losses: NDArray
@@ -72,7 +72,7 @@ class CellFit:
         }
         return {
             "arm": self.arm,
-            "rate": self.rate,
+            "lr": self.lr,
             "seeds": self.seeds,
             **constants,
             "residual": float(np.sqrt(np.mean((np.log(self.law(self.tokens)) - mean) ** 2))),
@@ -93,7 +93,7 @@ class CellFit:
         """The curve that was fitted."""
         return {
             "arm": self.arm,
-            "rate": self.rate,
+            "lr": self.lr,
             "tokens": self.tokens.tolist(),
             "losses": self.losses.tolist(),
             "fitted": self.law(self.tokens).tolist(),
@@ -128,7 +128,7 @@ def fit_cell(
     target = horizon * tokens[-1]
     return CellFit(
         arm=cell.arm,
-        rate=cell.rate,
+        lr=cell.lr,
         seeds=cell.seeds,
         tokens=tokens,
         losses=losses,

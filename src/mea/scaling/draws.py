@@ -98,7 +98,7 @@ class Draws:
 
     def _taken(self, cell: Cell, noise: SeedNoise) -> NDArray:
         """``[count]``: what another seed would move a cell with one seed by."""
-        return noise.deviation * self.stretch(noise.freedom) * self.normals(f"{cell.arm} at {cell.rate}")
+        return noise.deviation * self.stretch(noise.freedom) * self.normals(f"{cell.arm} at {cell.lr}")
 
     def _between(self, names: Sequence[str], deviation: NDArray) -> NDArray:
         """``[count, n]``: replicates of the mean of the rows of `deviation` around itself."""

@@ -1,4 +1,4 @@
-"""Differences between arms at their own best rates, and the factorial effects of mixing and norm."""
+"""Differences between arms at their own best learning rates, and the factorial effects of mixing and norm."""
 
 from collections.abc import Mapping, Sequence
 from itertools import combinations
@@ -19,16 +19,16 @@ def differences(best: Mapping[str, Cell], fixed: Mapping[str, NDArray], chosen: 
     Parameters
     ----------
     best
-        Arm -> the cell at its own best rate.
+        Arm -> the cell at its own best learning rate.
     fixed, chosen
-        Arm -> replicates of its loss at that rate, and from `pick`, which counts the choice of the rate among what is
-        uncertain.
+        Arm -> replicates of its loss at that learning rate, and from `pick`, which counts the choice of the learning
+        rate as uncertain too.
     """
-    found = []
+    pairs = []
     for first, second in combinations(best, 2):
         delta = fixed[second] - fixed[first]
         again = chosen[second] - chosen[first]
-        found.append(
+        pairs.append(
             {
                 "first": first,
                 "second": second,
@@ -39,7 +39,7 @@ def differences(best: Mapping[str, Cell], fixed: Mapping[str, NDArray], chosen: 
                 "pairs": len(set(best[first].seeds) & set(best[second].seeds)),
             }
         )
-    return found
+    return pairs
 
 
 def factorial_effects(best: Mapping[str, Cell], chosen: Mapping[str, NDArray]) -> list[dict[str, Any]]:
@@ -62,30 +62,30 @@ def factorial_effects(best: Mapping[str, Cell], chosen: Mapping[str, NDArray]) -
     losses = np.array([best[arms[corner]].finals.mean() for corner in corners])
     replicates = np.stack([chosen[arms[corner]] for corner in corners], 1)
     names = ("keys mixed", "values mixed", "norm")
-    found = []
+    effects = []
     for size in (1, 2, 3):
         for group in combinations(range(3), size):
             contrast = signs[:, list(group)].prod(1) / 4
-            found.append(
+            effects.append(
                 {
                     "effect": " × ".join(names[i] for i in group),
                     "value": float(contrast @ losses),
                     "interval": interval(replicates @ contrast),
                 }
             )
-    return found
+    return effects
 
 
 def pick(trials: Sequence[NDArray], losses: Sequence[NDArray]) -> NDArray:
-    """Replicates of the loss at the rate that is chosen.
+    """Replicates of the loss at the learning rate that is chosen.
 
-    In each replicate the rate is that of the least of the `trials`, and its loss that of the `losses`, which know
-    nothing of them: the least of several losses that are noisy is too low, the more so the more rates there are.
+    In each replicate the lowest of the `trials` chooses the learning rate, and the independent `losses` give its loss:
+    the lowest of several noisy losses is too low, the more so the more learning rates there are.
 
     Parameters
     ----------
     trials, losses
-        For every rate two independent sets of replicates ``[count]``.
+        For every learning rate two independent sets of replicates ``[count]``.
     """
     best = np.stack(trials, 1).argmin(1)
     return np.take_along_axis(np.stack(losses, 1), best[:, None], 1)[:, 0]

@@ -12,7 +12,7 @@ from mea.scaling.curves import CellFit, fit_cell
 from mea.scaling.decay import after_decay
 from mea.scaling.draws import Draws, SeedNoise, interval, pooled_noise
 from mea.scaling.effects import differences, factorial_effects, pick
-from mea.scaling.rates import (
+from mea.scaling.learning_rate import (
     choice_quality,
     finite,
     papers_rule,
@@ -36,7 +36,7 @@ class FitSettings:
     seed : int
         Of the replicates.
     skip : float
-        Share of a run's tokens at its beginning that is not fitted: no power law holds while the rate warms up.
+        Share of a run's tokens at its beginning that is not fitted: no power law holds during the warm-up.
     held : float
         Share of the tokens that the fit sees when it is to predict the rest.
     horizon : float
@@ -67,10 +67,9 @@ def fit_records(
     -------
     Record
         Of the kind ``"fit"``. ``results.groups`` holds, for every schedule, ``cells`` (final losses, spikes),
-        ``fits`` (of runs at a constant rate: with decay no power law holds to the end), ``arms`` (rates chosen,
-        sensitivity), ``differences`` and ``effects``; ``results.after_decay`` compares choices made at a constant rate
-        with the losses after decay. ``samples.curves`` are the mean curves
-        that were fitted.
+        ``fits`` (of runs at a constant learning rate: with decay no power law holds to the end), ``arms`` (learning
+        rates chosen, sensitivity), ``differences`` and ``effects``; ``results.after_decay`` compares choices made at a
+        constant learning rate with the losses after decay. ``samples.curves`` are the mean curves that were fitted.
 
     Raises
     ------
@@ -84,9 +83,9 @@ def fit_records(
     groups, curves, losses, fits = {}, [], {}, {}
     for schedule in dict.fromkeys(cell.schedule for cell in cells):
         chosen = [cell for cell in cells if cell.schedule == schedule]
-        groups[schedule], losses[schedule], found = _group(chosen, draws, settings, progress)
-        curves += [{"schedule": schedule} | fit.samples() for fit in found.values()]
-        fits |= found
+        groups[schedule], losses[schedule], fitted = _group(chosen, draws, settings, progress)
+        curves += [{"schedule": schedule} | fit.samples() for fit in fitted.values()]
+        fits |= fitted
     results: dict[str, Any] = {"groups": groups, "after_decay": after_decay(cells, losses, fits, draws)}
     config = asdict(settings) | {
         "preset": cells[0].runs[0].preset,
@@ -100,31 +99,31 @@ def fit_records(
 def _group(
     cells: list[Cell], draws: Draws, settings: FitSettings, progress: Progress | None
 ) -> tuple[dict[str, Any], dict[tuple[str, float], NDArray], dict[tuple[str, float], CellFit]]:
-    """Everything about the cells of one schedule, and replicates of final losses and fits by arm and rate."""
+    """The cells of one schedule; replicates of final losses, and fits, by arm and learning rate."""
     arms = list(dict.fromkeys(cell.arm for cell in cells))
     overall = pooled_noise(cells)
     noise = {arm: pooled_noise([cell for cell in cells if cell.arm == arm]) or overall for arm in arms}
-    losses = {(cell.arm, cell.rate): draws.finals(cell, noise[cell.arm]) for cell in cells}
+    losses = {(cell.arm, cell.lr): draws.finals(cell, noise[cell.arm]) for cell in cells}
     fits: dict[tuple[str, float], CellFit] = {}
     for done, cell in enumerate(cells if cells[0].schedule == CONSTANT else ()):
         fit = fit_cell(cell, draws, noise[cell.arm], skip=settings.skip, held=settings.held, horizon=settings.horizon)
         if fit is not None:
-            fits[cell.arm, cell.rate] = fit
+            fits[cell.arm, cell.lr] = fit
         if progress:
             progress(f"fits ({cells[0].schedule})", done + 1, len(cells))
     by_arm = {arm: [cell for cell in cells if cell.arm == arm] for arm in arms}
     best = {arm: min(group, key=lambda cell: cell.finals.mean()) for arm, group in by_arm.items()}
     again = Draws(draws.count, draws.seed + 1)
     chosen = {
-        arm: pick([again.finals(cell, noise[arm]) for cell in group], [losses[arm, cell.rate] for cell in group])
+        arm: pick([again.finals(cell, noise[arm]) for cell in group], [losses[arm, cell.lr] for cell in group])
         for arm, group in by_arm.items()
     }
-    fixed = {arm: losses[arm, best[arm].rate] for arm in arms}
-    shared = _shared_rates(by_arm.values())
+    fixed = {arm: losses[arm, best[arm].lr] for arm in arms}
+    shared = _shared_lrs(by_arm.values())
     return (
         {
             "seed_noise": _noise(overall),
-            "cells": [_cell(cell, losses[cell.arm, cell.rate]) for cell in cells],
+            "cells": [_cell(cell, losses[cell.arm, cell.lr]) for cell in cells],
             "fits": [fit.summary() for fit in fits.values()],
             "arms": [_arm(group, losses, fits, noise[arm], shared, draws) for arm, group in by_arm.items()],
             "differences": differences(best, fixed, chosen),
@@ -144,7 +143,7 @@ def _cell(cell: Cell, replicates: NDArray) -> dict[str, Any]:
             scores[name] = {"score": score, "interval": [low, high], "events": events}
     return {
         "arm": cell.arm,
-        "rate": cell.rate,
+        "lr": cell.lr,
         "seeds": cell.seeds,
         "finals": [float(x) for x in cell.finals],
         "loss": float(cell.finals.mean()),
@@ -163,57 +162,57 @@ def _arm(
     shared: list[float],
     draws: Draws,
 ) -> dict[str, Any]:
-    """The rates that the rules choose for one arm, what they cost, and its sensitivity."""
-    group = sorted(group, key=lambda cell: cell.rate)
+    """The learning rates that the rules choose for one arm, what they cost, and its sensitivity."""
+    group = sorted(group, key=lambda cell: cell.lr)
     means = np.array([cell.finals.mean() for cell in group])
-    truth = np.stack([losses[cell.arm, cell.rate] for cell in group], 1)
+    truth = np.stack([losses[cell.arm, cell.lr] for cell in group], 1)
     best, rule = int(means.argmin()), papers_rule(group)
-    rates = np.array([cell.rate for cell in group])
+    lrs = np.array([cell.lr for cell in group])
 
     def judged(chosen: NDArray) -> dict[str, Any]:
-        return choice_quality(chosen, truth, means) | {"rates": interval(rates[chosen], discrete=True)}
+        return choice_quality(chosen, truth, means) | {"lrs": interval(lrs[chosen], discrete=True)}
 
     rules = {"paper": judged(papers_rule_replicates(group, draws.count, draws.seed))}
-    fitted = [fits.get((cell.arm, cell.rate)) for cell in group]
-    worst = np.full(draws.count, np.inf)  # a rate whose runs diverged is never predicted to be best
+    fitted = [fits.get((cell.arm, cell.lr)) for cell in group]
+    worst = np.full(draws.count, np.inf)  # a learning rate whose runs diverged is never predicted to be best
     for name in ("early", "held", "far"):
         values = np.stack([worst if fit is None else getattr(fit, name) for fit in fitted], 1)
         if np.isfinite(values).any():
             rules[name] = judged(values.argmin(1))
-    found: dict[str, Any] = {
+    summary: dict[str, Any] = {
         "arm": group[0].arm,
-        "best_rate": group[best].rate,
+        "best_lr": group[best].lr,
         "best_inside": 0 < best < len(group) - 1,
         "loss": float(means[best]),
         "interval": interval(truth[:, best]),
         "probability_best": float((truth.argmin(1) == best).mean()),
-        "paper_rate": rule.rate if rule else None,
+        "paper_lr": rule.lr if rule else None,
         "paper_loss": float(rule.finals.mean()) if rule else None,
-        "predicted_rate": min((f for f in fitted if f), key=lambda f: f.far_value).rate if any(fitted) else None,
+        "predicted_lr": min((f for f in fitted if f), key=lambda f: f.far_value).lr if any(fitted) else None,
         "rules": rules,
         "seed_noise": _noise(noise),
     }
-    rated = [index for index, cell in enumerate(group) if cell.rate in shared]
+    rated = [index for index, cell in enumerate(group) if cell.lr in shared]
     if len(rated) >= 3:
         initial = float(np.mean([run.initial for run in group[0].runs]))
         if np.isfinite(initial):
-            found["sensitivity"] = float(sensitivity(rates[rated], means[rated], initial))
-            found["sensitivity_interval"] = interval(sensitivity(rates[rated], truth[:, rated], initial))
-            found["sensitivity_rates"] = [float(rates[rated[0]]), float(rates[rated[-1]])]
-    return found
+            summary["sensitivity"] = float(sensitivity(lrs[rated], means[rated], initial))
+            summary["sensitivity_interval"] = interval(sensitivity(lrs[rated], truth[:, rated], initial))
+            summary["sensitivity_lrs"] = [float(lrs[rated[0]]), float(lrs[rated[-1]])]
+    return summary
 
 
-def _shared_rates(groups: Iterable[Sequence[Cell]]) -> list[float]:
-    """The rates between the ends that all arms reach, so that sensitivities are over the same range."""
-    spans = [[cell.rate for cell in group] for group in groups]
+def _shared_lrs(groups: Iterable[Sequence[Cell]]) -> list[float]:
+    """The learning rates between the ends that all arms reach: sensitivities are over the same range."""
+    spans = [[cell.lr for cell in group] for group in groups]
     spans = [span for span in spans if len(span) >= 3] or spans
     low, high = max(map(min, spans)), min(map(max, spans))
-    return sorted({rate for span in spans for rate in span if low * 0.999 <= rate <= high * 1.001})
+    return sorted({lr for span in spans for lr in span if low * 0.999 <= lr <= high * 1.001})
 
 
 def _prediction(fits: dict[tuple[str, float], CellFit], by_arm: dict[str, list[Cell]]) -> list[dict[str, Any]]:
     """Rank correlation between the losses predicted from the first part of the runs and those they ended with."""
-    found = []
+    lines = []
     for arm in [*by_arm, None]:
         chosen = [fit for (name, _), fit in fits.items() if arm in (name, None)]
         if len(chosen) < 3 or (arm is None and len(by_arm) < 2):
@@ -229,8 +228,8 @@ def _prediction(fits: dict[tuple[str, float], CellFit], by_arm: dict[str, list[C
         errors = np.array([fit.held_value / fit.actual_value - 1 for fit in chosen])
         line |= {"mean_error": float(errors.mean()), "largest_error": float(np.abs(errors).max())}
         line["covered"] = sum(fit.covered for fit in chosen)
-        found.append(line)
-    return found
+        lines.append(line)
+    return lines
 
 
 def _noise(noise: SeedNoise | None) -> dict[str, float] | None:

@@ -1,4 +1,4 @@
-"""Pretraining records as runs, and runs as the cells of a grid of arms and rates."""
+"""Pretraining records as runs, and runs as the cells of a grid of arms and learning rates."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +13,7 @@ from mea.records import Record
 KIND = "pretraining"
 CONSTANT = "constant"
 BASELINE = "transformer"  # the arm that others are compared to stands first
-# What is mixed and whether there is a norm, of variants that are arms under their own name.
+# Variants that are arms under their own name: what is mixed, and whether there is a norm.
 FACTORS: dict[str, dict[str, Any]] = {
     "transformer": {"mixing": "none", "norm": False},
     "groupnorm": {"mixing": "none", "norm": True},
@@ -35,7 +35,7 @@ class Run:
     """
 
     arm: str
-    rate: float
+    lr: float
     seed: int
     schedule: str
     preset: str
@@ -54,10 +54,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Cell:
-    """The runs of one arm at one rate and schedule, sorted by seed."""
+    """The runs of one arm at one learning rate and schedule, sorted by seed."""
 
     arm: str
-    rate: float
+    lr: float
     schedule: str
     runs: tuple[Run, ...]
 
@@ -93,20 +93,20 @@ def read_runs(records: Iterable[Record]) -> list[Run]:
         None is of the kind ``"pretraining"``, or one lacks a field.
     """
     records = list(records)
-    found = [record for record in records if record["kind"] == KIND]
-    if not found:
+    pretraining = [record for record in records if record["kind"] == KIND]
+    if not pretraining:
         kinds = ", ".join(sorted({record["kind"] for record in records})) or "none"
         raise ValueError(f"no record of the kind {KIND!r} among {len(records)} (kinds found: {kinds})")
-    return [_run(record) for record in found]
+    return [_run(record) for record in pretraining]
 
 
 def cells_of(runs: Sequence[Run]) -> list[Cell]:
-    """Runs grouped by arm, schedule and rate: arms in the order of their first appearance, the baseline before all.
+    """Runs grouped by arm, schedule and learning rate; arms as they first appear, but the baseline first.
 
     Raises
     ------
     ValueError
-        Two runs have the same arm, rate, schedule and seed, or runs of different presets or lengths are mixed.
+        Two runs have the same arm, learning rate, schedule and seed, or runs of different presets or lengths are mixed.
     """
     shapes = sorted({(run.preset, run.planned) for run in runs})
     if len(shapes) > 1:
@@ -114,13 +114,13 @@ def cells_of(runs: Sequence[Run]) -> list[Cell]:
         raise ValueError(f"runs can be compared at one preset and length only; here are {shown}: fit them separately")
     groups: dict[tuple[str, str, float], dict[int, Run]] = {}
     for run in runs:
-        seeds = groups.setdefault((run.arm, run.schedule, run.rate), {})
+        seeds = groups.setdefault((run.arm, run.schedule, run.lr), {})
         if run.seed in seeds:
-            raise ValueError(f"two runs of {run.arm} at rate {run.rate:g}, {run.schedule}, seed {run.seed}")
+            raise ValueError(f"two runs of {run.arm} at learning rate {run.lr:g}, {run.schedule}, seed {run.seed}")
         seeds[run.seed] = run
     arms = sorted(dict.fromkeys(run.arm for run in runs), key=lambda arm: arm != BASELINE)  # stable
     ordered = sorted(groups, key=lambda key: (arms.index(key[0]), key[1] != CONSTANT, key[1], key[2]))
-    return [Cell(arm, rate, schedule, _by_seed(groups[arm, schedule, rate])) for arm, schedule, rate in ordered]
+    return [Cell(arm, lr, schedule, _by_seed(groups[arm, schedule, lr])) for arm, schedule, lr in ordered]
 
 
 def _by_seed(runs: Mapping[int, Run]) -> tuple[Run, ...]:
@@ -151,7 +151,7 @@ def _run(record: Record) -> Run:
         raise ValueError(f"{name} diverged and tells neither results.initial_loss nor config.vocabulary")
     return Run(
         arm=arm,
-        rate=float(config["learning_rate"]),
+        lr=float(config["learning_rate"]),
         seed=int(seed),
         schedule=str(config.get("schedule", CONSTANT)),
         preset=str(config.get("preset", "")),

@@ -30,7 +30,7 @@ def test_tables_hold_the_numbers_of_the_record(fit):
     parts, group = fit_parts(fit), fit["results"]["groups"]["constant"]
     rates = table(parts, "Learning rates")
     for line, arm in zip(rates.lines, group["arms"], strict=True):
-        assert line[:2] == [arm["arm"], f"{arm['best_rate']:g}"]
+        assert line[:2] == [arm["arm"], f"{arm['best_lr']:g}"]
         assert line[2] == "{:.3f} ({:.3f} to {:.3f})".format(arm["loss"], *arm["interval"])
     assert rates.best == (1,)  # b has the lower loss
     losses = table(parts, "Losses and stability")

@@ -78,7 +78,7 @@ def _figures(runs: list[Record], fit: Record | None, schedule: str) -> list[Figu
 def _summary(group: dict[str, Any]) -> list[tuple[str, str]]:
     """The variant with the lowest loss, or the variants that tie for it; its loss; how good the predictions were."""
     best, *tied = best_arms(group)
-    several = len({cell["rate"] for cell in group["cells"]}) > 1
+    several = len({cell["lr"] for cell in group["cells"]}) > 1
     where = "each at its own best learning rate" if several else "at the one learning rate that was tried"
     numbers = []
     if tied:
@@ -87,7 +87,7 @@ def _summary(group: dict[str, Any]) -> list[tuple[str, str]]:
         numbers.append((f"{1 + len(tied)} of {len(group['arms'])} variants", meaning))
     elif len(group["arms"]) > 1:
         numbers.append((best["arm"], f"lowest loss among the variants, {where}"))
-    at = f"at a learning rate of {learning_rate(best['best_rate'])}"
+    at = f"at a learning rate of {learning_rate(best['best_lr'])}"
     whose = f"validation loss of {best['arm']} in nats per token" if tied else "its validation loss in nats per token"
     numbers.append((f"{best['loss']:.3f}", f"{whose}, {at}"))
     if group["fits"]:

@@ -62,7 +62,7 @@ def _arm_figure(
             tokens, means = _validation(cell)
             look = line(rates.index(rate), size=4) | {"linestyle": "none"}
             axes.plot(tokens / MILLION, means, label=learning_rate(rate), **look)
-            for law in (law for law in laws if (law["arm"], law["rate"]) == (arm, rate)):
+            for law in (law for law in laws if (law["arm"], law["lr"]) == (arm, rate)):
                 tokens = np.array(law["tokens"]) / MILLION
                 axes.plot(tokens, law["fitted"], color=colour, linewidth=1.4, linestyle="--")
         if limits:
@@ -75,7 +75,7 @@ def _arm_figure(
 def rate_against_loss(group: dict[str, Any], schedule: str) -> list[Figure]:
     """Final loss against the learning rate, a line for every arm; a second figure leaves out what is far off."""
     cells = group["cells"]
-    if len({cell["rate"] for cell in cells}) < 2:
+    if len({cell["lr"] for cell in cells}) < 2:
         return []
     text = "Final loss of every variant at every learning rate. A diverged run counts with its loss before training."
     drawn = [_losses_by_rate(f"rates-{schedule}", group, cells, f"{text} {INTERVALS}")]
@@ -93,8 +93,8 @@ def _losses_by_rate(name: str, group: dict[str, Any], cells: list[dict[str, Any]
         for index, own in enumerate(_cells_by_arm(group, cells)):
             losses = [cell["loss"] for cell in own]
             look = line(index, size=5)
-            axes.errorbar([cell["rate"] for cell in own], losses, yerr=_bars(own), label=_names(group)[index], **look)
-        learning_rate_axis(axes, (cell["rate"] for cell in cells))
+            axes.errorbar([cell["lr"] for cell in own], losses, yerr=_bars(own), label=_names(group)[index], **look)
+        learning_rate_axis(axes, (cell["lr"] for cell in cells))
         legend(figure, axes)
         return Figure(name, svg(figure), text)
 
@@ -105,12 +105,12 @@ def at_best_rates(runs: Sequence[Record], group: dict[str, Any], schedule: str) 
     with style(name):
         figure, axes = axes_of_a_figure(TOKENS, f"validation {LOSS}")
         for index, arm in enumerate(group["arms"]):
-            cell = [r for r in runs if arm_of(r) == arm["arm"] and r["config"]["learning_rate"] == arm["best_rate"]]
+            cell = [r for r in runs if arm_of(r) == arm["arm"] and r["config"]["learning_rate"] == arm["best_lr"]]
             if not cell or any(record["results"].get("diverged") for record in cell):
                 continue
             tokens, means = _validation(cell)
             late = tokens >= tokens.max(initial=0) / 2
-            label = f"{arm['arm']} at {learning_rate(arm['best_rate'])}"
+            label = f"{arm['arm']} at {learning_rate(arm['best_lr'])}"
             axes.plot(tokens[late] / MILLION, means[late], label=label, **line(index, size=5))
             drawn = True
         if not drawn:
@@ -150,14 +150,14 @@ def spikes(group: dict[str, Any], schedule: str) -> Figure | None:
     """Spike score of the gradient norm (or of the loss) against the learning rate; None if every score is 0."""
     kind = "grad_norm" if any("grad_norm" in cell["spikes"] for cell in group["cells"]) else "train_loss"
     cells = [cell for cell in group["cells"] if kind in cell["spikes"]]
-    if not any(cell["spikes"][kind]["score"] > 0 for cell in cells) or len({c["rate"] for c in cells}) < 2:
+    if not any(cell["spikes"][kind]["score"] > 0 for cell in cells) or len({c["lr"] for c in cells}) < 2:
         return None
     with style(f"spikes-{schedule}"):
         figure, axes = axes_of_a_figure("learning rate", "spike score, % of steps")
         for index, own in enumerate(_cells_by_arm(group, cells)):
             scores = [100 * cell["spikes"][kind]["score"] for cell in own]
-            axes.plot([cell["rate"] for cell in own], scores, label=_names(group)[index], **line(index, size=5))
-        learning_rate_axis(axes, (cell["rate"] for cell in cells))
+            axes.plot([cell["lr"] for cell in own], scores, label=_names(group)[index], **line(index, size=5))
+        learning_rate_axis(axes, (cell["lr"] for cell in cells))
         axes.set_ylim(bottom=0)
         legend(figure, axes)
         what = "gradient norm" if kind == "grad_norm" else "training loss"
@@ -192,7 +192,7 @@ def after_decay(groups: dict[str, Any], schedule: str) -> Figure | None:
     if schedule == CONSTANT or not {schedule, CONSTANT} <= set(groups):
         return None
     before, after = (
-        {(cell["arm"], cell["rate"]): cell for cell in groups[name]["cells"]} for name in (CONSTANT, schedule)
+        {(cell["arm"], cell["lr"]): cell for cell in groups[name]["cells"]} for name in (CONSTANT, schedule)
     )
     keys = sorted(key for key in after if key in before)
     top = HIGHEST * min(cell["loss"] for cell in before.values())
@@ -293,4 +293,4 @@ def _names(group: dict[str, Any]) -> list[str]:
 
 def _cells_by_arm(group: dict[str, Any], cells: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The cells of every arm in the order of learning rates."""
-    return [sorted((c for c in cells if c["arm"] == arm), key=lambda cell: cell["rate"]) for arm in _names(group)]
+    return [sorted((c for c in cells if c["arm"] == arm), key=lambda cell: cell["lr"]) for arm in _names(group)]

@@ -67,12 +67,12 @@ def _arms(group: dict[str, Any], config: dict[str, Any]) -> Part:
         edge = " (only one)" if alone else "" if arm["best_inside"] else " (edge)"
         lines.append([
             arm["arm"],
-            learning_rate(arm["best_rate"]) + edge,
+            learning_rate(arm["best_lr"]) + edge,
             with_interval(arm["loss"], arm["interval"]),
             ABSENT if alone else f"{100 * arm['probability_best']:.0f} %",
-            _chosen(arm["paper_rate"], arm["rules"].get("paper")),
+            _chosen(arm["paper_lr"], arm["rules"].get("paper")),
             with_interval(arm["paper_loss"], None),
-            _chosen(arm["predicted_rate"], arm["rules"].get("far")),
+            _chosen(arm["predicted_lr"], arm["rules"].get("far")),
         ])  # fmt: skip
     best = best_arms(group)
     note = f"{_noise_note(group)} Best in replicates: share of bootstrap replicates where its loss is lowest."
@@ -84,11 +84,11 @@ def _arms(group: dict[str, Any], config: dict[str, Any]) -> Part:
 
 
 def _sensitivity(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
-    arms = [arm for arm in group["arms"] if arm.get("sensitivity_rates")]
+    arms = [arm for arm in group["arms"] if arm.get("sensitivity_lrs")]
     if not arms:
         return None
     lines = [[arm["arm"], with_interval(arm["sensitivity"], arm["sensitivity_interval"])] for arm in arms]
-    low, high = arms[0]["sensitivity_rates"]
+    low, high = arms[0]["sensitivity_lrs"]
     note = (
         f"Mean excess loss over learning rates from {learning_rate(low)} to {learning_rate(high)} in nats per token, "
         "as in arXiv 2309.14322."
@@ -131,14 +131,14 @@ def _cells(group: dict[str, Any], config: dict[str, Any]) -> Part:
     lines = []
     for cell in group["cells"]:
         seeds = len(cell["seeds"])
-        line = [cell["arm"], learning_rate(cell["rate"]), with_interval(cell["loss"], cell["interval"]), str(seeds)]
+        line = [cell["arm"], learning_rate(cell["lr"]), with_interval(cell["loss"], cell["interval"]), str(seeds)]
         line += [str(cell[name]) for name in ("diverged", "spiked")]
         for name in ("train_loss", "grad_norm"):
             score = cell["spikes"].get(name)
             line.append(_percent(score["score"], score["interval"]) if score else ABSENT)
         lines.append(line)
-    best = {arm["arm"]: arm["best_rate"] for arm in group["arms"]}
-    rows = tuple(i for i, cell in enumerate(group["cells"]) if best[cell["arm"]] == cell["rate"])
+    best = {arm["arm"]: arm["best_lr"] for arm in group["arms"]}
+    rows = tuple(i for i, cell in enumerate(group["cells"]) if best[cell["arm"]] == cell["lr"])
     note = (
         "Spike score (arXiv 2501.00656): share of steps seven or more standard deviations from the rolling mean, in "
         "the training loss and in the gradient norm. A diverged run counts with its loss before training."
@@ -159,7 +159,7 @@ def _fits(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
         edge = " *" if fit["exponent_at_edge"] or fit["replicates_at_edge"] > 0.05 else ""
         line = [
             fit["arm"],
-            learning_rate(fit["rate"]),
+            learning_rate(fit["lr"]),
             constants[0] + edge,
             *constants[1:],
             f"{100 * fit['residual']:.2f} %",
@@ -190,7 +190,7 @@ def _prediction(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
             held = fit["held"]
             cells = [with_interval(held["predicted"], held["interval"]), f"{held['actual']:.3f}"]
             error = _percent(held["error"], held["error_interval"], "+")
-            lines.append([fit["arm"], learning_rate(fit["rate"]), *cells, error])
+            lines.append([fit["arm"], learning_rate(fit["lr"]), *cells, error])
     share = f"{100 * config['held']:g} %"
     note = (
         f"Fitted on the first {share} of the tokens to predict the final loss of the same runs. Rank correlations "
@@ -224,7 +224,7 @@ def _after_decay(comparisons: Sequence[dict[str, Any]]) -> list[Part]:
         if line["arm"] == "all arms":
             best = [f"{line['best_constant_arm']} at {best[0]}", f"{line['best_decayed_arm']} at {best[1]}"]
         correlation = with_interval(line["correlation"], line["interval"], 2)
-        cells = [line["arm"], line["schedule"], str(len(line["rates"])), correlation]
+        cells = [line["arm"], line["schedule"], str(len(line["lrs"])), correlation]
         lines.append([*cells, *best, f"{line['gain']:.3f}"])
         choices += _judged(line["arm"], line["rules"], DECAY_RULES)
     note = (
@@ -257,7 +257,7 @@ def _any_alone(group: dict[str, Any]) -> bool:
 
 def _chosen(value: float | None, rule: dict[str, Any] | None) -> str:
     """A learning rate and the range of those that the rule takes in the replicates."""
-    span = (rule or {}).get("rates")
+    span = (rule or {}).get("lrs")
     if value is None or not span or span[0] == span[1] == value:
         return learning_rate(value)
     return f"{learning_rate(value)} ({learning_rate(span[0])} to {learning_rate(span[1])})"

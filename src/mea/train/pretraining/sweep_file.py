@@ -10,6 +10,8 @@ from typing import Any
 
 from mea.train.pretraining.settings import read_toml, settings_from
 
+Tables = dict[str, Any]
+
 
 @dataclass(frozen=True)
 class SweepRun:
@@ -25,7 +27,7 @@ class SweepRun:
     """
 
     name: str
-    tables: dict[str, Any]
+    tables: Tables
     base: str = ""
     branch: float | None = None
     keep: float | None = None
@@ -77,14 +79,7 @@ def read_sweep(path: str | Path, files: list[str] | None = None) -> list[SweepRu
     return list(runs.values())
 
 
-def _run(
-    shared: dict[str, Any],
-    arm: str,
-    arm_changes: dict[str, Any],
-    lr: int | float,
-    seed: int,
-    stage_changes: dict[str, Any],
-) -> SweepRun:
+def _run(shared: Tables, arm: str, arm_changes: Tables, lr: int | float, seed: int, stage_changes: Tables) -> SweepRun:
     tables = copy.deepcopy(shared)
     for changes in (arm_changes, stage_changes):
         for table, values in changes.items():
@@ -97,7 +92,7 @@ def _run(
     return SweepRun(base + suffix, tables, base)
 
 
-def _short(changes: dict[str, Any]) -> str:
+def _short(changes: Tables) -> str:
     """A stage's changes in a run's name: the schedule if that is what changes, else a hash."""
     schedule = changes.get("optim", {}).get("schedule")
     digest = hashlib.blake2b(json.dumps(changes, sort_keys=True).encode(), digest_size=3).hexdigest()

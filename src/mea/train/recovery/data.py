@@ -16,13 +16,13 @@ from mea.train.recovery.settings import Recovery
 def windows(
     tokenizer: Any, texts: Sequence[str], settings: Recovery, skip: int = 0
 ) -> tuple[Int[Tensor, "n t"], Int[Tensor, "m t"]]:
-    """Windows to train on, in the order in which they are, and windows held out.
+    """Windows to train on, in their order, and windows held out.
 
     Each opens with the token that the tokenizer puts before every text, if it has one.
 
-    Held out is the end of every text, in proportion to the texts' lengths, so that hardly a held-out window continues
-    one that was trained on. From the rest windows are drawn without repetition, all texts alike. Only in these, and as
-    many as the settings say, a part is read again.
+    The end of every text is held out, in proportion to the texts' lengths, so that hardly a held-out window continues
+    one that was trained on. The other windows are drawn without repetition, all texts alike; of these,
+    ``settings.copy_fraction`` end with copies of some of their own tokens.
 
     Parameters
     ----------
@@ -66,5 +66,5 @@ def overlaps(texts: Sequence[str], tested: Sequence[str], run: int = 13) -> int:
         words = re.findall(r"\w+", load_text(name).lower())
         return (hash(tuple(words[start : start + run])) for start in range(len(words) - run + 1))
 
-    known = {found for name in tested for found in runs(name)}
-    return len({found for name in texts for found in runs(name) if found in known})
+    known = {run_hash for name in tested for run_hash in runs(name)}
+    return len({run_hash for name in texts for run_hash in runs(name) if run_hash in known})

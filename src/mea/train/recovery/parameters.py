@@ -1,4 +1,4 @@
-"""What recovery trains, factors, attention, everything, or factors and low-rank updates, and by what steps."""
+"""What recovery trains (factors, attention, everything, or factors and low-rank updates), and each tensor's size."""
 
 from typing import Any
 
@@ -32,12 +32,12 @@ def choose(student: Any, settings: Recovery) -> Any:
 
 def factors(student: Any) -> dict[str, nn.Parameter]:
     """The encoders and decoders of a compressed model's latents, by name."""
-    found = {}
+    parameters = {}
     for name, module in student.named_modules():
         if isinstance(module, LATENT_CLASSES):
             for part in ("head_mixing", "v_proj"):
-                found |= {f"{name}.{part}.{key}": each for key, each in getattr(module, part).named_parameters()}
-    return found
+                parameters |= {f"{name}.{part}.{key}": p for key, p in getattr(module, part).named_parameters()}
+    return parameters
 
 
 def merged(student: Any) -> Any:
@@ -53,18 +53,18 @@ def merged(student: Any) -> Any:
 
 
 def sizes(trained: Any) -> dict[nn.Parameter, float]:
-    """What a relative rate is relative to: each tensor's RMS, and at least 1e-3 (arXiv 1804.04235).
+    """What a relative learning rate is relative to: each tensor's RMS, and at least 1e-3 (arXiv 1804.04235).
 
     The second matrix of a low-rank update is zero at first. Its size is that at which the update would be as large as
     the weight that it is added to, so that a step changes the weight by about the same share as elsewhere.
     """
-    found = {each: max(_rms(each), SMALLEST_SIZE) for each in trained.parameters() if each.requires_grad}
+    size = {p: max(_rms(p), SMALLEST_SIZE) for p in trained.parameters() if p.requires_grad}
     for module in trained.modules():
         for name, second in getattr(module, "lora_B", {}).items():
             first = module.lora_A[name].weight
             of_unit = module.scaling[name] * first.shape[0] ** 0.5 * _rms(first)
-            found[second.weight] = _rms(module.base_layer.weight) / of_unit
-    return found
+            size[second.weight] = _rms(module.base_layer.weight) / of_unit
+    return size
 
 
 def _rms(parameter: Tensor) -> float:

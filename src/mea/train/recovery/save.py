@@ -1,4 +1,4 @@
-"""Recovery on disk: a folder of `mea compress` in, the same folder with trained weights, card and record out."""
+"""Recovery of a folder that `mea compress` wrote: trained weights, model card and record in a new folder."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from mea.evaluate.measure import text_losses
 from mea.evaluate.perplexity import perplexity, ratio
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
 from mea.ops.precision import peak_flops
-from mea.records import Progress, Record, make_record, write_record
+from mea.records import Progress, Record, make_record, write_atomically, write_record
 from mea.text import encode_text, load_text
 from mea.train.recovery.api import Recovered, check_pair, describe, recover
 from mea.train.recovery.data import overlaps, windows
@@ -73,33 +73,28 @@ def recover_to_folder(
         raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
     if not texts:
         raise ValueError("no text to train on: give at least one (--text FILE)")
+    if sharded and len(stages) > 1:
+        raise ValueError("sharded recovery does one stage at a time: run the next one on the folder of this one")
     first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
-    config, other = load_config(source), load_config(original) if original else None
-    drawn, before = [], 0
+    config, original_config = load_config(source), load_config(original) if original else None
+    for settings in stages:
+        check_pair(config, original_config, settings)
     tokenizer = load_tokenizer(source)
     # Before the work, because more tokens than there are are refused.
     scored = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
-    for settings in stages:
-        check_pair(config, other, settings)
-        drawn.append(windows(tokenizer, texts, settings, skip=before))
-        before += settings.steps * settings.step_tokens
+    drawn = _drawn(tokenizer, texts, stages)
     work = out.with_name(out.name + ".partial")
-    marks = [weights_fingerprint(source), weights_fingerprint(original) if original else None]
-    tokens = [hashlib.sha256(rows.numpy().tobytes()).hexdigest() for rows, _ in drawn]
-    _same_run(work, {"weights": marks, "stages": [describe(settings) for settings in stages], "tokens": tokens})
+    _check_same_run(work, source, original, stages, drawn)
     shared = overlaps(texts, TESTED)
 
     student = current = load(source, "float32")[0]
     teacher = load(original, "float32")[0] if original else None
     results: list[Recovered] = []
     for number, (settings, (rows, held_out)) in enumerate(zip(stages, drawn, strict=True), start=1):
-        result = recover(
-            current, teacher, rows, held_out, settings, work / f"stage-{number}", sharded=sharded, progress=progress
-        )
+        folder = work / f"stage-{number}"
+        result = recover(current, teacher, rows, held_out, settings, folder, sharded=sharded, progress=progress)
         results.append(result)
         current = result.model
-        if sharded and number < len(stages):
-            raise ValueError("sharded recovery does one stage at a time: run the next one on the folder of this one")
     record: Record = {}
     if first:
         measured = _measured(source, original, current, tokenizer, scored, progress)
@@ -111,30 +106,45 @@ def recover_to_folder(
 
 
 def recovery_seconds(source: str, settings: Recovery) -> float:
-    """Time that a stage takes in one process of this machine, if it is quiet; no weights are read.
+    """Seconds that a stage takes in one process of this machine when it is idle; no weights are read.
 
     Every token costs a product with every weight, thrice as much with its gradients, and one more of the original's.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(source))
-    looked_up = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     original = settings.objective != "text"
     trained = settings.steps * settings.step_tokens * (3 + original + settings.less_memory)
     scored = (1 + settings.evaluations) * settings.held_out * (1 + original)
     peak = peak_flops("cuda" if torch.cuda.is_available() else "cpu", settings.precision)
-    return 2 * (model.num_parameters() - looked_up) * (trained + scored) / (OF_PEAK * peak)
+    return 2 * (model.num_parameters() - embedding) * (trained + scored) / (OF_PEAK * peak)
 
 
-def _same_run(work: Path, settings: dict[str, Any]) -> None:
-    mark = work / "run.json"
-    if mark.is_file() and json.loads(mark.read_text(encoding="utf-8")) != json.loads(json.dumps(settings)):
+Drawn = list[tuple[Int[Tensor, "n t"], Int[Tensor, "m t"]]]
+
+
+def _drawn(tokenizer: Any, texts: Sequence[str], stages: Sequence[Recovery]) -> Drawn:
+    """Windows of every stage, on text that no stage before has seen."""
+    drawn, before = [], 0
+    for settings in stages:
+        drawn.append(windows(tokenizer, texts, settings, skip=before))
+        before += settings.steps * settings.step_tokens
+    return drawn
+
+
+def _check_same_run(work: Path, source: str, original: str | None, stages: Sequence[Recovery], drawn: Drawn) -> None:
+    run = {
+        "weights": [weights_fingerprint(source), weights_fingerprint(original) if original else None],
+        "stages": [describe(settings) for settings in stages],
+        "tokens": [hashlib.sha256(rows.numpy().tobytes()).hexdigest() for rows, _ in drawn],
+    }
+    path = work / "run.json"
+    if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(run)):
         raise ValueError(
             f"{work} holds an interrupted run of another model, text or settings; remove it, or repeat its settings"
         )
     work.mkdir(parents=True, exist_ok=True)
-    part = work / f"run.json.{PartialState().process_index}"
-    part.write_text(json.dumps(settings), encoding="utf-8")
-    part.replace(mark)
+    write_atomically(path, json.dumps(run))
 
 
 def _measured(
@@ -149,18 +159,18 @@ def _measured(
         return {}
     window = min(MEASURED_WINDOW, model.config.max_position_embeddings)
 
-    def losses(measured: Any, what: str) -> Tensor:
-        return text_losses(measured, tokenizer, tokens, window, what=f"measuring {what}", progress=progress)
+    def losses(model: Any, what: str) -> Tensor:
+        return text_losses(model, tokenizer, tokens, window, what=f"measuring {what}", progress=progress)
 
     own, start = losses(model, "the result"), losses(load(source, "float32")[0], "the start")
-    found = {"perplexity": perplexity(own).value, "perplexity_start": perplexity(start).value}
+    measured = {"perplexity": perplexity(own).value, "perplexity_start": perplexity(start).value}
     if original:
         reference = losses(load(original, "float32")[0], "the original")
-        found["perplexity_original"] = perplexity(reference).value
+        measured["perplexity_original"] = perplexity(reference).value
         for name, values in (("ratio", own), ("ratio_start", start)):
             estimate = ratio(values, reference)
-            found |= {name: estimate.value, f"{name}_error": estimate.standard_error}
-    return found
+            measured |= {name: estimate.value, f"{name}_error": estimate.standard_error}
+    return measured
 
 
 def _record(

@@ -17,18 +17,18 @@ def spiked(cell: Cell) -> list[bool]:
 
 
 def papers_rule(cells: Sequence[Cell]) -> Cell | None:
-    """The largest rate without a loss spike in any run (arXiv 2601.19611); None if every rate has one."""
+    """The largest learning rate without a loss spike in any run (arXiv 2601.19611); None if all have one."""
     calm = [cell for cell in cells if not any(spiked(cell))]
-    return max(calm, key=lambda cell: cell.rate, default=None)
+    return max(calm, key=lambda cell: cell.lr, default=None)
 
 
 def papers_rule_replicates(cells: Sequence[Cell], count: int, seed: int) -> NDArray:
-    """What the rule chooses if every rate is tried with one of its seeds: ``[count]`` indices into `cells`.
+    """What the rule chooses if every learning rate is tried with one of its seeds: ``[count]`` indices into `cells`.
 
-    Where every rate has a spike, the lowest is taken.
+    Where every learning rate has a spike, the lowest is taken.
     """
     generator = np.random.default_rng([seed, 3])
-    order = np.argsort([cell.rate for cell in cells])
+    order = np.argsort([cell.lr for cell in cells])
     chosen = np.full(count, order[0])
     for index in order:
         flags = np.array(spiked(cells[index]))
@@ -37,15 +37,15 @@ def papers_rule_replicates(cells: Sequence[Cell], count: int, seed: int) -> NDAr
     return chosen
 
 
-def sensitivity(rates: NDArray, losses: NDArray, initial: float) -> NDArray:
+def sensitivity(lrs: NDArray, losses: NDArray, initial: float) -> NDArray:
     """Learning-rate sensitivity of Wortsman et al. (arXiv 2309.14322): ``E[min(ℓ(η), ℓ_0) - ℓ*]``, in nats per token.
 
-    The expectation is over rates whose logarithm is uniform between the least and the greatest (by the trapezoid
-    rule, so that a grid need not be even); ``ℓ*`` is the least of the losses.
+    The expectation is over learning rates whose logarithm is uniform between the least and the greatest (by the
+    trapezoid rule, so that a grid need not be even); ``ℓ*`` is the least of the losses.
 
     Parameters
     ----------
-    rates : array ``[n]``
+    lrs : array ``[n]``
         Increasing.
     losses : array ``[..., n]``
     initial
@@ -53,8 +53,8 @@ def sensitivity(rates: NDArray, losses: NDArray, initial: float) -> NDArray:
     """
     clipped = np.minimum(losses, initial)
     excess = clipped - clipped.min(-1, keepdims=True)
-    where = np.log(rates)
-    return np.asarray(np.trapezoid(excess, where, axis=-1) / (where[-1] - where[0]))
+    logs = np.log(lrs)
+    return np.asarray(np.trapezoid(excess, logs, axis=-1) / (logs[-1] - logs[0]))
 
 
 def choice_quality(chosen: NDArray, truth: NDArray, measured: NDArray) -> dict[str, float]:
@@ -65,16 +65,16 @@ def choice_quality(chosen: NDArray, truth: NDArray, measured: NDArray) -> dict[s
     Parameters
     ----------
     chosen : array ``[count]``
-        Index of the rate that a rule takes in each replicate.
-    truth : array ``[count, rates]``
+        Index of the learning rate that a rule takes in each replicate.
+    truth : array ``[count, lrs]``
         Replicates of the true losses.
-    measured : array ``[rates]``
+    measured : array ``[lrs]``
         The losses that were measured.
 
     Returns
     -------
     dict
-        ``probability`` of having chosen the best rate, and the mean ``regret``: the loss above that of the best.
+        ``probability`` of having chosen the best learning rate, and mean ``regret``: the loss above the best one.
     """
     return {
         "probability": float((chosen == truth.argmin(1)).mean()),
