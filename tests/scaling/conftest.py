@@ -11,8 +11,3 @@ from mea.records import Record
 @pytest.fixture
 def run() -> Callable[..., Record]:
     return synthetic_runs.synthetic
-
-
-@pytest.fixture
-def sweep() -> Callable[..., list[Record]]:
-    return synthetic_runs.sweep

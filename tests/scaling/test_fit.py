@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from mea.records import write_record
+import synthetic_runs
+from mea.records import Record, write_record
 from mea.scaling import FitSettings, fit_records
 from mea.scaling.draws import Draws, pooled_noise
 from mea.scaling.learning_rate import rank_correlation, sensitivity
@@ -12,8 +13,14 @@ from mea.scaling.runs import cells_of, read_runs
 QUICK = FitSettings(draws=400)
 
 
-def test_a_sweep_with_known_answers(sweep, tmp_path):
-    record = fit_records(sweep(), QUICK)
+@pytest.fixture(scope="module")
+def known() -> Record:
+    """The fit of two arms at four learning rates."""
+    return fit_records(synthetic_runs.sweep(), QUICK)
+
+
+def test_a_sweep_with_known_answers(known, tmp_path):
+    record = known
     write_record(tmp_path / "fit.json", record)  # every value is JSON
     group = record["results"]["groups"]["constant"]
     a, b = group["arms"]
@@ -34,8 +41,8 @@ def test_a_sweep_with_known_answers(sweep, tmp_path):
     assert all(line["held"]["correlation"] > 0.7 for line in group["prediction"])
 
 
-def test_a_diverged_rate_is_not_fitted_but_counts_in_the_sensitivity(sweep):
-    group = fit_records(sweep(), QUICK)["results"]["groups"]["constant"]
+def test_a_diverged_rate_is_not_fitted_but_counts_in_the_sensitivity(known):
+    group = known["results"]["groups"]["constant"]
     assert ("a", 3e-2) not in [(fit["arm"], fit["lr"]) for fit in group["fits"]]
     cell = next(c for c in group["cells"] if (c["arm"], c["lr"]) == ("a", 3e-2))
     assert (cell["diverged"], cell["loss"]) == (3, pytest.approx(7.6))
@@ -218,11 +225,11 @@ def test_rank_correlation():
     assert np.isnan(rank_correlation(np.array([1.0, 1, 1]), np.array([5.0, 7, 9])))
 
 
-def test_same_records_give_the_same_numbers(sweep):
-    assert fit_records(sweep(), QUICK)["results"] == fit_records(sweep(), QUICK)["results"]
+def test_same_records_give_the_same_numbers(known):
+    assert fit_records(synthetic_runs.sweep(), QUICK)["results"] == known["results"]
 
 
-def test_errors(run, sweep):
+def test_errors(run):
     with pytest.raises(ValueError, match="no record of the kind 'pretraining' among 0"):
         fit_records([])
     with pytest.raises(ValueError, match=r"two runs of a at learning rate 0\.001, constant, seed 0"):

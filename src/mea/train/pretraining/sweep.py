@@ -72,12 +72,10 @@ def sweep(
     launch: Launch | None = None,
     note: Callable[[str], None] = print,
 ) -> dict[str, int]:
-    """Do the runs that have no record yet.
+    """Do the runs without a record; return how many ``finished``, of these ``diverged``, ``failed`` and are ``left``.
 
     Parameters
     ----------
-    runs
-        From `read_sweep`.
     results
         Folder of the records; ``NAME.json`` each.
     work_folder
@@ -90,14 +88,8 @@ def sweep(
         Start no run after so many.
     launch
         Runs a command, its output added to a file, and returns its exit code; None for a process on this machine.
-    progress
-        Told the steps done of all runs that had no record.
     note
         Told of every run's end.
-
-    Returns
-    -------
-    Numbers of runs that are ``finished`` (before or now), of these ``diverged``, ``failed`` and ``left``.
     """
     folders = Folders(Path(results).absolute(), Path(work_folder).absolute())
     todo = [run for run in runs if not folders.record(run).is_file()]
@@ -124,8 +116,8 @@ def sweep(
             stopping.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    records = [folders.record(run) for run in runs if folders.record(run).is_file()]
-    diverged = sum(bool(read_record(path)["results"]["diverged"]) for path in records)
+    records = [read_record(folders.record(run)) for run in runs if folders.record(run).is_file()]
+    diverged = sum(bool(record["results"]["diverged"]) for record in records)
     left = len(runs) - len(records) - failed
     return {"finished": len(records), "diverged": diverged, "failed": failed, "left": left}
 

@@ -6,6 +6,7 @@ run on one process, or on several under ``torchrun`` (data parallel, or sharded 
 
 import time
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,10 +100,7 @@ def recover(
     module: Any = Distilled(own, original, kl=kl, ce=ce)
     if sharded:
         shard(module, own.model.layers)
-
-    def score() -> dict[str, float]:
-        return held_out_losses(module, held_out, settings, progress)
-
+    score = partial(held_out_losses, module, held_out, settings, progress)
     trainer = RecoveryTrainer(module, list(factors(own).values()), rows, score, settings, folder, progress)
     with trainer.args.main_process_first():
         checkpoint, _ = last_complete(folder)

@@ -43,8 +43,8 @@ def recover_to_folder(
 ) -> Record:
     """Train a compressed model's folder, stage by stage, and save the best state as an ordinary model folder.
 
-    The folder appears when everything in it is complete. A run that was interrupted, started again with the same
-    arguments, goes on from its last checkpoint, which is in ``<out>.partial``.
+    The folder appears when everything in it is complete. An interrupted run that is started again with the same
+    arguments goes on from its last checkpoint, in ``<out>.partial``.
 
     Parameters
     ----------
@@ -69,16 +69,8 @@ def recover_to_folder(
         The loss stopped being a number.
     """
     out = Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
-    if not texts:
-        raise ValueError("no text to train on: give at least one (--text FILE)")
-    if sharded and len(stages) > 1:
-        raise ValueError("sharded recovery does one stage at a time: run the next one on the folder of this one")
+    config = _checked_config(source, out, original, stages, texts, sharded)
     first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
-    config, original_config = load_config(source), load_config(original) if original else None
-    for settings in stages:
-        check_pair(config, original_config, settings)
     tokenizer = load_tokenizer(source)
     # Before the work, because more tokens than there are are refused.
     scored = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
@@ -87,19 +79,13 @@ def recover_to_folder(
     _check_same_run(work, source, original, stages, drawn)
     shared = overlaps(texts, TESTED)
 
-    student = current = load(source, "float32")[0]
-    teacher = load(original, "float32")[0] if original else None
-    results: list[Recovered] = []
-    for number, (settings, (rows, held_out)) in enumerate(zip(stages, drawn, strict=True), start=1):
-        folder = work / f"stage-{number}"
-        result = recover(current, teacher, rows, held_out, settings, folder, sharded=sharded, progress=progress)
-        results.append(result)
-        current = result.model
+    results = _train(source, original, stages, drawn, work, sharded, progress)
     record: Record = {}
     if first:
-        measured = _measured(source, original, current, tokenizer, scored, progress)
+        model = results[-1].model
+        measured = _measured(source, original, model, tokenizer, scored, progress)
         record = _record(source, original, config, stages, texts, results, shared, measured, measure_tokens)
-        _write(source, out, work, current.to(student.config.dtype or torch.float32), tokenizer, record)
+        _write(source, out, work, model.to(model.config.dtype or torch.float32), tokenizer, record)
     if dist.is_initialized():
         dist.barrier()
     return record
@@ -118,6 +104,22 @@ def recovery_seconds(source: str, settings: Recovery) -> float:
     scored = (1 + settings.evaluations) * settings.held_out * (1 + original)
     peak = peak_flops("cuda" if torch.cuda.is_available() else "cpu", settings.precision)
     return 2 * (model.num_parameters() - embedding) * (trained + scored) / (OF_PEAK * peak)
+
+
+def _checked_config(
+    source: str, out: Path, original: str | None, stages: Sequence[Recovery], texts: Sequence[str], sharded: bool
+) -> Any:
+    """The configuration of the compressed model, after what can be refused without its weights is refused."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
+    if not texts:
+        raise ValueError("no text to train on: give at least one (--text FILE)")
+    if sharded and len(stages) > 1:
+        raise ValueError("sharded recovery does one stage at a time: run the next one on the folder of this one")
+    config, original_config = load_config(source), load_config(original) if original else None
+    for settings in stages:
+        check_pair(config, original_config, settings)
+    return config
 
 
 Drawn = list[tuple[Int[Tensor, "n t"], Int[Tensor, "m t"]]]
@@ -145,6 +147,26 @@ def _check_same_run(work: Path, source: str, original: str | None, stages: Seque
         )
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(run))
+
+
+def _train(
+    source: str,
+    original: str | None,
+    stages: Sequence[Recovery],
+    drawn: Drawn,
+    work: Path,
+    sharded: bool,
+    progress: Progress | None,
+) -> list[Recovered]:
+    """The results of the stages, each of which begins with the best state of the one before."""
+    model = load(source, "float32")[0]
+    teacher = load(original, "float32")[0] if original else None
+    results: list[Recovered] = []
+    for number, (settings, (rows, held_out)) in enumerate(zip(stages, drawn, strict=True), start=1):
+        folder = work / f"stage-{number}"
+        results.append(recover(model, teacher, rows, held_out, settings, folder, sharded=sharded, progress=progress))
+        model = results[-1].model
+    return results
 
 
 def _measured(
