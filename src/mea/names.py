@@ -16,8 +16,8 @@ DEFAULT_WEIGHTING = "mean"
 LAYOUTS = ("full", "half", "deep")
 CACHE_BITS = (2, 4, 8)
 SUITES = ("zero-shot", "knowledge", "science", "math", "long-context")
-STAGES = ("layers", "distil", "near", "cpt")
-DEFAULT_STAGE = "distil"
+STAGES = ("distill", "cpt")
+DEFAULT_STAGE = "distill"
 TRAINED = ("factors", "attention", "all", "lora")
 
 

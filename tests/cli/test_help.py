@@ -50,8 +50,8 @@ def test_names_in_the_help_are_those_of_the_registries():
     assert names.LAYOUTS == PRESETS
     assert names.CACHE_BITS == BITS
     assert (*SUITES, LONG_CONTEXT) == names.SUITES
-    assert set(names.STAGES) == set(settings.PRESETS)
-    assert inspect.signature(recovery).parameters["preset"].default == names.DEFAULT_STAGE
+    assert set(names.STAGES) == set(settings.STAGES)
+    assert inspect.signature(recovery).parameters["stage"].default == names.DEFAULT_STAGE
     assert settings.Trained.__args__ == names.TRAINED
 
 

@@ -21,7 +21,8 @@ def pretrain(
     start_from: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint of a run at a constant rate, to continue with a decay.", rich_help_panel=shared.WHAT
+            help="Checkpoint of a run at a constant learning rate, to continue with a decay.",
+            rich_help_panel=shared.WHAT,
         ),
     ] = None,
     record: Annotated[
@@ -32,7 +33,7 @@ def pretrain(
     ] = Path("build/pretraining/data"),
 ) -> None:
     """Train a model of the attention family from random weights."""
-    from mea.train.pretraining.run import divergence_message
+    from mea.train.pretraining.record import divergence_message
     from mea.train.pretraining.run import pretrain as run
     from mea.train.pretraining.settings import read_settings
 

@@ -93,7 +93,7 @@ def recover(
 
     changes = {
         "trained": trained, "tokens": tokens, "window": window, "copy_fraction": copy_fraction,
-        "batch": batch, "micro_batch": micro_batch, "rate": lr, "base_lr": base_lr, "held_out": held_out,
+        "batch": batch, "micro_batch": micro_batch, "lr": lr, "base_lr": base_lr, "held_out": held_out,
         "precision": precision,
     }  # fmt: skip
     stages = [recovery(name, **changes) for name in stage.split("+")]
@@ -104,7 +104,7 @@ def recover(
             minutes = max(1, round(recovery_seconds(model, settings) / 60))
             errors.print(
                 f"{name}: {done:,} tokens in {settings.steps:,} steps, trained: {settings.trained}; in one process "
-                f"about {minutes:,} minute{'s' * (minutes != 1)} on this machine if it is quiet"
+                f"about {minutes:,} minute{'s' * (minutes != 1)} on this machine when it is idle"
             )
     if dry_run:
         return

@@ -42,13 +42,13 @@ def sweep(
     """Train variants at several learning rates and seeds; an interrupted sweep continues."""
     from mea.train.pretraining.sweep import on_ray
     from mea.train.pretraining.sweep import sweep as run
-    from mea.train.pretraining.sweep_file import read_jobs
+    from mea.train.pretraining.sweep_file import read_sweep
 
-    jobs = read_jobs(config, text)
+    runs = read_sweep(config, text)
     launch = on_ray(gpus) if ray else None
     with progress() as report:
         counts = run(
-            jobs,
+            runs,
             results,
             work,
             workers=workers,

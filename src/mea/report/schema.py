@@ -60,20 +60,20 @@ def _fits() -> Any:
     score = fields(score=float, interval=Interval)
     constant = fields(value=float, interval=Interval)
     correlation = fields(correlation=float | None, interval=Interval)
-    rules = dict[str, fields(probability=float, regret=float, rates=(Interval, []))]
+    rules = dict[str, fields(probability=float, regret=float, lrs=(Interval, []))]
     cell = fields(
-        arm=str, rate=float, seeds=list[int], loss=float, interval=Interval, diverged=int, spiked=int,
+        arm=str, lr=float, seeds=list[int], loss=float, interval=Interval, diverged=int, spiked=int,
         spikes=dict[str, score],
     )  # fmt: skip
     held = fields(predicted=float, interval=Interval, actual=float, error=float, error_interval=Interval)
     law = fields(
-        arm=str, rate=float, exponent=constant, scale=constant, floor=constant, residual=float, exponent_at_edge=bool,
+        arm=str, lr=float, exponent=constant, scale=constant, floor=constant, residual=float, exponent_at_edge=bool,
         replicates_at_edge=float, held=held, horizon=fields(tokens=float, predicted=float, interval=Interval),
     )  # fmt: skip
     arm = fields(
-        arm=str, best_rate=float, best_inside=bool, loss=float, interval=Interval, probability_best=float,
-        paper_rate=float | None, paper_loss=float | None, predicted_rate=float | None, rules=rules,
-        sensitivity=(float, 0.0), sensitivity_interval=(Interval, []), sensitivity_rates=(Interval, []),
+        arm=str, best_lr=float, best_inside=bool, loss=float, interval=Interval, probability_best=float,
+        paper_lr=float | None, paper_loss=float | None, predicted_lr=float | None, rules=rules,
+        sensitivity=(float, 0.0), sensitivity_interval=(Interval, []), sensitivity_lrs=(Interval, []),
     )  # fmt: skip
     difference = fields(
         first=str, second=str, difference=float, interval=Interval, interval_with_choice=Interval,
@@ -88,11 +88,11 @@ def _fits() -> Any:
         prediction=list[prediction],
     )  # fmt: skip
     decay = fields(
-        arm=str, schedule=str, rates=list[Any], interval=Interval, gain=float, rules=rules, best_constant=float,
+        arm=str, schedule=str, lrs=list[Any], interval=Interval, gain=float, rules=rules, best_constant=float,
         best_decayed=float, correlation=float | None, best_constant_arm=text, best_decayed_arm=text,
     )  # fmt: skip
     config = {"tokens": int, "preset": text, "draws": int, "held": float, "horizon": float, "runs": int}
-    curve = fields(schedule=str, arm=str, rate=float, tokens=list[float], fitted=list[float])
+    curve = fields(schedule=str, arm=str, lr=float, tokens=list[float], fitted=list[float])
     results = fields(groups=dict[str, group], after_decay=(list[decay], []))
     return record(config, results, fields(curves=list[curve]))
 

@@ -14,8 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from mea.models.accounting import training_flops
 from mea.models.decoder import MeaForCausalLM
-from mea.ops.memory import keep_freed_memory
-from mea.ops.precision import peak_flops
+from mea.ops.precision import keep_freed_memory, peak_flops
 from mea.records import Progress, Record, write_record
 from mea.train.checkpoints import last_complete
 from mea.train.fsdp import shard

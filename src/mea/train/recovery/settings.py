@@ -10,6 +10,7 @@ from mea.ops.precision import named_dtype
 from mea.text import check_fraction
 from mea.train.settings import CONFIG, Count, NotNegative, Positive, build
 
+Trained = Literal["factors", "attention", "all", "lora"]
 Precision = Annotated[Literal["fast", "bfloat16", "float32"], AfterValidator(named_dtype)]
 
 
@@ -67,7 +68,7 @@ class Recovery:
     """
 
     objective: Literal["logits", "text"] = "logits"
-    trained: Literal["factors", "attention", "all", "lora"] = "attention"
+    trained: Trained = "attention"
     tokens: Count = 100_000
     window: Annotated[StrictInt, Field(ge=8)] = 512
     copy_fraction: float = 0.0
