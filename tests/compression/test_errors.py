@@ -142,7 +142,7 @@ def test_calibration_that_cannot_be(refused: Any, tmp_path: Path) -> None:
         Calibration(tokens=100, window=64)
     with pytest.raises(ValueError, match="a share of the windows"):
         Calibration(copy_fraction=1.5)
-    assert "did you mean calibration" in refused(calibration=Calibration("calibraton", tokens=256, window=64))
+    assert "did you mean 'calibration'" in refused(calibration=Calibration("calibraton", tokens=256, window=64))
 
 
 def test_measuring_on_more_text_than_there_is(refused: Any) -> None:
