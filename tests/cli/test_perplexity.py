@@ -71,7 +71,7 @@ def test_defects_of_the_program_are_not_hidden(mea, models_, monkeypatch):
     def broken(*_, **__):
         raise KeyError("a defect")
 
-    monkeypatch.setattr("mea.evaluate.measure.perplexity_record", broken)
+    monkeypatch.setattr("mea.evaluate.perplexity_record.perplexity_record", broken)
     assert isinstance(mea("perplexity", models_["a"]).exception, KeyError)
 
 

@@ -37,7 +37,7 @@ def test_decoding_takes_turns_and_continues_the_prompt(tiny):
     assert lengths == {"a": [20, 21, 22, 23, 24, 25], "b": [20, 21, 22, 23, 24, 25]}
     assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 4, "b": 4}
     assert all(second > 0 for seconds in samples.values() for second in seconds)
-    assert seen[-1] == (6, 6)
+    assert seen[-1] == ("decoding in turns", 6, 6)
 
 
 def test_speed_ratio_is_paired():

@@ -23,7 +23,7 @@ def perplexity(
     json: Annotated[Path | None, typer.Option(help="Write the record, with every sample, to this file.")] = None,
 ) -> None:
     """Perplexity of a model on a text, compressed or not, and its ratio to another model's."""
-    from mea.evaluate.measure import perplexity_record
+    from mea.evaluate.perplexity_record import perplexity_record
     from mea.records import write_record
     from mea.report.sections.compression import perplexity_table
 

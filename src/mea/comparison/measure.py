@@ -14,13 +14,10 @@ from torch import Tensor
 
 from mea.comparison.peers import PeerResult, run_peer
 from mea.compression.api import Compressed
-from mea.evaluate.continuation import Continuation
-from mea.evaluate.fastest import use_packed_decode
 from mea.evaluate.generation import continue_prompt
-from mea.evaluate.measure import text_losses
-from mea.evaluate.perplexity import Estimate, block_means, by_position, perplexity, ratio
-from mea.evaluate.speed import MakeCache, cache_size, decode_seconds, speed_ratio
-from mea.evaluate.through_cache import ThroughCache
+from mea.evaluate.perplexity import Estimate, block_means, by_position, perplexity, ratio, text_losses
+from mea.evaluate.speed import MakeCache, cache_size, decode_seconds, speed_ratio, use_packed_decode
+from mea.evaluate.through_cache import Continuation, ThroughCache
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_form
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
@@ -254,17 +251,14 @@ class Measuring:
     def _decode(self, model: Any, stored: CacheConfig | None) -> tuple[dict[str, list[float]], dict[str, Any]]:
         protocol = self.protocol
         dtype = getattr(torch, protocol.decode_dtype)
-
-        def report(done: int, of: int) -> None:
-            if self.progress:
-                self.progress("decoding in turns", done, of)
-
         original = copy.deepcopy(self.model).to(dtype)
         if cached_share(original.config) == 1:  # a model that caches components is fastest as it is
             original = use_packed_decode(stock_form(original))
         pair = {ORIGINAL: original, "compressed": copy.deepcopy(model).to(dtype)}
         caches: dict[str, MakeCache] = {"compressed": stored.make} if stored else {}
-        seconds = decode_seconds(pair, protocol.decode_context, protocol.decode_steps, caches=caches, progress=report)
+        seconds = decode_seconds(
+            pair, protocol.decode_context, protocol.decode_steps, caches=caches, progress=self.progress
+        )
         middle, low, high = speed_ratio(seconds["compressed"], seconds[ORIGINAL])
         return seconds, {
             "context": protocol.decode_context, "dtype": str(dtype).removeprefix("torch."), "batch": 1,

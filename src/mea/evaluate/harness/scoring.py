@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mea.evaluate.harness.packing import Packed, Scored, batches, pack, tensors
-from mea.models.lm_head import replaced_forward
+from mea.models.lm_head import ROWS, InseparableHeadError, head_logits, last_hidden_states
 from mea.ops.memory import keep_freed_memory
 
-ROWS = 256  # logits made at a time
 SMALLEST, LARGEST = 512, 65_536  # tokens of a batch
 TRIALS = 3  # batches timed at each size
 GAIN = 1.04  # a larger batch must be so much faster to be kept: smaller ones take less memory
@@ -129,7 +128,7 @@ class Scorer:
         picked = states[row_of, place_of]
         losses, greedy = [], []
         for part, wanted in zip(picked.split(ROWS), targets.split(ROWS), strict=True):
-            logits = (self._logits(part) if self.head_alone else part).float()
+            logits = (head_logits(self.model, part) if self.head_alone else part).float()
             losses.append(functional.cross_entropy(logits, wanted, reduction="none").cpu())
             # The place of the largest is slow to find, its value is not; few targets have it.
             hit = logits.gather(-1, wanted[:, None])[:, 0] == logits.amax(-1)
@@ -148,32 +147,18 @@ class Scorer:
                 mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, low)
             options = {"attention_mask": mask, "position_ids": positions}
         if body_only:
-            return self.model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state
+            return last_hidden_states(self.model, ids, **options)
         return self.model(input_ids=ids, use_cache=False, **options).logits
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """The model's own logits of given hidden states, with whatever it does to them after the head."""
-        output = _Output(states[None])
-        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        with replaced_forward(self.model.base_model, output):
-            return self.model(input_ids=ids, use_cache=False).logits[0]
 
     @torch.no_grad()
     def _head_stands_alone(self) -> bool:
-        """Whether logits can be made from some hidden states alone: not in models that call their body's parts."""
-        body = self.model.base_model
-        if body is self.model:
-            return False
+        """Whether logits can be made from some hidden states alone, and not only from all of a batch."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
-        states = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        if states is None:
+        try:
+            head_logits(self.model, last_hidden_states(self.model, ids)[0])
+        except InseparableHeadError:
             return False
-        with replaced_forward(body, _Output(states)) as calls:
-            try:
-                self.model(input_ids=ids, use_cache=False)
-            except (TypeError, AttributeError, KeyError, IndexError):  # it reads more than the hidden states
-                return False
-        return calls == [1]
+        return True
 
     @torch.no_grad()
     def _can_share(self) -> bool:
@@ -194,17 +179,3 @@ class Scorer:
         error = max((together[place] - one[-1]).abs().max().item() for place, one in zip(places, apart, strict=True))
         scale = max(one.abs().max().item() for one in apart)
         return error <= 4 * torch.finfo(self.model.dtype).eps ** 0.75 * max(scale, 1e-6)
-
-
-@dataclass
-class _Output:
-    """As much of a body's output as a language model's head reads."""
-
-    last_hidden_state: Tensor
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    router_logits: Any = None
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]
