@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mea.evaluate.long_context import LongContext, compare, evaluate
+from mea.evaluate.long_context import LongContext, compare
 from mea.evaluate.long_context.plan import LENGTHS
+from mea.evaluate.runner import evaluate
 from mea.records import write_record
 
 RECORDS = Path(__file__).parent / "records"

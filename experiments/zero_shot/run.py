@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mea.evaluate.harness.run import Evaluation, compare, evaluate
+from mea.evaluate.harness.run import HarnessTasks, compare
+from mea.evaluate.runner import evaluate
 from mea.records import Record, write_record
 
 TASKS = ("openbookqa", "winogrande", "arc_challenge", "piqa", "arc_easy", "hellaswag")
@@ -37,7 +38,7 @@ def run(
     for task in tasks:
         for label, source in models.items():
             dtype = "float32" if label in in_float32 else "bfloat16"
-            plan = Evaluation("zero-shot", (task,), data, limit, dtype, BATCH_TOKENS)
+            plan = HarnessTasks("zero-shot", (task,), data, limit, dtype, BATCH_TOKENS)
             began = time.perf_counter()
             name = f"{label}-{task}.json"
             known(records / name, work / name)

@@ -72,7 +72,9 @@ def perplexity_record(
     config = {"model": source, "against": against, "text": text, "window": window, "tokens": tokens, "dtype": dtype}
     if cache_bits is not None:
         config["cache_bits"] = cache_bits
-    samples = dict(zip(("block_losses", "against_block_losses"), map(block_means, losses), strict=False))
+    samples = {"block_losses": block_means(losses[0])}
+    if against:
+        samples["against_block_losses"] = block_means(losses[1])
     return make_record("perplexity", config, results=_results(*losses), samples=samples)
 
 

@@ -8,12 +8,14 @@ from random import Random
 import pytest
 import torch
 
-from mea.evaluate.long_context import LongContext, compare, evaluate, needles, recall, run, tracking, words
+from mea.evaluate import runner
+from mea.evaluate.long_context import LongContext, compare, needles, recall, tracking, words
 from mea.evaluate.long_context.answering import Answerer
 from mea.evaluate.long_context.cells import cells_of
 from mea.evaluate.long_context.plan import Asked, prompts, prompts_at
 from mea.evaluate.long_context.prompts import Prompt, Query, Source, sentences
 from mea.evaluate.perplexity import by_position, token_losses
+from mea.evaluate.runner import evaluate
 from mea.evaluate.speed import held_bytes
 from mea.models.latent_attention import MODEL_TYPE_PREFIX
 from mea.records import read_record
@@ -42,7 +44,7 @@ def folders(two_models):
 @pytest.fixture
 def unloaded(monkeypatch):
     """Weights must not be read."""
-    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(runner, "load", lambda *_: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.parametrize("task", MAKERS)
@@ -251,7 +253,7 @@ def test_other_prompts_are_not_compared(folders, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (LongContext(("needel",)), "did you mean needle"),
+        (LongContext(("needel",)), "did you mean 'needle'"),
         (LongContext(lengths=(256, 1024)), "1,024 tokens are longer than the model's context of 512"),
         (LongContext(lengths=(0,)), "positive numbers of tokens"),
         (LongContext(lengths=(256, 256)), "none twice"),
@@ -280,7 +282,7 @@ def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path, unloaded):
 
 def test_longer_prompts_are_fewer(source):
     assert [prompts_at(tokens) for tokens in (512, 1024, 2048, 4096, 8192)] == [8, 8, 6, 3, 2]
-    found = prompts(source, LongContext(), ("needle", "recall", "position"), (1024, 2048))
+    found = prompts(source, ("needle", "recall", "position"), (1024, 2048))
     assert [(one.task, one.tokens) for one in found] == [("needle", 1024)] * 40 + [("recall", 1024)] * 8 + [
         ("needle", 2048)
     ] * 30

@@ -139,9 +139,10 @@ class Scorer:
 
     def _run(self, rows: Sequence[Packed], *, body_only: bool) -> Tensor:
         """Hidden states after the last norm, or logits, ``[b, t, ...]``."""
-        ids, positions, mask = (None if x is None else x.to(self.model.device) for x in tensors(rows))
-        options: dict[str, Any] = {}
+        ids, positions, mask = tensors(rows)
+        ids, options = ids.to(self.model.device), {}
         if mask is not None:
+            mask, positions = mask.to(self.model.device), positions.to(self.model.device)
             if self.model.config._attn_implementation == "eager":
                 low = torch.finfo(self.model.dtype).min
                 mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, low)
