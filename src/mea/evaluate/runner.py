@@ -146,7 +146,7 @@ class _Run(NamedTuple):
         identity, opened, facts, records = model.identity(self.suite.dtype), None, {}, []
         for job in jobs:
             name, fingerprint = f"{model.label}-{job.name}", identity | job.fingerprint
-            record = self._existing(self.out / f"{name}.json", fingerprint)
+            record = existing_record(self.out / f"{name}.json", self.suite.kind, fingerprint)
             if record is None:
                 if opened is None:
                     loaded, tokenizer = load(model.source, self.suite.dtype)
@@ -156,13 +156,6 @@ class _Run(NamedTuple):
                 record = self._do(name, job, opened, facts, fingerprint)
             records.append(record)
         return records
-
-    def _existing(self, path: Path, fingerprint: dict[str, Any]) -> Record | None:
-        if not path.is_file():
-            return None
-        record = read_record(path)
-        same = all(record["config"].get(key) == value for key, value in fingerprint.items())
-        return record if same and record["kind"] == self.suite.kind else None
 
     def _do(self, name: str, job: Job, opened: Any, facts: dict[str, Any], fingerprint: dict[str, Any]) -> Record:
         path = self.out / "journal" / f"{name}.jsonl"
@@ -179,3 +172,13 @@ class _Run(NamedTuple):
         write_record(self.out / f"{name}.json", record)
         path.unlink(missing_ok=True)
         return record
+
+
+def existing_record(path: Path, kind: str, settings: dict[str, Any]) -> Record | None:
+    """The record at `path` if there is one of that kind whose configuration has these settings."""
+    if not path.is_file():
+        return None
+    record = read_record(path)
+    wanted = make_record(kind, settings)["config"]  # as a record holds them
+    same = all(record["config"].get(name) == value for name, value in wanted.items())
+    return record if same and record["kind"] == kind else None

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from torch import Tensor
+
 from mea.evaluate.journal import Journal
 from mea.evaluate.long_context.answering import Answerer
 from mea.evaluate.long_context.cells import cells_of, samples_of
@@ -71,9 +73,13 @@ class LongContext(Suite):
         for model in models:
             source = Source(load_tokenizer(model.source), self.text)
             asked = prompts(source, tasks, lengths, self.limit, self.seed)
-            shared.append(self._fingerprint(tasks, lengths, source, asked))
+            text = position_tokens(source, self.position_text, lengths[-1]) if POSITION in tasks else None
+            shared.append({"tasks": list(tasks), "lengths": list(lengths), "limit": self.limit})
+            shared[-1] |= {"prompts": _digest(source, asked, text)}
+            shared[-1] |= {"text": self.text, "position_text": self.position_text}
             fingerprint = shared[-1] | {"cache_bits": None if jobs else self.cache_bits}
-            jobs.append([Job(LONG_CONTEXT, fingerprint, _Run(model.label, source, asked, self.seed, fingerprint))])
+            run = _Run(model.label, source, asked, text, self.seed, lengths, fingerprint["cache_bits"])
+            jobs.append([Job(LONG_CONTEXT, fingerprint, run)])
         if shared[0] != shared[-1]:
             names = " and ".join(model.source for model in models)
             raise ValueError(f"{names} read the prompts as different tokens: they cannot be compared")
@@ -82,15 +88,11 @@ class LongContext(Suite):
     def compare(self, first: Sequence[Record], second: Sequence[Record]) -> Record:
         return compare(*first, *second)
 
-    def _fingerprint(
-        self, tasks: Sequence[str], lengths: Sequence[int], source: Source, asked: Sequence[Asked]
-    ) -> dict[str, Any]:
-        """What two evaluations must share to be compared; the digest covers every prompt and all tokens."""
-        digest = Journal.key("prompts", [(asdict(one.prompt), source.ids(one.prompt.context)) for one in asked])
-        if POSITION in tasks:
-            digest = Journal.key("and", [digest, position_tokens(source, self.position_text, lengths[-1]).tolist()])
-        texts = {"text": self.text, "position_text": self.position_text}
-        return {"tasks": list(tasks), "lengths": list(lengths), "limit": self.limit, "prompts": digest} | texts
+
+def _digest(source: Source, asked: Sequence[Asked], text: Tensor | None) -> str:
+    """Of every prompt and of all tokens."""
+    digest = Journal.key("prompts", [(asdict(one.prompt), source.ids(one.prompt.context)) for one in asked])
+    return digest if text is None else Journal.key("and", [digest, text.tolist()])
 
 
 @dataclass
@@ -100,14 +102,16 @@ class _Run:
     label: str
     source: Source
     asked: Sequence[Asked]
+    text: Tensor | None
     seed: int
-    settings: dict[str, Any]  # the job's fingerprint
+    lengths: Sequence[int]
+    cache_bits: int | None
 
     def __call__(self, session: Session) -> Outcome:
         model, journal = session.model, session.journal
-        answerer, work = Answerer(model, self.source, self.settings["cache_bits"]), Work.of(model)
+        answerer, work = Answerer(model, self.source, self.cache_bits), Work.of(model)
         costs = [work(one.tokens, len(one.prompt.queries)) for one in self.asked]
-        position_cost = WINDOWS * work(self.settings["lengths"][-1]) if POSITION in self.settings["tasks"] else 0.0
+        position_cost = 0.0 if self.text is None else WINDOWS * work(self.lengths[-1])
         keys = [Journal.key(KIND, one.recipe) for one in self.asked]
         missing = sum(cost for key, cost in zip(keys, costs, strict=True) if key not in journal)
         self._say_cost(session, answerer, work, missing + position_cost)
@@ -121,22 +125,23 @@ class _Run:
         samples = [json.loads(journal[key]) for key in keys]
         results: dict[str, Any] = {"cells": cells_of(self.asked, samples)}
         scores = samples_of(self.asked, samples)
-        if position_cost:
-            results["positions"], scores[POSITION] = self._position(session, position_cost)
+        if self.text is not None:
+            results["positions"], scores[POSITION] = self._position(session, self.text, position_cost)
         return Outcome(results, scores, self._lines(samples), {"suite": LONG_CONTEXT}, {"prompts": self.seed})
 
-    def _position(self, session: Session, cost: float) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
-        lengths = self.settings["lengths"]
+    def _position(
+        self, session: Session, text: Tensor, cost: float
+    ) -> tuple[list[dict[str, Any]], dict[str, list[float]]]:
         losses = token_losses(
             session.model,
-            position_tokens(self.source, self.settings["position_text"], lengths[-1]),
-            lengths[-1],
+            text,
+            self.lengths[-1],
             start=self.source.start,
-            read=reading_in(self.settings["cache_bits"]),
+            read=reading_in(self.cache_bits),
             what="loss by position",
             progress=lambda what, _, windows: self._tell(session, what, cost / windows),
         )
-        return by_ranges(losses, lengths)
+        return by_ranges(losses, self.lengths)
 
     def _tell(self, session: Session, what: str, cost: float) -> None:
         """Report progress in per cent of the operations: long prompts take most of the time."""
@@ -145,7 +150,7 @@ class _Run:
 
     def _say_cost(self, session: Session, answerer: Answerer, work: Work, missing: float) -> None:
         """Say how much there is to do, and how long it will take at the speed of a short reading."""
-        trial = min(TRIAL, self.settings["lengths"][-1])
+        trial = min(TRIAL, self.lengths[-1])
         minutes = missing / work(trial) * answerer.seconds_of(trial) / 60
         tokens = sum(one.tokens for one in self.asked)
         session.say(
