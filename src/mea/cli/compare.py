@@ -35,7 +35,7 @@ def compare(
 ) -> None:
     """Compare every way to make a model's cache smaller, by measured bytes, in one protocol."""
     from mea.comparison.configs import method_configs
-    from mea.comparison.measure import Protocol
+    from mea.comparison.protocol import Protocol
     from mea.comparison.run import Training, describe_cost
     from mea.comparison.run import compare as run
     from mea.compression import Calibration
