@@ -1,4 +1,4 @@
-"""Half of the bytes in 8, 4 or 2 bits a number, and transformers' own caches in few bits, on the reported texts.
+"""Half of the bytes in 8, 4 or 2 bits a number, and transformers' own quantised caches, on the reported texts.
 
     python experiments/cache_bits/measure.py ORIGINAL COMPRESSED --out experiments/cache_bits/records
 
