@@ -74,10 +74,7 @@ def main() -> None:
         size = cache_size(
             copy.deepcopy(model).bfloat16(), options.window, lambda config, f=form: QuantisedCache(config, f)
         )
-        results = {
-            "perplexity": own.value, "standard_error": own.standard_error, "ratio": relative.value,
-            "ratio_standard_error": relative.standard_error, "bytes_per_token": size.bytes_per_token,
-        }  # fmt: skip
+        results = own.as_dict() | relative.as_dict("ratio") | {"bytes_per_token": size.bytes_per_token}
         config = {"model": options.model, "text": options.text, "tokens": options.tokens, "window": options.window}
         config |= {"basis": basis, "format": asdict(form), "ratio_to": "the same model, nothing quantised"}
         samples = {"block_losses": block_means(losses)}

@@ -75,7 +75,7 @@ def test_defects_of_the_program_are_not_hidden(mea, models_, monkeypatch):
     assert isinstance(mea("perplexity", models_["a"]).exception, KeyError)
 
 
-def test_through_a_cache_in_few_bits(mea, models_, text, tmp_path):
+def test_through_a_quantised_cache(mea, models_, text, tmp_path):
     """The more bits, the nearer to the model itself; the record says how many."""
     ratios = []
     for bits in (8, 2):

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from mea.comparison.configs import CacheConfig
 from mea.comparison.protocol import Protocol
-from mea.evaluate.perplexity import Estimate, Read, block_means, by_position, perplexity, ratio, text_losses
+from mea.evaluate.perplexity import Read, block_means, by_position, perplexity, ratio, text_losses
 from mea.evaluate.through_cache import Continuation
 from mea.records import Progress
 from mea.text import encode_text, load_text
@@ -54,10 +54,9 @@ class Quality:
 
     def summary(self, text: str, losses: Losses) -> dict[str, Any]:
         """Perplexity of a text, and its ratio to the reference's."""
-        values = {**_estimate("perplexity", perplexity(losses)), "window": self.protocol.window}
-        values["tokens"] = losses.numel()
+        values = perplexity(losses).as_dict() | {"window": self.protocol.window, "tokens": losses.numel()}
         reference = self._reference(text, self.protocol.window, losses)
-        return values if reference is losses else values | _estimate("ratio", ratio(losses, reference))
+        return values if reference is losses else values | ratio(losses, reference).as_dict("ratio")
 
     def continued(self, text: str, losses: Losses) -> dict[str, Any]:
         """The same of continuations."""
@@ -68,8 +67,8 @@ class Quality:
         reference = self._reference(self.protocol.position_text, edges[-1], losses)
         ranges = []
         for own, relative in zip(by_position(losses, edges), by_position(losses, edges, reference), strict=True):
-            values = {"start": own.start, "stop": own.stop, **_estimate("perplexity", own.estimate)}
-            ranges.append(values if reference is losses else values | _estimate("ratio", relative.estimate))
+            values = {"start": own.start, "stop": own.stop} | own.estimate.as_dict()
+            ranges.append(values if reference is losses else values | relative.estimate.as_dict("ratio"))
         return ranges
 
     def _reference(self, text: str, window: int, losses: Losses) -> Losses:
@@ -78,8 +77,3 @@ class Quality:
     def _losses(self, label: str, model: Any, text: str, count: int, window: int, read: Read | None = None) -> Losses:
         tokens, what = encode_text(self.tokenizer, load_text(text), count), f"{label}: {text}"
         return text_losses(model, self.tokenizer, tokens, window, what=what, read=read, progress=self.progress)
-
-
-def _estimate(name: str, estimate: Estimate) -> dict[str, float]:
-    error = "standard_error" if name == "perplexity" else f"{name}_standard_error"
-    return {name: estimate.value, error: estimate.standard_error}

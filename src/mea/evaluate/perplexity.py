@@ -33,6 +33,11 @@ class Estimate:
     standard_error: float
     tokens: int
 
+    def as_dict(self, name: str = "perplexity") -> dict[str, float]:
+        """The value by its name in records, with its standard error."""
+        error = "standard_error" if name == "perplexity" else f"{name}_standard_error"
+        return {name: self.value, error: self.standard_error}
+
 
 @dataclass(frozen=True)
 class PositionRange:

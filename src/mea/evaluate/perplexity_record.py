@@ -25,9 +25,7 @@ def perplexity_record(
     cache_bits: int | None = None,
     progress: Progress | None = None,
 ) -> Record:
-    """Perplexity of a model, and its ratio to that of another one on the same tokens.
-
-    One model is in memory at a time.
+    """Perplexity of a model, and its ratio to another model's on the same tokens; one is in memory at a time.
 
     Parameters
     ----------
@@ -38,7 +36,7 @@ def perplexity_record(
     window, tokens
         Tokens per window, and of the text's beginning (all of it if None).
     dtype
-        To compute in; ``"auto"`` is that of the weights.
+        Of the computation; ``"auto"`` is that of the weights.
     cache_bits
         Read the text of `source` in blocks over a cache of 8, 4 or 2 bits; `against` is read at once.
     progress
@@ -80,9 +78,8 @@ def perplexity_record(
 
 def _results(losses: Losses, against: Losses | None = None) -> dict[str, Any]:
     own = perplexity(losses)
-    results = {"perplexity": own.value, "standard_error": own.standard_error, "scored_tokens": own.tokens}
+    results = own.as_dict() | {"scored_tokens": own.tokens}
     if against is not None:
         other, relative = perplexity(against), ratio(losses, against)
-        results |= {"against_perplexity": other.value, "against_standard_error": other.standard_error}
-        results |= {"ratio": relative.value, "ratio_standard_error": relative.standard_error}
+        results |= {f"against_{name}": value for name, value in other.as_dict().items()} | relative.as_dict("ratio")
     return results

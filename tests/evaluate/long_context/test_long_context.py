@@ -167,7 +167,7 @@ def test_answers_are_those_of_whole_texts_read_without_a_cache(tiny, source, bit
         assert answer.written == source.tokenizer.decode(ids[-source.new_tokens(query) :])
 
 
-def test_few_bits_are_what_is_answered_from(tiny, source):
+def test_answers_come_from_the_quantised_cache(tiny, source):
     model = tiny("Llama", vocab_size=258)
     prompt = needles.needle(source, 500, Random(0), 0.0)
     (whole,), _, bytes_ = Answerer(model, source).answer(prompt)

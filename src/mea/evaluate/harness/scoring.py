@@ -106,31 +106,31 @@ class Scorer:
             yield results, done, total
 
     def _batch(self, rows: Sequence[Packed], texts: Sequence[Scored]) -> list[tuple[int, float, bool]]:
-        wanted = [(number, index, places) for number, row in enumerate(rows) for index, places in row.places]
-        row_of = torch.tensor([number for number, _, places in wanted for _ in places], device=self.model.device)
-        place_of = torch.tensor([place for *_, places in wanted for place in places], device=self.model.device)
+        wanted = [(number, index, tokens) for number, row in enumerate(rows) for index, tokens in row.targets_at]
+        row_of = torch.tensor([number for number, _, tokens in wanted for _ in tokens], device=self.model.device)
+        token_of = torch.tensor([token for *_, tokens in wanted for token in tokens], device=self.model.device)
         targets = torch.tensor([x for _, index, _ in wanted for x in texts[index].targets], device=self.model.device)
-        losses, greedy = self._losses(rows, row_of, place_of, targets)
+        losses, greedy = self._losses(rows, row_of, token_of, targets)
         if not losses.isfinite().all():
             raise ValueError("the model's logits are not finite numbers: its weights or activations overflow")
         results, first = [], 0
-        for _, index, places in wanted:
-            last = first + len(places)
+        for _, index, tokens in wanted:
+            last = first + len(tokens)
             results.append((index, -losses[first:last].double().sum().item(), bool(greedy[first:last].all())))
             first = last
         return results
 
     def _losses(
-        self, rows: Sequence[Packed], row_of: Tensor, place_of: Tensor, targets: Tensor
+        self, rows: Sequence[Packed], row_of: Tensor, token_of: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss of each target, and whether it was the likeliest token; on the CPU."""
         states = self._run(rows, body_only=self.head_alone)
-        picked = states[row_of, place_of]
+        picked = states[row_of, token_of]
         losses, greedy = [], []
         for part, wanted in zip(picked.split(ROWS), targets.split(ROWS), strict=True):
             logits = (head_logits(self.model, part) if self.head_alone else part).float()
             losses.append(functional.cross_entropy(logits, wanted, reduction="none").cpu())
-            # The place of the largest is slow to find, its value is not; few targets have it.
+            # The index of the largest is slow to find, its value is not; few targets have it.
             hit = logits.gather(-1, wanted[:, None])[:, 0] == logits.amax(-1)
             at = hit.nonzero()[:, 0]
             hit[at] = logits[at].argmax(-1) == wanted[at]
@@ -176,7 +176,7 @@ class Scorer:
             apart = [self._run([alone], body_only=False)[0].float() for alone in pack(texts, share=False)]
         except (TypeError, ValueError, NotImplementedError, RuntimeError):
             return False
-        places = [place for _, (place,) in row.places]
-        error = max((together[place] - one[-1]).abs().max().item() for place, one in zip(places, apart, strict=True))
+        last = [token for _, (token,) in row.targets_at]
+        error = max((together[token] - one[-1]).abs().max().item() for token, one in zip(last, apart, strict=True))
         scale = max(one.abs().max().item() for one in apart)
         return error <= 4 * torch.finfo(self.model.dtype).eps ** 0.75 * max(scale, 1e-6)

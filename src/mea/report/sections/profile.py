@@ -27,7 +27,7 @@ def sections(records: Sequence[Record]) -> list[Section]:
 def profile_table(record: Record) -> TerminalTable:
     """The layers in the order of the loss that compressing them adds, for a terminal."""
     layers = sorted(enumerate(record["results"]["layers"]), key=lambda pair: pair[1]["added"])
-    names = ("added", "standard_error", "lost")
+    names = ("added", "standard_error", "relative_output_error")
     lines = [[str(index), *(f"{layer[name]:.4f}" for name in names)] for index, layer in layers]
     header = ["layer", "added nats", "standard error", "energy lost"]
     return TerminalTable(Part(table=Table(header, lines, _note([record]))))
