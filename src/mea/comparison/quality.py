@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from mea.comparison.configs import CacheConfig
@@ -22,6 +22,7 @@ class Quality:
     def __init__(self, tokenizer: Any, protocol: Protocol, progress: Progress | None = None):
         self.tokenizer, self.protocol, self.progress = tokenizer, protocol, progress
         self.references: dict[tuple[str, int, int], Losses] = {}
+        self._tokens: dict[tuple[str, int], Int[Tensor, " n"]] = {}
 
     def measure(self, label: str, model: Any, cache: CacheConfig | None, *, by_position: bool) -> Parts:
         """Score a model on whole windows, on continuations, and by position where that is asked for.
@@ -52,6 +53,12 @@ class Quality:
             samples["loss_by_position"] = block_means(losses)
         return results, samples
 
+    def tokens(self, text: str, count: int) -> Int[Tensor, " n"]:
+        """The first tokens of a text, made once for all models."""
+        if (text, count) not in self._tokens:
+            self._tokens[text, count] = encode_text(self.tokenizer, load_text(text), count)
+        return self._tokens[text, count]
+
     def summary(self, text: str, losses: Losses) -> dict[str, Any]:
         """Perplexity of a text, and its ratio to the reference's."""
         values = perplexity(losses).as_dict() | {"window": self.protocol.window, "tokens": losses.numel()}
@@ -75,5 +82,5 @@ class Quality:
         return self.references.setdefault((text, window, losses.shape[1]), losses)
 
     def _losses(self, label: str, model: Any, text: str, count: int, window: int, read: Read | None = None) -> Losses:
-        tokens, what = encode_text(self.tokenizer, load_text(text), count), f"{label}: {text}"
+        tokens, what = self.tokens(text, count), f"{label}: {text}"
         return text_losses(model, self.tokenizer, tokens, window, what=what, read=read, progress=self.progress)

@@ -13,7 +13,7 @@ from mea.comparison.peers import PeerResult, run_peer
 from mea.comparison.quality import Quality
 from mea.evaluate.perplexity import block_means
 from mea.records import Record, make_record
-from mea.text import encode_text, load_text, start_token, windows
+from mea.text import start_token, windows
 
 
 def peer_records(
@@ -51,8 +51,7 @@ def peer_records(
             model.save_pretrained(folder / "model")
             tokenizer.save_pretrained(folder / "model")
         for text, count in protocol.texts:
-            tokens = encode_text(tokenizer, load_text(text), count)
-            rows = windows(tokens, protocol.window, start_token(tokenizer))
+            rows = windows(quality.tokens(text, count), protocol.window, start_token(tokenizer))
             scored[text] = run_peer(
                 peer, python, folder / text, folder / "model", rows, runs, context=protocol.context,
                 dtype=protocol.dtype, calibration=tokenizer.batch_decode(calibration),
