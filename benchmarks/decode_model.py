@@ -1,6 +1,6 @@
 """Decoding with a whole model at a long context: compressed cache against the uncompressed model in its fastest form.
 
-The uncompressed side is the stock model with each kv head's queries packed into one matrix (`mea.evaluate.fastest`).
+The uncompressed side is the stock model with each kv head's queries packed into one matrix (`mea.evaluate.speed`).
 Both sides go through the same loop with greedy tokens, each with a preallocated cache and weights of its own,
 and take turns token by token. The caches are filled with random numbers instead of reading a prompt: speed does not
 depend on what they hold.

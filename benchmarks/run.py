@@ -20,7 +20,7 @@ from rich.table import Table
 from timing import limits
 from transformers import AutoModelForCausalLM
 
-from mea.evaluate.fastest import use_packed_decode
+from mea.evaluate.speed import use_packed_decode
 from mea.models.loading import load, packaged_model
 from mea.records import make_record, write_record
 

@@ -1,4 +1,4 @@
-"""How latents are best stored in few bits: basis, sharing of scales, block length, first tokens. On validation text.
+"""Which quantised format suits latents: basis, sharing of scales, block length, first tokens. On validation text.
 
     python experiments/cache_bits/choose.py COMPRESSED_MODEL --out experiments/cache_bits/records/validation
 
@@ -11,8 +11,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from balance import balance_latents
 
-from mea.compression.balance import balance_latents
 from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
 from mea.evaluate.speed import cache_size
@@ -27,23 +27,23 @@ FOUR = CacheFormat(4)
 
 
 def variants() -> list[tuple[str, CacheFormat]]:
-    """Bases by all ways to share scales, then one thing at a time."""
-    found = [
+    """All bases with all ways to share scales, then one setting changed at a time."""
+    formats = [
         (basis, replace(FOUR, keys=keys, values=values))
         for basis in BASES
         for keys in ("channel", "token")
         for values in ("channel", "token")
     ]
     for basis in ("given", "balanced"):
-        found += [(basis, replace(FOUR, first=first)) for first in (0, 16)]
-        found += [(basis, replace(FOUR, block=block)) for block in (32, 128)]
-        found += [(basis, replace(FOUR, keys="token", group=group)) for group in (16, 96)]
-        found += [
+        formats += [(basis, replace(FOUR, first=first)) for first in (0, 16)]
+        formats += [(basis, replace(FOUR, block=block)) for block in (32, 128)]
+        formats += [(basis, replace(FOUR, keys="token", group=group)) for group in (16, 96)]
+        formats += [
             (basis, replace(FOUR, bits=8)),
             (basis, replace(FOUR, bits=8, first=0)),
             (basis, replace(FOUR, bits=2)),
         ]
-    return found
+    return formats
 
 
 def main() -> None:
@@ -74,10 +74,7 @@ def main() -> None:
         size = cache_size(
             copy.deepcopy(model).bfloat16(), options.window, lambda config, f=form: QuantisedCache(config, f)
         )
-        results = {
-            "perplexity": own.value, "standard_error": own.standard_error, "ratio": relative.value,
-            "ratio_standard_error": relative.standard_error, "bytes_per_token": size.bytes_per_token,
-        }  # fmt: skip
+        results = own.as_dict() | relative.as_dict("ratio") | {"bytes_per_token": size.bytes_per_token}
         config = {"model": options.model, "text": options.text, "tokens": options.tokens, "window": options.window}
         config |= {"basis": basis, "format": asdict(form), "ratio_to": "the same model, nothing quantised"}
         samples = {"block_losses": block_means(losses)}

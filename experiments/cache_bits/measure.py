@@ -1,4 +1,4 @@
-"""Half of the bytes in 8, 4 or 2 bits a number, and transformers' own caches in few bits, on the reported texts.
+"""Half of the bytes in 8, 4 or 2 bits a number, and transformers' own quantised caches, on the reported texts.
 
     python experiments/cache_bits/measure.py ORIGINAL COMPRESSED --out experiments/cache_bits/records
 
@@ -84,10 +84,7 @@ def main() -> None:
             model = loaded[options.compressed if compressed else options.original][0]
             make = how if callable(how) or how is None else lambda config, bits=how: QuantisedCache(config, bits)
             size = cache_size(copy.deepcopy(model).bfloat16(), options.window, make)
-            results = {
-                "perplexity": own.value, "standard_error": own.standard_error, "ratio": relative.value,
-                "ratio_standard_error": relative.standard_error, "bytes_per_token": size.bytes_per_token,
-            }  # fmt: skip
+            results = own.as_dict() | relative.as_dict("ratio") | {"bytes_per_token": size.bytes_per_token}
             config = {"variant": name, "text": text, "tokens": options.tokens, "window": options.window}
             config |= {"ratio_to": "the same model, nothing quantised", "losses_in": "float32", "bytes_in": "bfloat16"}
             write_record(

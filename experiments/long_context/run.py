@@ -13,8 +13,9 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mea.evaluate.long_context import LongContext, compare, evaluate
+from mea.evaluate.long_context import LongContext, compare
 from mea.evaluate.long_context.plan import LENGTHS
+from mea.evaluate.runner import evaluate
 from mea.records import write_record
 
 RECORDS = Path(__file__).parent / "records"
@@ -23,19 +24,19 @@ RECORDS = Path(__file__).parent / "records"
 def run(models: Mapping[str, str], plan: LongContext, work: Path, records: Path) -> None:
     """Evaluate one model after the other, then compare."""
     first, *others = models
-    found = {}
+    by_label = {}
     for label, source in models.items():
         began = time.perf_counter()
         done, record = work / f"{label}-long-context.json", records / f"{label}.json"
         if record.is_file() and not done.is_file():
             work.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(record, done)
-        (found[label],) = evaluate(source, plan, work, label=label, progress=tell, say=print)
+        (by_label[label],) = evaluate(source, plan, work, label=label, progress=tell, say=print)
         print(f"{label}: {time.perf_counter() - began:.0f} s", flush=True)
         records.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(done, record)
     for label in others:
-        write_record(records / f"paired-{label}-{first}.json", compare(found[label], found[first]))
+        write_record(records / f"paired-{label}-{first}.json", compare(by_label[label], by_label[first]))
 
 
 def tell(what: str, done: int, of: int) -> None:
@@ -51,12 +52,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, default=Path("build/long_context"), help="for samples and resumption")
     parser.add_argument("--records", type=Path, default=RECORDS)
-    given = parser.parse_args()
-    if any("=" not in model for model in given.models):
+    options = parser.parse_args()
+    if any("=" not in model for model in options.models):
         sys.exit("models are given as label=folder")
-    models = dict(model.split("=", 1) for model in given.models)
-    plan = LongContext(lengths=tuple(given.lengths), limit=given.limit, seed=given.seed, dtype="bfloat16")
-    run(models, plan, given.work, given.records)
+    models = dict(model.split("=", 1) for model in options.models)
+    plan = LongContext(lengths=tuple(options.lengths), limit=options.limit, seed=options.seed, dtype="bfloat16")
+    run(models, plan, options.work, options.records)
 
 
 if __name__ == "__main__":

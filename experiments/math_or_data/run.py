@@ -41,12 +41,12 @@ def effects(losses: Mapping[str, list[float]]) -> dict[str, Any]:
     if len({len(losses[arm]) for arm in ARMS}) != 1:
         raise ValueError("the four models were not scored on the same blocks")
     blocks = np.array([losses[arm] for arm in ARMS])
-    found = {}
+    estimates = {}
     for name, weights in EFFECTS.items():
         values = np.array(weights) @ blocks
         low, high = np.quantile(bootstrap_means(values), [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        found[name] = {"mean": float(values.mean()), "interval": [float(low), float(high)]}
-    return found
+        estimates[name] = {"mean": float(values.mean()), "interval": [float(low), float(high)]}
+    return estimates
 
 
 def same_training(first: str, second: str) -> dict[str, Any]:
@@ -77,9 +77,9 @@ def measure(models: Mapping[str, str], texts: Mapping[str, str], tokens: int, wi
             raise ValueError(f"{folder} reads the texts as different tokens")
         model, _ = load(folder, "float32")
         for domain in texts:
-            found = token_losses(model, ids[domain], window, start=start_token(tokenizer))
-            losses[domain][arm] = block_means(found)
-            print(f"{domain} {arm}: {found.mean():.4f} nats per token", flush=True)
+            token_loss = token_losses(model, ids[domain], window, start=start_token(tokenizer))
+            losses[domain][arm] = block_means(token_loss)
+            print(f"{domain} {arm}: {token_loss.mean():.4f} nats per token", flush=True)
     return losses
 
 
@@ -93,23 +93,23 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0, help="of the arithmetic problems")
     parser.add_argument("--record", type=Path, default=Path(__file__).parent / "records" / "effects.json")
-    given = parser.parse_args()
-    if any("=" not in domain for domain in given.domain):
+    options = parser.parse_args()
+    if any("=" not in domain for domain in options.domain):
         sys.exit("domains are given as name=file")
     texts = {name: load_text(text) for name, text in TEXTS.items()}
-    texts["arithmetic"] = problems(given.tokens // 40, given.seed)
-    texts |= {name: load_text(file) for name, file in (domain.split("=", 1) for domain in given.domain)}
-    models = {arm: getattr(given, arm) for arm in ARMS}
-    training = same_training(given.whole_trained, given.half_trained)
-    losses = measure(models, texts, given.tokens, given.window)
+    texts["arithmetic"] = problems(options.tokens // 40, options.seed)
+    texts |= {name: load_text(file) for name, file in (domain.split("=", 1) for domain in options.domain)}
+    models = {arm: getattr(options, arm) for arm in ARMS}
+    training = same_training(options.whole_trained, options.half_trained)
+    losses = measure(models, texts, options.tokens, options.window)
     results = {domain: effects(by_arm) for domain, by_arm in losses.items()}
-    for domain, found in results.items():
-        for name, effect in found.items():
+    for domain, estimates in results.items():
+        for name, effect in estimates.items():
             low, high = effect["interval"]
             print(f"{domain}, {name}: {effect['mean']:+.4f} ({low:+.4f} to {high:+.4f}) nats per token")
-    config = {"models": models, "tokens": given.tokens, "window": given.window, "training": training}
-    seeds = {"problems": given.seed, "bootstrap": 0}
-    write_record(given.record, make_record("math or data", config, results=results, samples=losses, seeds=seeds))
+    config = {"models": models, "tokens": options.tokens, "window": options.window, "training": training}
+    seeds = {"problems": options.seed, "bootstrap": 0}
+    write_record(options.record, make_record("math or data", config, results=results, samples=losses, seeds=seeds))
 
 
 if __name__ == "__main__":

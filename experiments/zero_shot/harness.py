@@ -33,8 +33,8 @@ def check(lm: Any, name: str, data: str) -> dict[str, Any]:
     if ours["config"]["data"] != rows.digest:
         raise SystemExit(f"{name}: the record is of other rows than {data} has")
     began = time.perf_counter()
-    found: Any = evaluator.evaluate(lm, {"tasks": harness_task(name, rows)}, bootstrap_iters=0)
-    theirs = [float(sample["acc"]) for sample in found["samples"][name]]
+    evaluated: Any = evaluator.evaluate(lm, {"tasks": harness_task(name, rows)}, bootstrap_iters=0)
+    theirs = [float(sample["acc"]) for sample in evaluated["samples"][name]]
     mine = numbers(ours["samples"]["acc"])
     mean = sum(theirs) / len(theirs)
     return {
@@ -53,14 +53,14 @@ def main() -> None:
     parser.add_argument("data", help="folder with a folder per task")
     parser.add_argument("model")
     parser.add_argument("--task", action="append", choices=ZERO_SHOT, help="may be repeated; all if absent")
-    given = parser.parse_args()
-    model, tokenizer = load(given.model, "bfloat16")
+    options = parser.parse_args()
+    model, tokenizer = load(options.model, "bfloat16")
     lm: Any = HFLM(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=BATCH)  # pyright: ignore
-    for name in given.task or ZERO_SHOT:
-        found = check(lm, name, given.data)
-        print(name, found, flush=True)
-        config = {"task": name, "model": Path(given.model).name, "dtype": "bfloat16", "batch_size": BATCH}
-        write_record(HERE / "records" / "harness" / f"{name}.json", make_record("reference", config, results=found))
+    for name in options.task or ZERO_SHOT:
+        results = check(lm, name, options.data)
+        print(name, results, flush=True)
+        config = {"task": name, "model": Path(options.model).name, "dtype": "bfloat16", "batch_size": BATCH}
+        write_record(HERE / "records" / "harness" / f"{name}.json", make_record("reference", config, results=results))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from mea.evaluate.harness.run import Evaluation, compare, evaluate
+from mea.evaluate.harness.run import HarnessTasks, compare
+from mea.evaluate.runner import evaluate
 from mea.records import Record, write_record
 
 TASKS = ("openbookqa", "winogrande", "arc_challenge", "piqa", "arc_easy", "hellaswag")
@@ -37,7 +38,7 @@ def run(
     for task in tasks:
         for label, source in models.items():
             dtype = "float32" if label in in_float32 else "bfloat16"
-            plan = Evaluation("zero-shot", (task,), data, limit, dtype, BATCH_TOKENS)
+            plan = HarnessTasks("zero-shot", (task,), data, limit, dtype, BATCH_TOKENS)
             began = time.perf_counter()
             name = f"{label}-{task}.json"
             known(records / name, work / name)
@@ -67,11 +68,11 @@ def main() -> None:
     parser.add_argument("--limit", type=int, help="only the first rows of each task")
     parser.add_argument("--float32", nargs="+", default=[], metavar="label", help="models to compute in float32")
     parser.add_argument("--tasks", nargs="+", default=list(TASKS))
-    given = parser.parse_args()
-    if any("=" not in model for model in given.models):
+    options = parser.parse_args()
+    if any("=" not in model for model in options.models):
         sys.exit("models are given as label=folder")
-    models = dict(model.split("=", 1) for model in given.models)
-    run(models, given.data, given.work, given.records, given.limit, given.tasks, given.float32)
+    models = dict(model.split("=", 1) for model in options.models)
+    run(models, options.data, options.work, options.records, options.limit, options.tasks, options.float32)
 
 
 if __name__ == "__main__":

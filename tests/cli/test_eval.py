@@ -23,13 +23,13 @@ def test_two_models_item_by_item(mea, models_, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--suite", "zero-shit"), "did you mean zero-shot"),
-        (("--task", "hellaswg"), "did you mean hellaswag"),
+        (("--suite", "zero-shit"), "did you mean 'zero-shot'"),
+        (("--task", "hellaswg"), "did you mean 'hellaswag'"),
         ((), "nothing to evaluate"),
-        (("--suite", "long-contxt"), "did you mean long-context"),
+        (("--suite", "long-contxt"), "did you mean 'long-context'"),
         (("--suite", "long-context", "--lengths", "512"), "longer than the model's context of 256"),
         (("--suite", "long-context", "--lengths", "short"), "as in 512,1024, not 'short'"),
-        (("--suite", "long-context", "--task", "needel"), "did you mean needle"),
+        (("--suite", "long-context", "--task", "needel"), "did you mean 'needle'"),
         (("--suite", "long-context", "--data", "x"), "--data has no meaning for the suite long-context"),
         (("--suite", "zero-shot", "--lengths", "512"), "--lengths goes with --suite long-context only"),
         (("--suite", "zero-shot", "--data", "nowhere"), "no data folder at nowhere"),

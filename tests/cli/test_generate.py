@@ -64,7 +64,7 @@ def test_mistakes_are_one_line(mea, models_, options, message):
     assert "Traceback" not in result.output
 
 
-def test_over_a_cache_in_few_bits(mea, models_):
+def test_over_a_quantised_cache(mea, models_):
     """A short text lies in the tokens that are stored as they are: the continuation is the same."""
     options = ("--prompt", "w1 w2 w3", "--max-new-tokens", 6)
     plain, stored = (mea("generate", models_["a"], *options, *more) for more in ((), ("--cache-bits", 4)))

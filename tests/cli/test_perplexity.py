@@ -71,11 +71,11 @@ def test_defects_of_the_program_are_not_hidden(mea, models_, monkeypatch):
     def broken(*_, **__):
         raise KeyError("a defect")
 
-    monkeypatch.setattr("mea.evaluate.measure.perplexity_record", broken)
+    monkeypatch.setattr("mea.evaluate.perplexity_record.perplexity_record", broken)
     assert isinstance(mea("perplexity", models_["a"]).exception, KeyError)
 
 
-def test_through_a_cache_in_few_bits(mea, models_, text, tmp_path):
+def test_through_a_quantised_cache(mea, models_, text, tmp_path):
     """The more bits, the nearer to the model itself; the record says how many."""
     ratios = []
     for bits in (8, 2):

@@ -9,6 +9,7 @@ import sys
 import pytest
 import torch
 
+from compression.small import tiny
 from mea.comparison import peers
 from mea.comparison import run as comparison
 from mea.comparison.configs import MethodConfig, method_configs
@@ -28,12 +29,29 @@ PROTOCOL = Protocol(
 )  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def saved(tokenizer, tmp_path_factory):
+    """A folder with a tiny Llama and its tokenizer, for all tests of this file."""
+    folder = tmp_path_factory.mktemp("model") / "original"
+    torch.manual_seed(0)
+    tiny().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(saved, calibration, tmp_path_factory):
+    """A folder of records, and the records."""
+    folder = tmp_path_factory.mktemp("records")
+    return folder, compare(str(saved), folder, METHOD_CONFIGS, protocol=PROTOCOL, calibration=calibration)
+
+
 @pytest.fixture
-def records(saved, calibration, tmp_path):
-    return compare(str(saved), tmp_path / "records", METHOD_CONFIGS, protocol=PROTOCOL, calibration=calibration)
+def records(measured):
+    return measured[1]
 
 
-def test_every_contender_is_measured_on_the_same_tokens(records):
+def test_every_method_is_measured_on_the_same_tokens(records):
     original, *compressed = records
     assert rows(records)[0].name == "uncompressed"
     for record, method_config in zip(compressed, METHOD_CONFIGS, strict=True):
@@ -45,41 +63,40 @@ def test_every_contender_is_measured_on_the_same_tokens(records):
         assert len(record["samples"]["decode_seconds"]["uncompressed"]) == PROTOCOL.decode_steps
 
 
-def test_second_run_reuses_the_records_and_a_changed_one_does_not(records, saved, calibration, tmp_path, monkeypatch):
+def test_second_run_reuses_the_records_and_a_changed_one_does_not(measured, saved, calibration, monkeypatch):
+    folder, records = measured
+
     def fail(*_args, **_kwargs):
         raise AssertionError("the model was loaded")
 
     monkeypatch.setattr(comparison, "load", fail)
-    again = compare(str(saved), tmp_path / "records", METHOD_CONFIGS, protocol=PROTOCOL, calibration=calibration)
+    again = compare(str(saved), folder, METHOD_CONFIGS, protocol=PROTOCOL, calibration=calibration)
     assert again == records
     other = dataclasses.replace(PROTOCOL, window=64)
     with pytest.raises(AssertionError, match="loaded"):
-        compare(str(saved), tmp_path / "records", METHOD_CONFIGS, protocol=other, calibration=calibration)
+        compare(str(saved), folder, METHOD_CONFIGS, protocol=other, calibration=calibration)
 
 
 CONTINUED = dataclasses.replace(PROTOCOL, context=96, positions=(), prompt="", decode_steps=0)
 
 
-def all_kinds(saved, calibration, folder, **options):
+@pytest.fixture(scope="module")
+def several(saved, calibration, tmp_path_factory):
     configs = method_configs(["post_rope:uniform"], [0.5, 0.75], bits=(8, 4), presses=("SnapKVPress",))
-    return compare(str(saved), folder, configs, protocol=CONTINUED, calibration=calibration, **options)
+    folder = tmp_path_factory.mktemp("several")
+    return compare(str(saved), folder, configs, protocol=CONTINUED, calibration=calibration)
 
 
-@pytest.fixture
-def several(saved, calibration, tmp_path):
-    return all_kinds(saved, calibration, tmp_path / "several")
-
-
-def test_few_bits_and_widths_are_measured_in_one_protocol(several):
-    found = {record["config"]["label"]: record["results"] for record in several}
-    size = {label: results["cache"]["bytes_per_token"] for label, results in found.items() if "cache" in results}
-    assert size["position 0.5"] == size["uncompressed"] / 2
-    assert size["position 0.5, 8 bits"] < size["position 0.5"]
+def test_quantised_caches_and_ranks_are_measured_in_one_protocol(several):
+    by_label = {record["config"]["label"]: record["results"] for record in several}
+    size = {label: results["cache"]["bytes_per_token"] for label, results in by_label.items() if "cache" in results}
+    assert size["post_rope:uniform 0.5"] == size["uncompressed"] / 2
+    assert size["post_rope:uniform 0.5, 8 bits"] < size["post_rope:uniform 0.5"]
     assert size["4 bits"] < size["8 bits"] < size["uncompressed"]
-    for results in found.values():
+    for results in by_label.values():
         for text in results.get("continuations", {}).values():
             assert text["tokens"] == 4 * 31
-    error = {label: abs(found[label]["continuations"]["technical"]["ratio"] - 1) for label in ("8 bits", "4 bits")}
+    error = {label: abs(by_label[label]["continuations"]["technical"]["ratio"] - 1) for label in ("8 bits", "4 bits")}
     assert error["8 bits"] < error["4 bits"]
 
 
@@ -117,7 +134,7 @@ def test_a_peer_exchanges_tokens_and_losses_with_its_environment(saved, calibrat
     assert two["results"]["not_run"] == "TypeError: no such press"
 
 
-def test_recovered_contenders_are_measured_as_the_training_leaves_them(saved, calibration, tmp_path):
+def test_recovered_models_are_measured_as_the_training_leaves_them(saved, calibration, tmp_path):
     def silenced(student, original, name):
         assert student is not original
         names.append(name)
@@ -129,11 +146,11 @@ def test_recovered_contenders_are_measured_as_the_training_leaves_them(saved, ca
     configs = method_configs(["post_rope:uniform", "svd"], [0.5], bits=(), recovered=True)
     options = {"protocol": CONTINUED, "calibration": calibration, "training": Training(silenced, {"how": "zeros"})}
     records = compare(str(saved), tmp_path / "r", configs, **options)
-    found = {record["config"]["label"]: record for record in records}
-    assert names == ["position-0-5--recovered", "svd-0-5--recovered"]
+    by_label = {record["config"]["label"]: record for record in records}
+    assert names == ["post-rope-uniform-0-5--recovered", "svd-0-5--recovered"]
     vocabulary = load_config(str(saved)).vocab_size
     for method in ("post_rope:uniform", "svd"):
-        before, after = (found[f"{method} 0.5{end}"] for end in ("", ", recovered"))
+        before, after = (by_label[f"{method} 0.5{end}"] for end in ("", ", recovered"))
         assert after["config"]["recovery"] == {"how": "zeros"}
         assert "recovery" not in before["config"]
         assert after["results"]["cache"] == before["results"]["cache"]
@@ -147,9 +164,9 @@ def test_an_environment_without_the_peer_says_so(tmp_path):
     tokens = torch.zeros(1, 8, dtype=torch.long)
     runs = [{"name": "X", "ratio": 0.5}]
     for python, words in ((str(tmp_path / "none"), "could not be run"), (sys.executable, "is not installed")):
-        (found,) = peers.run_peer("kvpress", python, tmp_path, tmp_path, tokens, runs, context=4, dtype="float32")
-        assert found.losses is None
-        assert words in found.error
+        (result,) = peers.run_peer("kvpress", python, tmp_path, tmp_path, tokens, runs, context=4, dtype="float32")
+        assert result.losses is None
+        assert words in result.error
 
 
 def test_a_backend_that_is_not_installed_is_a_note(saved, calibration, tmp_path):
@@ -158,7 +175,7 @@ def test_a_backend_that_is_not_installed_is_a_note(saved, calibration, tmp_path)
     assert "unheard-of" in theirs["results"]["not_run"]
 
 
-def test_contenders_with_one_label_are_refused(saved, calibration, tmp_path):
+def test_configs_with_one_label_are_refused(saved, calibration, tmp_path):
     with pytest.raises(ValueError, match="labels of their own"):
         compare(str(saved), tmp_path, [METHOD_CONFIGS[0]] * 2, protocol=PROTOCOL, calibration=calibration)
 

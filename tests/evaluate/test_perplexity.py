@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mea.evaluate.perplexity import ROWS, block_means, by_position, exp_mean, perplexity, ratio, token_losses
+from mea.evaluate.perplexity import block_means, by_position, exp_mean, perplexity, ratio, token_losses
+from mea.models.lm_head import ROWS
 from mea.text import encode_text, start_token
 
 
@@ -66,7 +67,7 @@ def test_perplexity_by_hand(tiny, agree):
 def test_progress_counts_windows(tiny):
     seen = []
     token_losses(tiny(), torch.randint(97, (100,)), 30, progress=lambda *done: seen.append(done))
-    assert seen == [(1, 3), (2, 3), (3, 3)]
+    assert seen == [("reading", 1, 3), ("reading", 2, 3), ("reading", 3, 3)]
 
 
 def test_standard_error_is_that_of_repeated_texts():

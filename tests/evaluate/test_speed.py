@@ -37,7 +37,7 @@ def test_decoding_takes_turns_and_continues_the_prompt(tiny):
     assert lengths == {"a": [20, 21, 22, 23, 24, 25], "b": [20, 21, 22, 23, 24, 25]}
     assert {name: len(seconds) for name, seconds in samples.items()} == {"a": 4, "b": 4}
     assert all(second > 0 for seconds in samples.values() for second in seconds)
-    assert seen[-1] == (6, 6)
+    assert seen[-1] == ("decoding in turns", 6, 6)
 
 
 def test_speed_ratio_is_paired():
@@ -62,7 +62,7 @@ def test_model_without_a_cache(tiny, monkeypatch):
 
 
 @pytest.mark.parametrize("bits", [8, 4])
-def test_caches_in_few_bits_with_their_scales(tiny, bits):
+def test_quantised_caches_with_their_scales(tiny, bits):
     """100 tokens: 4 as they are, one block of 64 in codes with two 16-bit numbers a group, 32 as they are."""
     size = cache_size(tiny(), 100, lambda config: QuantisedCache(config, bits))
     keys = 64 * 16 * bits // 8 + 2 * 2 * 16
@@ -70,7 +70,7 @@ def test_caches_in_few_bits_with_their_scales(tiny, bits):
     assert size.layer_bytes == (keys + values + 36 * 2 * 16 * 4,) * 2
 
 
-def test_caches_of_transformers_in_few_bits(tiny):
+def test_quantised_caches_of_transformers(tiny):
     """One scale for all, in the eight bits of a number each: what it keeps beside them is of no size."""
     size = cache_size(tiny(), 100, lambda config: transformers.QuantizedCache("fp8", config))
     assert size.layer_bytes == (100 * 2 * 16,) * 2

@@ -1,4 +1,4 @@
-"""Caches in few bits: the error that the codes allow, the bytes promised, and the same tokens however they come."""
+"""Quantised caches: rounding errors, the promised bytes, and the same result for tokens in any portions."""
 
 import pytest
 import torch
@@ -116,7 +116,7 @@ def test_impossible_formats_are_refused(options):
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_a_compressed_model_decodes_over_few_bits(kind, form):
+def test_a_compressed_model_decodes_over_a_quantised_cache(kind, form):
     """Eight bits move the logits of a random model little, two bits more; sliding layers stay as they are."""
     model = compress(stock(kind), EVEN, form)
     ids = torch.randint(3, 99, (1, 60))

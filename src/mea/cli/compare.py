@@ -102,7 +102,7 @@ def compare(
 ) -> None:
     """Compare ways to make a model's cache smaller, by measured bytes, in one protocol."""
     from mea.comparison.configs import method_configs
-    from mea.comparison.measure import Protocol
+    from mea.comparison.protocol import Protocol
     from mea.comparison.run import Training, describe_cost
     from mea.comparison.run import compare as run
     from mea.comparison.training import SameRecovery, one_by_one

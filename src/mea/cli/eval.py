@@ -79,11 +79,11 @@ def evaluate(
         return
     refuse(long_only, f"goes with --suite {LONG_CONTEXT} only")
 
-    from mea.evaluate.harness.run import Evaluation, describe
-    from mea.evaluate.harness.run import evaluate as run
+    from mea.evaluate.harness.run import HarnessTasks, describe
+    from mea.evaluate.runner import evaluate as run
     from mea.report.sections.tasks import task_tables
 
-    plan = Evaluation(suite, tasks, folder, limit, dtype, batch_tokens)
+    plan = HarnessTasks(suite, tasks, folder, limit, dtype, batch_tokens)
     with progress() as report:
         records = run(model, plan, out, against=against, label=label, progress=report)
     for table in task_tables(records):
@@ -106,7 +106,7 @@ def long_context(
 ) -> None:
     """The suite that is not the harness's."""
     from mea.evaluate.long_context import LongContext
-    from mea.evaluate.long_context import evaluate as run
+    from mea.evaluate.runner import evaluate as run
     from mea.report.sections.long_context import context_tables
 
     plan = LongContext(tasks, numbers(lengths), limit, seed, cache_bits=cache_bits, dtype=dtype)

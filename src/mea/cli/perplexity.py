@@ -32,7 +32,7 @@ def perplexity(
     cache_bits: shared.CacheBits = None,
 ) -> None:
     """Measure a model's perplexity on a text, and its ratio to another model's."""
-    from mea.evaluate.measure import perplexity_record
+    from mea.evaluate.perplexity_record import perplexity_record
     from mea.records import write_record
     from mea.report.sections.compression import perplexity_table
 

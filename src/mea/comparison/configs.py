@@ -1,16 +1,53 @@
-"""What is compared: ways to compress, each with its name in tables, and the sets of them that commands run."""
+"""What is compared: ways to make a cache smaller, each with its name in tables, and the sets of them for commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
-from mea.comparison.measure import CacheConfig
 from mea.compression.methods import DEFAULT_METHOD
 from mea.compression.plan import Allocation, CompressOptions
+from mea.evaluate.through_cache import ThroughCache
+from mea.models.quantized_cache import CacheFormat, QuantisedCache
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """A quantised cache: its bits, and whether this package or one of transformers' backends makes it."""
+
+    bits: int
+    backend: str = ""
+
+    @property
+    def read(self) -> ThroughCache:
+        """How to read a text over such a cache."""
+        form = CacheFormat()
+        return ThroughCache(self.make, form.block, 0 if self.backend else form.first)
+
+    def absent(self, config: Any) -> str:
+        """Why no such cache can be made here; nothing if it can."""
+        try:
+            self.make(config)
+        except (ImportError, ValueError) as error:
+            return " ".join(str(error).split())[:200]
+        return ""
+
+    def make(self, config: Any) -> Any:
+        """An empty cache."""
+        if not self.backend:
+            return QuantisedCache(config, self.bits)
+        from transformers import QuantizedCache
+
+        # Groups and exact window as in this package's own; the axes are those that each backend has for tokens.
+        axis = 1 if self.backend.lower() == "hqq" else 0
+        return QuantizedCache(
+            self.backend, config, nbits=self.bits, q_group_size=32, residual_length=CacheFormat().block,
+            axis_key=axis, axis_value=axis,
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class MethodConfig:
-    """One way to compress.
+    """One way to make a cache smaller.
 
     Attributes
     ----------
@@ -40,14 +77,14 @@ class MethodConfig:
 
     @property
     def options(self) -> CompressOptions | None:
-        """Of the fit, but for the calibration text; None where nothing is fitted."""
+        """Of the fit, without the calibration text; None where nothing is fitted."""
         if self.method == "none" or self.peer:
             return None
         return CompressOptions(keep=self.keep, method=self.method, allocate=self.allocate, refine=self.refine)
 
     @property
     def peer(self) -> str:
-        """The package whose method it is, if it is not this one."""
+        """The package that the method belongs to, if it is not this one."""
         return self.method.split()[0] if " " in self.method else ""
 
     @property
@@ -56,8 +93,8 @@ class MethodConfig:
         return self.options is not None or self.peer == "cacheshrink"
 
     @property
-    def stored(self) -> CacheConfig | None:
-        """How the cache is stored."""
+    def cache(self) -> CacheConfig | None:
+        """The quantised cache, None for an ordinary one."""
         return None if self.bits is None else CacheConfig(self.bits, self.backend)
 
 
@@ -82,7 +119,7 @@ def method_configs(
     conversions: Sequence[str] = (),
     recovered: bool = False,
 ) -> list[MethodConfig]:
-    """Every method at every size, few bits alone and on top of the first method, and the peers' at the same sizes.
+    """Every method at every size, quantisation alone and on top of the first method, and the peers' methods.
 
     Parameters
     ----------
@@ -90,7 +127,7 @@ def method_configs(
         Names in `mea.compression.methods.METHODS`, and fractions of the bytes. Sizes that a method with whole heads
         cannot have are the caller's to leave out.
     bits
-        Of this package's cache, by itself and (8 and 4) on top of the first method.
+        Of this package's quantised cache, alone and (8 and 4) on top of the first method.
     backends
         Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
     allocated
@@ -100,25 +137,28 @@ def method_configs(
     recovered
         Every method at every size also after training.
     """
-    first = methods[0]
-    found = [MethodConfig(f"{method} {keep:.3g}", method, keep, series=method) for method in methods for keep in keeps]
+    configs = [_sized(method, keep) for method in methods for keep in keeps]
     if recovered:
-        found += [
-            replace(x, label=f"{x.label}, recovered", series=f"{x.series}, recovered", recovered=True) for x in found
+        configs += [
+            replace(config, label=f"{config.label}, recovered", series=f"{config.series}, recovered", recovered=True)
+            for config in configs
         ]
-    found += [
+    first = methods[0]
+    configs += [
         MethodConfig(f"{first} allocated {keep:.3g}", first, keep, allocate=True, series=f"{first}, allocated")
         for keep in allocated
     ]
-    found += [MethodConfig(f"{count} bits", "none", 1.0, bits=count, series="few bits") for count in bits]
-    found += [
+    configs += [MethodConfig(f"{count} bits", "none", 1.0, bits=count, series="quantised") for count in bits]
+    configs += [
         MethodConfig(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
         for count in bits
         if count > 2
         for keep in keeps
     ]
-    found += [MethodConfig(f"transformers {each} 4 bits", "none", 1.0, bits=4, backend=each) for each in backends]
-    others = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
-    return found + [
-        MethodConfig(f"{other} {keep:.3g}", other, keep, series=other) for other in others for keep in keeps
-    ]
+    configs += [MethodConfig(f"transformers {name} 4 bits", "none", 1.0, bits=4, backend=name) for name in backends]
+    peers = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
+    return configs + [_sized(peer, keep) for peer in peers for keep in keeps]
+
+
+def _sized(method: str, keep: float) -> MethodConfig:
+    return MethodConfig(f"{method} {keep:.3g}", method, keep, series=method)

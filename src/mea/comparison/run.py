@@ -4,13 +4,18 @@ Every model becomes one record of the kind ``"comparison"`` in a folder (`mea.re
 fields); a record that is already there for the same settings is not made again.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from jaxtyping import Int
+from torch import Tensor
+
 from mea.comparison.configs import MethodConfig
-from mea.comparison.measure import ORIGINAL, Measuring, Protocol
+from mea.comparison.measure import Measurement
+from mea.comparison.peers.records import peer_records
+from mea.comparison.protocol import ORIGINAL, Protocol
 from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
 from mea.compression.budget import CacheShape
@@ -19,6 +24,7 @@ from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import checked_stock_form
 from mea.compression.cost import estimate, reading_seconds
 from mea.compression.plan import CompressOptions, Plan, make_plan
+from mea.evaluate.runner import existing_record
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
 from mea.records import Progress, Record, make_record, read_record, write_record
@@ -71,94 +77,126 @@ def compare(
         are to be recovered, or nothing that it could train.
     """
     protocol, calibration = protocol or Protocol(), calibration or Calibration()
-    labels = [ORIGINAL, *(method_config.label for method_config in configs)]
-    paths = {label: folder / (_slug(label) + ".json") for label in labels}
-    if len(set(paths.values())) < len(labels):
-        raise ValueError(f"configs need labels of their own, not {', '.join(labels)}")
-    for each in configs:
-        if each.recovered and (training is None or each.options is None):
-            raise ValueError(
-                f"{each.label}: {'no training is given' if each.options else 'it has no factors to train'}"
-            )
-    settings = {ORIGINAL: {"protocol": asdict(protocol), "model": Path(source).name}}
-    for each in configs:
-        settings[each.label] = settings[ORIGINAL] | ({"calibration": asdict(calibration)} if each.calibrated else {})
-        if training and each.recovered:
-            settings[each.label]["recovery"] = training.description
-    done = {label: _reusable(path, settings[label]) for label, path in paths.items()}
-    missing = [method_config for method_config in configs if not done[method_config.label]]
-    if any(method_config.peer for method_config in configs) and not protocol.context:
-        raise ValueError("peers are scored on continuations: give the protocol a context")
+    _check(configs, protocol, training)
+    settings = {"protocol": asdict(protocol), "model": Path(source).name}
+    files = {ORIGINAL: _RecordFile(folder, ORIGINAL, settings)}
+    for config in configs:
+        own = {"calibration": asdict(calibration)} if config.calibrated else {}
+        if training and config.recovered:
+            own["recovery"] = training.description
+        files[config.label] = _RecordFile(folder, config.label, settings | own, config.series)
+    missing = [config for config in configs if not files[config.label].exists]
     _plans(load_config(source), missing, calibration)  # refuses what cannot be before any work
-    if missing or not done[ORIGINAL]:
-        _measure(source, missing, paths, settings, protocol, calibration, peers or {}, training, progress)
-    return [read_record(path) for path in paths.values()]
+    if missing or not files[ORIGINAL].exists:
+        model, tokenizer = load(source, "float32")
+        measurement = Measurement(model, tokenizer, protocol, progress)
+        _Run(files, measurement, calibration, training, peers or {}, progress)(missing)
+    return [read_record(file.path) for file in files.values()]
 
 
-def _measure(
-    source: str,
-    configs: list[MethodConfig],
-    paths: dict[str, Path],
-    settings: dict[str, dict[str, Any]],
-    protocol: Protocol,
-    calibration: Calibration,
-    peers: Mapping[str, str],
-    training: Training | None,
-    progress: Progress | None,
-) -> None:
-    model, tokenizer = load(source, "float32")
-    measuring = Measuring(model, tokenizer, protocol, progress)
+def _check(configs: Sequence[MethodConfig], protocol: Protocol, training: Training | None) -> None:
+    """Refuse configs that cannot be measured; raises ValueError."""
+    labels = [ORIGINAL, *(config.label for config in configs)]
+    if len({_slug(label) for label in labels}) < len(labels):
+        raise ValueError(f"configs need labels of their own, not {', '.join(labels)}")
+    for config in configs:
+        if config.recovered and (training is None or config.options is None):
+            reason = "no training is given" if config.options else "it has no factors to train"
+            raise ValueError(f"{config.label}: {reason}")
+    if any(config.peer for config in configs) and not protocol.context:
+        raise ValueError("peers are scored on continuations: give the protocol a context")
 
-    series = {method_config.label: method_config.series for method_config in configs if method_config.series}
 
-    def keep(label: str, record: Record) -> None:
-        if label in series:
-            record["config"]["series"] = series[label]
-        write_record(paths[label], record)
+@dataclass(frozen=True)
+class _RecordFile:
+    """Where a record stands, and what its configuration has to say for it not to be made again."""
 
-    def measure(method_config: MethodConfig, result: Compressed | None = None) -> None:
-        label = method_config.label
-        keep(label, measuring.record(label, result, settings[label], method_config.stored))
+    folder: Path
+    label: str
+    settings: dict[str, Any]
+    series: str = ""
 
-    keep(ORIGINAL, measuring.record(ORIGINAL, None, settings[ORIGINAL]))
-    for method_config in configs:
-        if method_config.options is None and not method_config.peer:
-            absent = method_config.stored.absent(model.config) if method_config.stored else ""
-            if absent:
-                config = dict(
-                    settings[method_config.label],
-                    label=method_config.label,
-                    method=method_config.backend,
-                    keep=method_config.keep,
-                )
-                keep(method_config.label, make_record("comparison", config, results={"not_run": absent}))
-                continue
-            measure(method_config)
-    tokens = calibration_tokens(tokenizer, calibration)
-    for peer in dict.fromkeys(method_config.peer for method_config in configs if method_config.peer):
-        runs = [
-            {"label": each.label, "name": each.method.split()[1], "ratio": 1 - each.keep}
-            for each in configs if each.peer == peer
-        ]  # fmt: skip
-        found = measuring.peers(peer, peers.get(peer), runs, settings[runs[0]["label"]], tokens)
-        for run, record in zip(runs, found, strict=True):
-            keep(run["label"], record)
-    plans = _plans(model.config, configs, calibration)
-    if not plans:
-        return
-    walk, keys = LayerWalk(checked_stock_form(model, tokens), tokens.shape[1]), list(plans)
-    for start in range(0, len(keys), AT_ONCE):
-        some = keys[start : start + AT_ONCE]
-        chosen = [allocated(walk, tokenizer, tokens, plans[key], progress)[0] for key in some]
-        for key, result in zip(some, run_plans(walk, tokens, chosen, progress=progress), strict=True):
-            same = [each for each in configs if each.options == key]
-            for method_config in (each for each in same if not each.recovered):
-                measure(method_config, result)
-            after = [each for each in same if each.recovered]
-            if after and training:
-                trained = replace(result, model=training.run(result.model, model, _slug(after[0].label)))
-                for method_config in after:
-                    measure(method_config, trained)
+    @property
+    def path(self) -> Path:
+        return self.folder / f"{_slug(self.label)}.json"
+
+    @property
+    def exists(self) -> bool:
+        record = existing_record(self.path, "comparison", self.settings)
+        return record is not None and "not_run" not in record["results"]  # what could not run is tried again
+
+    def write(self, record: Record) -> None:
+        if self.series:
+            record["config"]["series"] = self.series
+        write_record(self.path, record)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Measures configs, and writes every record as soon as it is there."""
+
+    files: Mapping[str, _RecordFile]
+    measurement: Measurement
+    calibration: Calibration
+    training: Training | None
+    peers: Mapping[str, str]
+    progress: Progress | None
+
+    def __call__(self, configs: Sequence[MethodConfig]) -> None:
+        """The original, what needs no fit, the peers, and last what is fitted."""
+        original = self.files[ORIGINAL]
+        original.write(self.measurement.record(ORIGINAL, None, original.settings))
+        for config in configs:
+            if config.options is None and not config.peer:
+                self._unfitted(config)
+        tokens = calibration_tokens(self.measurement.tokenizer, self.calibration)
+        for peer in dict.fromkeys(config.peer for config in configs if config.peer):
+            self._peer(peer, [config for config in configs if config.peer == peer], tokens)
+        self._fitted(configs, tokens)
+
+    def _measure(self, config: MethodConfig, result: Compressed | None = None) -> None:
+        file = self.files[config.label]
+        file.write(self.measurement.record(config.label, result, file.settings, config.cache))
+
+    def _unfitted(self, config: MethodConfig) -> None:
+        absent = config.cache.absent(self.measurement.model.config) if config.cache else ""
+        if not absent:
+            self._measure(config)
+            return
+        file = self.files[config.label]
+        described = file.settings | {"label": config.label, "method": config.backend, "keep": config.keep}
+        file.write(make_record("comparison", described, results={"not_run": absent}))
+
+    def _peer(self, peer: str, configs: Sequence[MethodConfig], tokens: Int[Tensor, "n t"]) -> None:
+        settings, measurement = self.files[configs[0].label].settings, self.measurement
+        python, model = self.peers.get(peer), measurement.scored_original
+        records = peer_records(peer, python, configs, model, measurement.quality, settings, tokens)
+        for config, record in zip(configs, records, strict=True):
+            self.files[config.label].write(record)
+
+    def _fitted(self, configs: Sequence[MethodConfig], tokens: Int[Tensor, "n t"]) -> None:
+        model, tokenizer = self.measurement.model, self.measurement.tokenizer
+        plans = _plans(model.config, configs, self.calibration)
+        if not plans:
+            return
+        walk, keys = LayerWalk(checked_stock_form(model, tokens), tokens.shape[1]), list(plans)
+        for start in range(0, len(keys), AT_ONCE):
+            some = keys[start : start + AT_ONCE]
+            chosen = [allocated(walk, tokenizer, tokens, plans[key], self.progress)[0] for key in some]
+            for key, result in zip(some, run_plans(walk, tokens, chosen, progress=self.progress), strict=True):
+                same = [config for config in configs if config.options == key]
+                for config in same:
+                    if not config.recovered:
+                        self._measure(config, result)
+                self._recovered([config for config in same if config.recovered], result)
+
+    def _recovered(self, configs: Sequence[MethodConfig], result: Compressed) -> None:
+        """Measure what one training makes of a fitted model."""
+        if not configs or self.training is None:
+            return
+        trained = self.training.run(result.model, self.measurement.model, _slug(configs[0].label))
+        for config in configs:
+            self._measure(config, replace(result, model=trained))
 
 
 def describe_cost(
@@ -189,29 +227,20 @@ def describe_cost(
            if protocol.decode_steps else 0.0)
     )  # fmt: skip
     training = TRAINING * reading_seconds(config, shape, trained_tokens, protocol.window)
-    total = (1 + len(configs)) * seconds + training * sum(each.recovered for each in configs)
+    total = (1 + len(configs)) * seconds + training * sum(method_config.recovered for method_config in configs)
     total += sum(estimate(config, plan).seconds for plan in plans)
-    minutes, many = max(1, round(total / 60)), "s" * (len(configs) != 1)
+    minutes, plural = max(1, round(total / 60)), "s" * (len(configs) != 1)
     return (
-        f"{len(configs)} way{many} to make the cache of {Path(source).name} smaller: about {minutes} minutes on "
-        "this machine if it is quiet. Each is recorded as it is done; an interrupted run goes on."
+        f"{len(configs)} way{plural} to make the cache of {Path(source).name} smaller: about {minutes} minutes on "
+        "this machine if it is quiet. Each is recorded when it is done, and an interrupted run resumes."
     )
 
 
-def _plans(config: Any, configs: list[MethodConfig], calibration: Calibration) -> dict[CompressOptions, Plan]:
-    """One plan for all configs that differ in how their cache is stored only."""
+def _plans(config: Any, configs: Sequence[MethodConfig], calibration: Calibration) -> dict[CompressOptions, Plan]:
+    """One plan for all configs that differ only in their cache or in what is done after the fit."""
     fits = dict.fromkeys(method_config.options for method_config in configs if method_config.options is not None)
     return {options: make_plan(config, 4, replace(options, calibration=calibration)) for options in fits}
 
 
 def _slug(label: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in label)
-
-
-def _reusable(path: Path, settings: dict[str, Any]) -> Record | None:
-    if not path.is_file():
-        return None
-    record = read_record(path)
-    fresh = make_record("comparison", settings)["config"]  # as a record holds them
-    same = {name: record["config"].get(name) for name in fresh} == fresh
-    return record if same and "not_run" not in record["results"] else None  # what could not run is tried again

@@ -25,7 +25,7 @@ from torch import Tensor
 from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, evaluating
 from mea.compression.calibrate.offload import resident
 from mea.compression.convert import replace_weights
-from mea.models.lm_head import IGNORED, Head, distance
+from mea.models.lm_head import IGNORED, LMHead, distance
 from mea.ops.precision import fast_dtype
 from mea.records import Progress
 
@@ -137,7 +137,7 @@ def refine_layers(
     positions = spread_positions(rows.shape[0], rows.shape[1], walk.model.config.max_position_embeddings, generator)
     losses: list[RefinedLayer | None] = []
     divergence = None
-    Head(walk.model)  # refuses what it does not know, before any work
+    LMHead(walk.model)  # refuses what it does not know, before any work
     with evaluating(walk.model), evaluating(compressed), torch.no_grad():
         inputs, turns = walk.inputs(rows.shape[1]), walk.position_embeddings(positions)
         original = walk.embed(rows).float()
@@ -237,7 +237,7 @@ class _Divergences(_Errors):
     def __init__(self, layer: Any, reading: _Reading, hidden: Tensor, target: Tensor, model: Any):
         super().__init__(layer, reading, hidden, target)
         self.norm = copy.deepcopy(resident(model.model.norm)).requires_grad_(False)
-        self.head = Head(model, resident(model.get_output_embeddings()), frozen=True)
+        self.head = LMHead(model, resident(model.get_output_embeddings()), frozen=True)
 
     def __call__(self, which: Tensor) -> Tensor:
         with _fast_products(self.hidden.device):

@@ -16,8 +16,7 @@ from mea.compression.checkpoint import FactorStore, check_output, complete_folde
 from mea.compression.cost import estimate
 from mea.compression.plan import CompressOptions, make_plan
 from mea.compression.refine import Refined
-from mea.evaluate.measure import text_losses
-from mea.evaluate.perplexity import perplexity, ratio
+from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.evaluate.speed import cache_size
 from mea.models.card import model_card
 from mea.models.fold import stock_config

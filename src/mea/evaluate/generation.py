@@ -1,4 +1,4 @@
-"""Continue a prompt, token by token as it comes."""
+"""Continue a prompt and stream the text."""
 
 from collections.abc import Callable
 from typing import Any
@@ -53,7 +53,7 @@ def continue_prompt(
     chat
         Put the prompt into the tokenizer's chat template.
     cache_bits
-        Store what is cached in so many bits, see `mea.models.quantized_cache`; None stores it as it is.
+        Quantise the cache to 8, 4 or 2 bits, see `mea.models.quantized_cache`; None is an ordinary cache.
     stream
         Called with each piece of text as soon as it is there.
 
@@ -77,9 +77,8 @@ def continue_prompt(
         raise ValueError(
             f"{length:,} tokens of prompt and {max_new_tokens:,} new ones exceed the model's context of {longest:,}"
         )
-    options: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    options = _sampling(temperature, top_p)
     if temperature > 0:
-        options = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         torch.manual_seed(seed)
     if tokenizer.pad_token_id is None and tokenizer.eos_token_id is not None:
         options["pad_token_id"] = tokenizer.eos_token_id
@@ -88,6 +87,12 @@ def continue_prompt(
     streamer = _Streamer(tokenizer, stream) if stream else None
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
     return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+
+
+def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
+    if temperature > 0:
+        return {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
+    return {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
 
 
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:

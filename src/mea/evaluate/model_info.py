@@ -1,31 +1,55 @@
 """A model that is to be evaluated: what can be checked and said of it before its weights are loaded."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mea.models.loading import load_config, load_tokenizer, resolve_dtype, weights_fingerprint
 
 
-def check_model(source: str, dtype: str) -> None:
-    """Check what can be checked without weights.
+@dataclass(frozen=True)
+class ModelInfo:
+    """A model by the name of its folder, file or repository, and by its label in records."""
 
-    Raises
-    ------
-    ValueError
-        No model, an unknown dtype, or a tokenizer that has more tokens than the model.
-    """
-    config, tokenizer = load_config(source), load_tokenizer(source)
-    resolve_dtype(config, dtype)
-    size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
-    if highest >= size:
-        raise ValueError(
-            f"the tokenizer of {source} has tokens up to {highest:,}, its model {size:,} in all: "
-            "the tokenizer belongs to another model"
-        )
+    source: str
+    label: str
+
+    def check(self, dtype: str) -> None:
+        """Check what can be checked without weights.
+
+        Raises
+        ------
+        ValueError
+            No model, an unknown dtype, or a tokenizer that has more tokens than the model.
+        """
+        config, tokenizer = load_config(self.source), load_tokenizer(self.source)
+        resolve_dtype(config, dtype)
+        size, highest = config.get_text_config().vocab_size, max(tokenizer.get_vocab().values())
+        if highest >= size:
+            raise ValueError(
+                f"the tokenizer of {self.source} has tokens up to {highest:,}, its model {size:,} in all: "
+                "the tokenizer belongs to another model"
+            )
+
+    def identity(self, dtype: str) -> dict[str, Any]:
+        """What every answer depends on: the weights, and the dtype of the computation."""
+        resolved = resolve_dtype(load_config(self.source), dtype)
+        return {"weights": weights_fingerprint(self.source), "dtype": str(resolved).removeprefix("torch.")}
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model can read, None without a limit."""
+        return getattr(load_config(self.source).get_text_config(), "max_position_embeddings", None)
+
+    @property
+    def compression(self) -> dict[str, Any] | None:
+        """How a compressed model was made: the settings that are single values."""
+        made = getattr(load_config(self.source), "compression", None)
+        return {k: v for k, v in made.items() if isinstance(v, str | int | float)} if isinstance(made, dict) else None
 
 
-def labels_of(source: str, against: str | None, label: str | None) -> list[str]:
-    """Names of one or two models in records: what is given, or those of their folders.
+def label_models(source: str, against: str | None = None, label: str | None = None) -> list[ModelInfo]:
+    """One or two models with labels: the label that is given, or the names of their folders.
 
     Raises
     ------
@@ -33,20 +57,8 @@ def labels_of(source: str, against: str | None, label: str | None) -> list[str]:
         A label and a second model.
     """
     if against is None:
-        return [label or Path(source).name]
+        return [ModelInfo(source, label or Path(source).name)]
     if label is not None:
         raise ValueError("a label names one model: without --against")
     first, second = Path(source).name, Path(against).name
-    return [first, second if second != first else f"{second}-2"]
-
-
-def identity(source: str, dtype: str) -> dict[str, Any]:
-    """What answers depend on: the weights, and the dtype that is computed in."""
-    config = load_config(source)
-    return {"weights": weights_fingerprint(source), "dtype": str(resolve_dtype(config, dtype)).removeprefix("torch.")}
-
-
-def compression_of(source: str) -> dict[str, Any] | None:
-    """How a compressed model was made, as far as it fits into a line."""
-    made = getattr(load_config(source), "compression", None)
-    return {k: v for k, v in made.items() if isinstance(v, str | int | float)} if isinstance(made, dict) else None
+    return [ModelInfo(source, first), ModelInfo(against, second if second != first else f"{second}-2")]

@@ -17,12 +17,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional
 
-from mea.models.lm_head import replaced_forward
-from mea.text import windows
+from mea.models.lm_head import ROWS, InseparableHeadError, head_logits, last_hidden_states
+from mea.records import Progress
+from mea.text import start_token, windows
 
-Progress = Callable[[int, int], None]  # windows done, windows in all
 Read = Callable[[Any, Tensor], Tensor]  # model and the tokens of a window -> losses of all but the first
-ROWS = 128  # logits made at a time: a vocabulary of 150,000 makes them 77 MB in fp32
 BLOCK = 128  # tokens whose losses are averaged before the standard error: neighbours are not independent
 
 
@@ -33,6 +32,11 @@ class Estimate:
     value: float
     standard_error: float
     tokens: int
+
+    def as_dict(self, name: str = "perplexity") -> dict[str, float]:
+        """The value by its name in records, with its standard error."""
+        error = "standard_error" if name == "perplexity" else f"{name}_standard_error"
+        return {name: self.value, error: self.standard_error}
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ def token_losses(
     *,
     start: int | None = None,
     read: Read | None = None,
+    what: str = "reading",
     progress: Progress | None = None,
 ) -> Float[Tensor, "windows scored"]:
     """Loss of every scored token, one row per window; the last column belongs to position ``window - 1``.
@@ -68,8 +73,8 @@ def token_losses(
         Token that opens every window, see `start_token`.
     read
         How a window is read: at once if None, or over a cache (`mea.evaluate.through_cache`).
-    progress
-        Called with the windows done and the windows in all.
+    what, progress
+        Called with `what`, the windows done and the windows in all.
 
     Raises
     ------
@@ -91,10 +96,25 @@ def token_losses(
                     f"activations hold NaN, or overflow in {str(model.dtype).removeprefix('torch.')}"
                 )
             if progress:
-                progress(done + 1, len(rows))
+                progress(what, done + 1, len(rows))
     finally:
         model.train(was_training)
     return torch.stack(losses)
+
+
+def text_losses(
+    model: Any,
+    tokenizer: Any,
+    tokens: Int[Tensor, " n"],
+    window: int,
+    *,
+    what: str,
+    read: Read | None = None,
+    progress: Progress | None = None,
+) -> Float[Tensor, "windows scored"]:
+    """`token_losses` of a text in windows that open with the tokenizer's own first token."""
+    start = start_token(tokenizer)
+    return token_losses(model, tokens, window, start=start, read=read, what=what, progress=progress)
 
 
 def perplexity(losses: Float[Tensor, "windows scored"]) -> Estimate:
@@ -166,21 +186,12 @@ def _blocks(values: Float[Tensor, "windows scored"]) -> list[Tensor]:
 
 def _window_losses(model: Any, row: Int[Tensor, " t"]) -> Float[Tensor, " scored"]:
     """Losses of one window on the CPU, never holding more than `ROWS` rows of logits if the model allows it."""
-    body = model.base_model
-    output = None if body is model else body(input_ids=row[None], use_cache=False)
-    hidden = getattr(output, "last_hidden_state", None)
-    if output is None or hidden is None:
-        return cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
-    losses = []
-    for first in range(0, len(row) - 1, ROWS):
-        targets = row[first + 1 : first + 1 + ROWS]
-        output.last_hidden_state = hidden[:, first : first + len(targets)]
-        with replaced_forward(body, output) as calls:
-            logits = model(input_ids=row[None, first : first + len(targets)], use_cache=False).logits
-        if calls != [1]:  # this model calls parts of its body one by one: everything at once then
-            return cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], row[1:])
-        losses.append(cross_entropy(logits[0], targets))
-    return torch.cat(losses)
+    targets = row[1:]
+    try:
+        parts = zip(last_hidden_states(model, row[None])[0, :-1].split(ROWS), targets.split(ROWS), strict=True)
+        return torch.cat([cross_entropy(head_logits(model, states), ids) for states, ids in parts])
+    except InseparableHeadError:
+        return cross_entropy(model(input_ids=row[None], use_cache=False).logits[0, :-1], targets)
 
 
 def cross_entropy(logits: Float[Tensor, "t vocabulary"], targets: Int[Tensor, " t"]) -> Float[Tensor, " t"]:

@@ -1,4 +1,4 @@
-"""What a model's KV cache holds, measured on the real one, and how fast the model decodes with it."""
+"""Bytes of a model's KV cache, measured on a real one, and seconds of a decoding step."""
 
 import time
 from collections.abc import Callable, Mapping
@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 from mea.models.cache import PreallocatedCache, PreallocatedLayer
 from mea.models.quantized_cache import QuantisedLayer
+from mea.records import Progress
 
 PROMPT = 512
-Progress = Callable[[int, int], None]  # steps done, steps in all
+PACKED = "packed"  # name of `packed_attention` in transformers
 MakeCache = Callable[[Any], Any]  # from a model's configuration to an empty cache
 
 
@@ -87,7 +92,7 @@ def decode_seconds(
     caches
         For the models named here, another cache than a preallocated one.
     progress
-        Called with the steps done and the steps in all.
+        Called with ``"decoding in turns"``, the steps done and the steps in all.
 
     Raises
     ------
@@ -113,7 +118,7 @@ def decode_seconds(
             if step >= warmup:
                 samples[name].append(elapsed)
         if progress:
-            progress(step + 1, warmup + steps)
+            progress("decoding in turns", step + 1, warmup + steps)
     return samples
 
 
@@ -122,6 +127,30 @@ def speed_ratio(seconds: list[float], reference: list[float]) -> tuple[float, fl
     ratios = sorted(a / b for a, b in zip(seconds, reference, strict=True))
     n = len(ratios)
     return median(ratios), ratios[(n - 1) // 4], ratios[n - 1 - (n - 1) // 4]
+
+
+def packed_attention(
+    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
+) -> tuple[Tensor, None]:
+    """Stock attention, but for one new token each kv head's queries are the rows of one matrix.
+
+    With grouped queries, PyTorch's kernels for processors are several times slower when they expand the kv heads to the
+    query heads, as transformers does.
+    """
+    b, h, q, d = query.shape
+    if q > 1 or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    packed = query.reshape(b, key.shape[1], -1, d)
+    output = scaled_dot_product_attention(packed, key, value, scale=options.get("scaling"))
+    return output.view(b, 1, h, d), None
+
+
+def use_packed_decode(model: Any) -> Any:
+    """Set a stock model to decode by `packed_attention`, and return it: the baseline that compression has to beat."""
+    AttentionInterface.register(PACKED, packed_attention)
+    AttentionMaskInterface.register(PACKED, sdpa_mask)
+    model.set_attn_implementation(PACKED)
+    return model
 
 
 def _prefill(model: Any, context: int, total: int, make_cache: MakeCache | None) -> tuple[Any, Tensor]:

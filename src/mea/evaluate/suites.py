@@ -1,8 +1,9 @@
 """Suites of tasks by name, in lm-evaluation-harness's names, and what of the paper they reach (arXiv 2601.19611)."""
 
-import difflib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from mea.names import did_you_mean
 
 LONG_CONTEXT = "long-context"  # the one suite that is not the harness's: see mea.evaluate.long_context
 ZERO_SHOT = ("piqa", "openbookqa", "winogrande", "hellaswag", "arc_easy", "arc_challenge")
@@ -64,7 +65,7 @@ def select(suite: str | None, tasks: Sequence[str] = (), known: Iterable[str] = 
     """
     suites = (*SUITES, LONG_CONTEXT)
     if suite is not None and suite not in suites:
-        raise ValueError(f"no suite named {suite!r}: {_guess(suite, suites)}suites are {', '.join(suites)}")
+        raise ValueError(f"no suite named {suite!r}: suites are {', '.join(suites)}{did_you_mean(suite, suites)}")
     known = tuple(known)
     whole = known if suite == LONG_CONTEXT else SUITES[suite].tasks if suite else ()
     chosen = tuple(tasks) or whole
@@ -74,12 +75,7 @@ def select(suite: str | None, tasks: Sequence[str] = (), known: Iterable[str] = 
     for task in chosen:
         if task not in names:
             listed = f"tasks are {', '.join(sorted(names))}" if len(names) < 20 else f"{len(names):,} tasks are known"
-            raise ValueError(f"no task named {task!r}: {_guess(task, names)}{listed}")
+            raise ValueError(f"no task named {task!r}: {listed}{did_you_mean(task, names)}")
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"a task is named twice: {', '.join(chosen)}")
     return chosen
-
-
-def _guess(name: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name.lower(), list(names), n=1)
-    return f"did you mean {close[0]}? " if close else ""

@@ -1,8 +1,9 @@
-"""Losses of a text read in blocks over a cache, as decoding reads it: what a cache forgets or rounds shows.
+"""Losses of a text that is read over a cache, as decoding reads it: they show what the cache drops or rounds.
 
-In one pass over a whole window no token is ever read back from the cache, so that perplexity says nothing about how it
-is stored. Here a window is fed in blocks as long as those that the cache closes: every token sees exactly what it would
-see if the text were decoded token by token.
+In one pass over a whole window no token is read back from the cache, so the perplexity does not depend on how the cache
+is stored. `ThroughCache` feeds a window in blocks as long as those that the cache quantises together: every token sees
+what it would see if the text were decoded token by token. `Continuation` reads a context at once and scores what
+follows it, so that methods that drop tokens after the context can be scored too.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from transformers import DynamicCache
 
 from mea.evaluate.perplexity import cross_entropy
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
@@ -20,7 +22,7 @@ from mea.models.quantized_cache import CacheFormat, QuantisedCache
 
 @dataclass(frozen=True)
 class ThroughCache:
-    """A way to read a window, for `mea.evaluate.perplexity.token_losses`.
+    """Reads a window block by block, for `mea.evaluate.perplexity.token_losses`.
 
     Attributes
     ----------
@@ -48,8 +50,36 @@ class ThroughCache:
         return torch.cat(losses)
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """Reads a context at once and what follows over its cache, for `mea.evaluate.perplexity.token_losses`.
+
+    The first token after the context is predicted before anything is read back from the cache: it is not scored.
+
+    Attributes
+    ----------
+    context
+        Tokens that are read before the continuation.
+    make_cache
+        From the model's configuration to an empty cache; an ordinary one if None.
+    """
+
+    context: int
+    make_cache: Callable[[Any], Any] | None = None
+
+    @torch.no_grad()
+    def __call__(self, model: Any, row: Int[Tensor, " t"]) -> Float[Tensor, " scored"]:
+        if not 0 < self.context < len(row) - 1:
+            raise ValueError(f"a context of {self.context} leaves nothing to score of a window of {len(row)} tokens")
+        config = model.config.get_text_config()
+        cache = DynamicCache(config=config) if self.make_cache is None else self.make_cache(config)
+        model.base_model(input_ids=row[None, : self.context], past_key_values=cache, use_cache=True)
+        logits = model(input_ids=row[None, self.context :], past_key_values=cache, use_cache=True).logits[0]
+        return cross_entropy(logits[:-1], row[self.context + 1 :])
+
+
 def reading_in(bits: CacheFormat | int | None) -> ThroughCache | None:
-    """How to read a text over a cache in few bits; None reads it at once, without one.
+    """How to read a text over a quantised cache; None reads it at once, without a cache.
 
     Raises
     ------

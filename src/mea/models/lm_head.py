@@ -1,8 +1,8 @@
-"""How far a compressed model's next-token distribution is from the original's, with its gradient, in little memory.
+"""Logits of a language model a few rows at a time, and the divergence of two models' predictions from them.
 
-The logits of a whole batch would take more memory than the model (2,048 tokens by a vocabulary of 49,152 are 400 MB in
-fp32, several times over with their gradients). Here a few rows are made at a time, and their gradient with respect to
-the hidden states at once with them, so that nothing of that size is kept for the backward pass.
+The logits of a whole batch take more memory than a small model: those of 2,048 tokens over a vocabulary of 49,152 are
+400 MB in fp32, and several times that with their gradients. `head_logits` makes some of them with the model's own
+forward pass; `distance` makes them from the weights of the head, and with them at once their gradient.
 """
 
 from collections.abc import Iterator
@@ -17,7 +17,82 @@ ROWS = 256  # rows of logits at a time: with fewer, reading the matrix of the vo
 IGNORED = -100  # the label of a token that is not scored
 
 
-class Head:
+class InseparableHeadError(TypeError):
+    """A model's logits cannot be made from its last hidden states alone."""
+
+
+def last_hidden_states(model: Any, ids: Int[Tensor, "b t"], **options: Any) -> Float[Tensor, "b t D"]:
+    """What the model's head reads: the last layer's output after the final norm.
+
+    Raises
+    ------
+    InseparableHeadError
+        The model has no body that gives them.
+    """
+    body = model.base_model
+    output = None if body is model else body(input_ids=ids, use_cache=False, **options)
+    states = getattr(output, "last_hidden_state", None)
+    if states is None:
+        raise InseparableHeadError(f"{type(model).__name__} gives no last hidden states")
+    return states
+
+
+def head_logits(model: Any, states: Float[Tensor, "n D"]) -> Float[Tensor, "n vocabulary"]:
+    """The model's logits of some last hidden states, with whatever it does to them after the head.
+
+    Granite divides its logits and Gemma 2 caps them: the model's own forward pass runs, over `states`.
+    Give at most `ROWS` of them where memory counts.
+
+    Raises
+    ------
+    InseparableHeadError
+        The model calls parts of its body one by one, or reads more of its output than the last hidden states.
+    """
+    ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
+    with _replaced_forward(model.base_model, _BodyOutput(states[None])) as calls:
+        try:
+            logits = model(input_ids=ids, use_cache=False).logits[0]
+        except (TypeError, AttributeError, KeyError, IndexError) as error:  # an error of another cause comes up again
+            raise InseparableHeadError(f"{type(model).__name__} reads more than the last hidden states") from error
+    if calls != [1]:
+        raise InseparableHeadError(f"{type(model).__name__} calls parts of its body one by one")
+    return logits
+
+
+class _BodyOutput:
+    """A body's output of which only the last hidden states exist."""
+
+    def __init__(self, states: Tensor):
+        self.last_hidden_state = states
+
+    def __getattr__(self, _: str) -> None:
+        return None
+
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
+
+
+@contextmanager
+def _replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
+    """Let the body answer `output` instead of computing; yields how often it was called."""
+    calls = [0]
+
+    def forward(*_: Any, **__: Any) -> Any:
+        calls[0] += 1
+        return output
+
+    own = body.__dict__.get("forward")  # accelerate may have put one there
+    body.forward = forward
+    try:
+        yield calls
+    finally:
+        if own is None:
+            del body.forward
+        else:
+            body.forward = own
+
+
+class LMHead:
     """How a model makes logits from its last hidden states: ``scale * hidden @ weight.T``.
 
     Parameters
@@ -101,8 +176,8 @@ class _Distance(torch.autograd.Function):
 
 def distance(
     hidden: Float[Tensor, "n D"],
-    head: Head,
-    original: tuple[Float[Tensor, "n D_original"], Head] | None,
+    head: LMHead,
+    original: tuple[Float[Tensor, "n D_original"], LMHead] | None,
     labels: Int[Tensor, " n"],
     *,
     kl: float = 1.0,
@@ -136,27 +211,3 @@ def distance(
 def _working(hidden: Tensor) -> torch.dtype:
     device = hidden.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
-
-
-@contextmanager
-def replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
-    """Let the body answer `output` instead of computing; yields how often it was asked.
-
-    So the model's own forward pass makes the logits from given hidden states, with whatever it does to them there
-    (Granite divides them, Gemma 2 caps them).
-    """
-    calls = [0]
-
-    def forward(*_: Any, **__: Any) -> Any:
-        calls[0] += 1
-        return output
-
-    own = body.__dict__.get("forward")  # accelerate may have put one there
-    body.forward = forward
-    try:
-        yield calls
-    finally:
-        if own is None:
-            del body.forward
-        else:
-            body.forward = own

@@ -1,13 +1,13 @@
-"""A cache whose older tokens are stored in 8, 4 or 2 bits: for latents and for ordinary keys and values.
+"""A quantised cache, 8, 4 or 2 bits a number, for latents and for ordinary keys and values.
 
-transformers' own `QuantizedCache` does not fit latents: it wants every length times width to be a multiple of the group
-(and, in 4 bits, an even number of groups), quantises everything anew whenever its exact window is full, so that errors
-add up, and quantises the first tokens, which attention reads most. Here a block of tokens is quantised once, when it is
-complete, and any width will do.
+transformers' own `QuantizedCache` does not suit latents, for three reasons. It needs every length times width to be a
+multiple of the group (and, in 4 bits, an even number of groups). It quantises all tokens again when its exact window is
+full, so that errors add up. It quantises the first tokens, which attention reads most. This cache quantises a block
+of tokens once, when the block is complete, keeps the first tokens as they are, and takes any width.
 
-Numbers that share a scale stand next to each other in time (``"channel"``: one channel of a block of tokens) or in one
-token (``"token"``: `group` neighbouring channels), as in KIVI (arXiv 2402.02750). Each group stores its lowest number
-and the step between codes, in 16 bits each.
+Numbers that share a scale are one channel of a block of tokens (``"channel"``) or `group` neighbouring channels of one
+token (``"token"``), as in KIVI (arXiv 2402.02750). Each group stores its lowest number and the step between codes, in
+16 bits each.
 """
 
 from collections.abc import Callable
@@ -28,7 +28,7 @@ ALONG = ("channel", "token")
 
 @dataclass(frozen=True)
 class CacheFormat:
-    """How cached numbers are stored.
+    """How numbers are quantised.
 
     Attributes
     ----------
@@ -37,11 +37,11 @@ class CacheFormat:
     keys, values
         What shares a scale: ``"channel"`` or ``"token"``.
     block
-        Tokens that are quantised together; until a block is complete, its tokens are stored as they are.
+        Tokens that are quantised together. The tokens of an incomplete block are not quantised.
     first
-        Tokens at the beginning of the text that stay as they are: attention falls back on them everywhere.
+        Tokens at the beginning of the text that are never quantised, because attention reads them most.
     group
-        Channels at most that share a scale along ``"token"``; the largest divisor of the width is taken.
+        Upper limit of the channels that share a scale along ``"token"``; the largest divisor of the width is used.
 
     Raises
     ------
@@ -70,7 +70,7 @@ class CacheFormat:
 
 
 class Store:
-    """The keys or the values of one layer: first tokens, complete blocks in few bits, newest tokens.
+    """The keys or the values of one layer: first tokens, quantised complete blocks, newest tokens.
 
     Parameters
     ----------
@@ -87,10 +87,10 @@ class Store:
         self.first = self.codes = self.step = self.low = self.recent = None
 
     def append(self, new: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
-        """Add tokens; returns all that are stored, the new ones as they were given."""
+        """Add tokens and return all tokens; the new ones are returned exactly, whatever is quantised of them."""
         form = self.form
         recent = new if self.recent is None else torch.cat([self.recent, new], dim=2)
-        everything = self._before(recent)
+        everything = self._with_older(recent)
         if form.first and (self.first is None or self.first.shape[2] < form.first):
             there = 0 if self.first is None else self.first.shape[2]
             taken, recent = recent[:, :, : form.first - there], recent[:, :, form.first - there :]
@@ -99,17 +99,17 @@ class Store:
         if complete:
             self._encode(recent[:, :, : complete * form.block].unflatten(2, (complete, form.block)))
             recent = recent[:, :, complete * form.block :]
-        self.recent = recent.clone()  # not a view, which would keep alive what it was cut from
+        self.recent = recent.clone()  # a view would keep the whole tensor in memory
         return everything
 
     def change(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Replace every stored tensor, all of which have the batch first, by what the function makes of it."""
+        """Apply a function to every stored tensor; the first dimension of each is the batch."""
         for name in self.PARTS:
             if getattr(self, name) is not None:
                 setattr(self, name, function(getattr(self, name)))
 
     def tensors(self) -> list[Tensor]:
-        """All that is stored."""
+        """All stored tensors."""
         return [getattr(self, name) for name in self.PARTS if getattr(self, name) is not None]
 
     def _encode(self, blocks: Float[Tensor, "b h n block w"]) -> None:
@@ -120,7 +120,7 @@ class Store:
         low, high = grouped.amin(dims, keepdim=True), grouped.amax(dims, keepdim=True)
         largest = 2**self.form.bits - 1
         low = low.half()
-        # Codes are made with the rounded numbers that decoding uses. Rounding must not leave the highest out of reach.
+        # Encoding uses the rounded numbers of decoding; the wider step keeps the highest number within reach.
         step = ((high - low.float()) * (1 + 2**-10) / largest).half().clamp_min(torch.finfo(torch.float16).tiny)
         codes = ((grouped - low.float()) / step.float()).round_().clamp_(0, largest).to(torch.uint8)
         new = {"codes": pack(codes.reshape(blocks.shape), self.form.bits), "step": step, "low": low}
@@ -128,13 +128,13 @@ class Store:
             old = getattr(self, name)
             setattr(self, name, tensor if old is None else torch.cat([old, tensor], dim=2))
 
-    def _before(self, recent: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
-        """The first tokens, the complete blocks, and these."""
+    def _with_older(self, recent: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
+        """The first tokens, the complete blocks, and `recent`."""
         if self.codes is None or self.step is None or self.low is None:
             return recent if self.first is None else torch.cat([self.first, recent], dim=2)
         start = 0 if self.first is None else self.first.shape[2]
         stop = start + self.codes.shape[2] * self.codes.shape[3]
-        # Filled part by part: putting the parts together would copy them once more.
+        # Filled part by part: concatenation would copy the parts once more.
         everything = recent.new_empty(*recent.shape[:2], stop + recent.shape[2], recent.shape[3])
         if self.first is not None:
             everything[:, :, :start] = self.first
@@ -147,7 +147,7 @@ class Store:
         if cpu.usable(out, out) and (group is None or group % 16 == 0):
             cpu.decode(codes.contiguous(), step.contiguous(), low.contiguous(), out, self.form.bits, group)
             return
-        # In 32 bits: the product of a code and a step has more digits than 16 bits hold.
+        # In fp32: the product of a code and a step has more digits than 16 bits hold.
         numbers = self._grouped(unpack(codes, self.form.bits, self.width).float())
         out.copy_(numbers.mul_(step.float()).add_(low.float()).view(out.shape))
 
@@ -163,7 +163,7 @@ class Store:
 
 
 class QuantisedLayer(DynamicLayer):
-    """One layer of a cache in few bits; `keys` and `values` hold the newest tokens only."""
+    """One layer of a quantised cache; `keys` and `values` hold the newest tokens only."""
 
     is_croppable = False
 
@@ -185,7 +185,7 @@ class QuantisedLayer(DynamicLayer):
         return self.length
 
     def stored(self) -> list[Tensor]:
-        """All tensors that the layer keeps."""
+        """All tensors of the layer."""
         return [tensor for store in self.stores for tensor in store.tensors()]
 
     def reset(self) -> None:
@@ -220,16 +220,16 @@ class QuantisedLayer(DynamicLayer):
 
 
 class QuantisedCache(DynamicCache):
-    """A cache in few bits for any model of transformers: ``model.generate(..., past_key_values=QuantisedCache(...))``.
+    """A quantised cache for any model of transformers: ``model.generate(..., past_key_values=QuantisedCache(...))``.
 
-    Layers with a sliding window, which hold few tokens anyway, stay as they are.
+    Layers with a sliding window are not quantised: they hold few tokens.
 
     Parameters
     ----------
     config
         Of the model that the cache is for.
     form
-        How to store; or just the number of bits.
+        The format, or only the number of bits.
 
     Raises
     ------
@@ -245,18 +245,18 @@ class QuantisedCache(DynamicCache):
 
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Codes below ``2 ** bits`` as bytes ``[..., ceil(w * bits / 8)]``."""
-    each = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % each)).unflatten(-1, (-1, each))
+    per_byte = 8 // bits
+    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
     packed = codes[..., 0]
-    for place in range(1, each):
-        packed = packed | codes[..., place] << bits * place
+    for position in range(1, per_byte):
+        packed = packed | codes[..., position] << bits * position
     return packed
 
 
 def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
     """The codes ``[..., width]``; the inverse of `pack`."""
-    places = range(8 // bits)
-    codes = torch.stack([packed >> bits * place & 2**bits - 1 for place in places], dim=-1)
+    shifts = range(0, 8, bits)
+    codes = torch.stack([packed >> shift & 2**bits - 1 for shift in shifts], dim=-1)
     return codes.flatten(-2)[..., :width]
 
 

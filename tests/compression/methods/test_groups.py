@@ -10,7 +10,6 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import mea
 from compression.small import planned, tiny
 from mea.compression import Allocation
-from mea.compression.balance import balance_latents
 from mea.compression.methods import METHODS
 from mea.evaluate.speed import cache_size
 from mea.models.latent_attention import to_latent_attention
@@ -126,9 +125,3 @@ def test_operations_on_groups_are_those_on_blocks():
 def test_what_cannot_be_grouped_is_refused_before_any_work(calibration, options, message):
     with pytest.raises(ValueError, match=message):
         planned(tiny().config, calibration=calibration, **options)
-
-
-def test_latents_of_groups_are_not_balanced(tokenizer, calibration):
-    small = mea.compress(tiny(), tokenizer, groups=GROUPS, keep=0.5, calibration=calibration)
-    with pytest.raises(ValueError, match="compress without groups"):
-        balance_latents(small, torch.zeros(1, 8, dtype=torch.long))

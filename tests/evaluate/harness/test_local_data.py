@@ -120,8 +120,8 @@ def test_suites_name_tasks_that_the_harness_has():
 @pytest.mark.parametrize(
     ("suite", "tasks", "message"),
     [
-        ("zero-shit", (), "did you mean zero-shot"),
-        (None, ("hellaswg",), "did you mean hellaswag"),
+        ("zero-shit", (), "did you mean 'zero-shot'"),
+        (None, ("hellaswg",), "did you mean 'hellaswag'"),
         (None, (), "nothing to evaluate"),
         (None, ("piqa", "piqa"), "named twice"),
     ],

@@ -26,11 +26,11 @@ def test_beginnings_are_shared_where_that_saves_tokens():
     assert [len(row.tokens) for row in pack(TEXTS, share=False)] == [5, 7, 4, 3, 3, 1]
     for share in (True, False):  # every target is predicted at the token that stands before it, at its own position
         for row in pack(TEXTS, share):
-            for index, places in row.places:
+            for index, tokens in row.targets_at:
                 text = TEXTS[index]
                 first = len(text.tokens) - len(text.targets)
-                assert [row.tokens[place] for place in places] == list(text.tokens[first:])
-                assert [row.positions[place] for place in places] == list(range(first, len(text.tokens)))
+                assert [row.tokens[token] for token in tokens] == list(text.tokens[first:])
+                assert [row.positions[token] for token in tokens] == list(range(first, len(text.tokens)))
 
 
 def test_what_all_items_begin_with_does_not_put_them_all_into_one_row():

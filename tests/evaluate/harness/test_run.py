@@ -6,13 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from mea.evaluate.harness import run
+from mea.evaluate import runner
 from mea.evaluate.harness.model import PackedLM
-from mea.evaluate.harness.run import Evaluation, compare, evaluate, numbers
+from mea.evaluate.harness.run import HarnessTasks, compare, numbers
+from mea.evaluate.runner import evaluate
 from mea.records import read_record
 
 DATA = str(Path(__file__).parents[1] / "data")
-PLAN = Evaluation("zero-shot", ("piqa", "arc_easy"), DATA, limit=6, batch_tokens=1024)
+PLAN = HarnessTasks("zero-shot", ("piqa", "arc_easy"), DATA, limit=6, batch_tokens=1024)
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def folders(two_models):
 @pytest.fixture
 def unloaded(monkeypatch):
     """Weights must not be read."""
-    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(runner, "load", lambda *_: pytest.fail("weights were loaded"))
 
 
 def test_two_models_are_compared_on_the_same_items(folders, tmp_path):
@@ -82,14 +83,14 @@ def test_finished_tasks_and_answers_are_not_repeated(folders, tmp_path, monkeypa
 
 
 def test_another_model_under_the_same_name_is_evaluated_anew(folders, tmp_path):
-    (first,) = evaluate(str(folders / "first"), Evaluation(None, ("piqa",), DATA, 3), tmp_path, label="same")
-    (second,) = evaluate(str(folders / "second"), Evaluation(None, ("piqa",), DATA, 3), tmp_path, label="same")
+    (first,) = evaluate(str(folders / "first"), HarnessTasks(None, ("piqa",), DATA, 3), tmp_path, label="same")
+    (second,) = evaluate(str(folders / "second"), HarnessTasks(None, ("piqa",), DATA, 3), tmp_path, label="same")
     assert first["config"]["weights"] != second["config"]["weights"]
 
 
 def test_other_rows_are_not_compared(folders, tmp_path):
     few, more = (
-        evaluate(str(folders / "first"), Evaluation(None, ("piqa",), DATA, limit), tmp_path / str(limit))
+        evaluate(str(folders / "first"), HarnessTasks(None, ("piqa",), DATA, limit), tmp_path / str(limit))
         for limit in (3, 4)
     )
     with pytest.raises(ValueError, match="not evaluated on the same rows of piqa"):
@@ -99,12 +100,12 @@ def test_other_rows_are_not_compared(folders, tmp_path):
 @pytest.mark.parametrize(
     ("plan", "message"),
     [
-        (Evaluation("zero-shit"), "did you mean zero-shot"),
-        (Evaluation(None, ("hellaswg",)), "did you mean hellaswag"),
-        (Evaluation("zero-shot", (), DATA, limit=0), "must be positive, not 0"),
-        (Evaluation("math", (), DATA), "cannot be read from local files"),
-        (Evaluation("zero-shot", (), "/nowhere"), "no data folder"),
-        (Evaluation("zero-shot", (), DATA, dtype="float8"), "dtype is one of"),
+        (HarnessTasks("zero-shit"), "did you mean 'zero-shot'"),
+        (HarnessTasks(None, ("hellaswg",)), "did you mean 'hellaswag'"),
+        (HarnessTasks("zero-shot", (), DATA, limit=0), "must be positive, not 0"),
+        (HarnessTasks("math", (), DATA), "cannot be read from local files"),
+        (HarnessTasks("zero-shot", (), "/nowhere"), "no data folder"),
+        (HarnessTasks("zero-shot", (), DATA, dtype="float8"), "dtype is one of"),
     ],
 )
 def test_mistakes_are_found_before_weights_are_loaded(folders, tmp_path, unloaded, plan, message):

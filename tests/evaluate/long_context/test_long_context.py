@@ -3,23 +3,26 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from random import Random
 
 import pytest
 import torch
 
-from mea.evaluate.long_context import LongContext, compare, evaluate, needles, recall, run, tracking, words
+from mea.evaluate import runner
+from mea.evaluate.long_context import LongContext, compare, needles, recall, tracking, words
 from mea.evaluate.long_context.answering import Answerer
 from mea.evaluate.long_context.cells import cells_of
 from mea.evaluate.long_context.plan import Asked, prompts, prompts_at
 from mea.evaluate.long_context.prompts import Prompt, Query, Source, sentences
 from mea.evaluate.perplexity import by_position, token_losses
+from mea.evaluate.runner import evaluate
 from mea.evaluate.speed import held_bytes
 from mea.models.latent_attention import MODEL_TYPE_PREFIX
+from mea.models.loading import load
 from mea.records import read_record
 from mea.text import encode_text, load_text
 
-PLAN = LongContext(("needle", "recall", "position"), (256, 320), limit=2)
 MAKERS = {
     "needle": lambda source, tokens, random: needles.needle(source, tokens, random, 0.5),
     "multi-key": needles.many_needles,
@@ -39,10 +42,35 @@ def folders(two_models):
     return two_models(512)
 
 
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    """Few prompts from short texts: a byte tokenizer takes seconds for the packaged ones."""
+    hidden, position = (tmp_path_factory.mktemp("texts") / "text.txt" for _ in range(2))
+    hidden.write_text(load_text("wikitext-2-valid")[:100_000], encoding="utf-8")
+    position.write_text(load_text("wikitext-2-test")[:4000], encoding="utf-8")
+    tasks = ("needle", "recall", "position")
+    return LongContext(tasks, (256, 320), limit=2, text=str(hidden), position_text=str(position))
+
+
+@pytest.fixture(scope="module")
+def compared(folders, plan, tmp_path_factory):
+    """Both models evaluated in one run: its folder, its records, and what was reported."""
+    out, seen, said = tmp_path_factory.mktemp("compared"), [], []
+    records = evaluate(
+        str(folders / "first"),
+        plan,
+        out,
+        against=str(folders / "second"),
+        progress=lambda *told: seen.append(told),
+        say=said.append,
+    )
+    return out, records, seen, said
+
+
 @pytest.fixture
 def unloaded(monkeypatch):
     """Weights must not be read."""
-    monkeypatch.setattr(run, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(runner, "load", lambda *_: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.parametrize("task", MAKERS)
@@ -139,7 +167,7 @@ def test_answers_are_those_of_whole_texts_read_without_a_cache(tiny, source, bit
         assert answer.written == source.tokenizer.decode(ids[-source.new_tokens(query) :])
 
 
-def test_few_bits_are_what_is_answered_from(tiny, source):
+def test_answers_come_from_the_quantised_cache(tiny, source):
     model = tiny("Llama", vocab_size=258)
     prompt = needles.needle(source, 500, Random(0), 0.0)
     (whole,), _, bytes_ = Answerer(model, source).answer(prompt)
@@ -165,16 +193,8 @@ def test_cells_hold_means_over_prompts():
     assert cell["choice"] == {"mean": 0.75, "standard_error": pytest.approx(0.25)}
 
 
-def test_two_models_prompt_by_prompt(folders, tmp_path):
-    seen, said = [], []
-    first, second, paired = evaluate(
-        str(folders / "first"),
-        PLAN,
-        tmp_path,
-        against=str(folders / "second"),
-        progress=lambda *told: seen.append(told),
-        say=said.append,
-    )
+def test_two_models_prompt_by_prompt(compared):
+    out, (first, second, paired), seen, said = compared
     assert [record["kind"] for record in (first, second, paired)] == ["long context"] * 2 + ["paired long context"]
     assert [line.split(":")[0] for line in said] == ["first", "second"]
     assert "24 prompts" in said[0]
@@ -186,25 +206,23 @@ def test_two_models_prompt_by_prompt(folders, tmp_path):
         mine, theirs = (one["samples"][found["task"]][str(found["tokens"])] for one in (first, second))
         gaps = [a - b for a, b in zip(mine[found["score"]], theirs[found["score"]], strict=True)]
         assert found["difference"] == pytest.approx(sum(gaps) / len(gaps))
-    assert read_record(tmp_path / "paired-first-second-long-context.json") == paired
-    lines = (tmp_path / "samples" / "second-long-context.jsonl").read_text(encoding="utf-8").splitlines()
+    assert read_record(out / "paired-first-second-long-context.json") == paired
+    lines = (out / "samples" / "second-long-context.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(lines) == 2 * 2 * 5 + 2 * 2 * recall.QUERIES
     assert {"task", "tokens", "number", "ask", "right", "wrong", "written", "logprob"} <= set(json.loads(lines[0]))
 
 
-def test_loss_by_position_is_that_of_perplexity(folders, tmp_path, source):
-    from mea.models.loading import load
-
-    (record,) = evaluate(str(folders / "first"), PLAN, tmp_path)
+def test_loss_by_position_is_that_of_perplexity(folders, compared, source):
+    record = compared[1][0]
     model, _ = load(str(folders / "first"))
-    tokens = encode_text(source.tokenizer, load_text("wikitext-2-test"), 640)
+    tokens = encode_text(source.tokenizer, load_text("wikitext-2-test")[:4000], 640)
     expected = by_position(token_losses(model, tokens, 320), (0, 256, 320))
     for found, range_ in zip(record["results"]["positions"], expected, strict=True):
         assert (found["start"], found["stop"]) == (range_.start, range_.stop)
         assert found["perplexity"] == pytest.approx(range_.estimate.value)
 
 
-def test_answers_are_not_asked_for_twice(folders, tmp_path, monkeypatch):
+def test_answers_are_not_asked_for_twice(folders, compared, plan, tmp_path, monkeypatch):
     """The first run is interrupted; the second asks for the rest, the third for nothing."""
     asked = []
     whole = Answerer.answer
@@ -215,14 +233,14 @@ def test_answers_are_not_asked_for_twice(folders, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        evaluate(str(folders / "first"), PLAN, tmp_path, progress=interrupt)
+        evaluate(str(folders / "first"), plan, tmp_path, progress=interrupt)
     before = len(asked)
     assert 0 < before < 24
-    (complete,) = evaluate(str(folders / "first"), PLAN, tmp_path)
+    (complete,) = evaluate(str(folders / "first"), plan, tmp_path)
     assert len(asked) == 24
     assert complete["results"]["answers_kept_from_before"] == before
-    assert evaluate(str(folders / "first"), PLAN, tmp_path) == [complete]
-    (afresh,) = evaluate(str(folders / "first"), PLAN, tmp_path / "afresh")
+    assert evaluate(str(folders / "first"), plan, tmp_path) == [complete]
+    afresh = compared[1][0]
     assert afresh["samples"] == complete["samples"]
 
 
@@ -239,9 +257,9 @@ def test_half_the_cache_is_half_the_bytes(tiny, source):
     assert (whole, half) == (tokens * 3 * 48 * 4, tokens * 3 * 24 * 4)
 
 
-def test_other_prompts_are_not_compared(folders, tmp_path):
+def test_other_prompts_are_not_compared(folders, plan, tmp_path):
     records = [
-        evaluate(str(folders / "first"), LongContext(("recall",), (256,), 2, seed), tmp_path / str(seed))[0]
+        evaluate(str(folders / "first"), replace(plan, tasks=("recall",), seed=seed), tmp_path / str(seed))[0]
         for seed in (0, 1)
     ]
     with pytest.raises(ValueError, match="not asked the same: prompts differ"):
@@ -249,38 +267,38 @@ def test_other_prompts_are_not_compared(folders, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("plan", "message"),
+    ("changes", "message"),
     [
-        (LongContext(("needel",)), "did you mean needle"),
-        (LongContext(lengths=(256, 1024)), "1,024 tokens are longer than the model's context of 512"),
-        (LongContext(lengths=(0,)), "positive numbers of tokens"),
-        (LongContext(lengths=(256, 256)), "none twice"),
-        (LongContext(("needle",), lengths=(64,)), "needle does not fit into"),
-        (LongContext(("common-words",), lengths=(128,)), "common-words does not fit"),
-        (LongContext(("recall",), lengths=(64,)), "recall does not fit"),
-        (LongContext(limit=0), "must be positive, not 0"),
-        (LongContext(cache_bits=3), "in 2, 4, 8 bits, not in 3"),
-        (LongContext(text="wikitext-2-valif"), "did you mean wikitext-2-valid"),
-        (LongContext(dtype="float8"), "dtype is one of"),
+        ({"tasks": ("needel",)}, "did you mean 'needle'"),
+        ({"lengths": (256, 1024)}, "1,024 tokens are longer than the model's context of 512"),
+        ({"lengths": (0,)}, "positive numbers of tokens"),
+        ({"lengths": (256, 256)}, "none twice"),
+        ({"tasks": ("needle",), "lengths": (64,)}, "needle does not fit into"),
+        ({"tasks": ("common-words",), "lengths": (128,)}, "common-words does not fit"),
+        ({"tasks": ("recall",), "lengths": (64,)}, "recall does not fit"),
+        ({"limit": 0}, "must be positive, not 0"),
+        ({"cache_bits": 3}, "in 2, 4, 8 bits, not in 3"),
+        ({"text": "wikitext-2-valif"}, "did you mean wikitext-2-valid"),
+        ({"dtype": "float8"}, "dtype is one of"),
     ],
 )
-def test_mistakes_are_found_before_weights_are_loaded(folders, tmp_path, unloaded, plan, message):
+def test_mistakes_are_found_before_weights_are_loaded(folders, tmp_path, unloaded, plan, changes, message):
     with pytest.raises(ValueError, match=message):
-        evaluate(str(folders / "first"), plan, tmp_path / "out")
+        evaluate(str(folders / "first"), replace(plan, **changes), tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_tokenizer_of_another_model_is_refused(folders, tmp_path, unloaded):
+def test_a_tokenizer_of_another_model_is_refused(folders, plan, tmp_path, unloaded):
     shutil.copytree(folders / "first", tmp_path / "model")
     path = tmp_path / "model" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
     with pytest.raises(ValueError, match="tokens up to 257, its model 100 in all"):
-        evaluate(str(tmp_path / "model"), PLAN, tmp_path)
+        evaluate(str(tmp_path / "model"), plan, tmp_path)
 
 
 def test_longer_prompts_are_fewer(source):
     assert [prompts_at(tokens) for tokens in (512, 1024, 2048, 4096, 8192)] == [8, 8, 6, 3, 2]
-    found = prompts(source, LongContext(), ("needle", "recall", "position"), (1024, 2048))
+    found = prompts(source, ("needle", "recall", "position"), (1024, 2048))
     assert [(one.task, one.tokens) for one in found] == [("needle", 1024)] * 40 + [("recall", 1024)] * 8 + [
         ("needle", 2048)
     ] * 30

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from mea.models.lm_head import Head, distance
+from mea.models.lm_head import LMHead, distance
 from mea.train.recovery.api import recover
 from mea.train.recovery.data import overlaps, windows
 from mea.train.recovery.loss import Distilled
@@ -98,7 +98,7 @@ def test_a_small_divergence_between_large_logits_is_exact(pair):
     states[:, 15] = own[:, 15] = 6.0
     logs = [(x.double() @ head.lm_head.weight.double().T).log_softmax(-1) for x in (states, own)]
     exact = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean().item()
-    _, parts = distance(own, Head(head), (states, Head(head)), torch.zeros(64, dtype=torch.long))
+    _, parts = distance(own, LMHead(head), (states, LMHead(head)), torch.zeros(64, dtype=torch.long))
     assert parts[0].item() == pytest.approx(exact, rel=1e-4)
 
 

@@ -62,10 +62,10 @@ def run_peer(
     if python is None:
         return [PeerResult(None, error="no environment with it was given")] * len(runs)
     try:
-        found = subprocess.run([python, "-c", f"import {peer}"], capture_output=True, text=True, timeout=CHECK_SECONDS)
+        check = subprocess.run([python, "-c", f"import {peer}"], capture_output=True, text=True, timeout=CHECK_SECONDS)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [PeerResult(None, error=f"{Path(python).name} could not be run ({type(error).__name__})")] * len(runs)
-    if found.returncode:
+    if check.returncode:
         return [PeerResult(None, error=f"{peer} is not installed in the environment that was given")] * len(runs)
     folder.mkdir(parents=True, exist_ok=True)
     request = {

@@ -44,12 +44,12 @@ def main(folder):
     for number, run in enumerate(request["runs"]):
         try:
             press = getattr(kvpress, run["name"])(compression_ratio=run["ratio"])
-            found = [score(model, window, request["context"], press) for window in tokens]
+            scores = [score(model, window, request["context"], press) for window in tokens]
         except Exception as error:  # one press that cannot run leaves the others theirs
             result = {"error": f"{type(error).__name__}: {error}"[:300]}
         else:
-            save_file({"losses": torch.stack([losses for losses, _ in found])}, folder / f"{number}.safetensors")
-            result = {"bytes_per_token": sum(size for _, size in found) / len(found), "versions": versions}
+            save_file({"losses": torch.stack([losses for losses, _ in scores])}, folder / f"{number}.safetensors")
+            result = {"bytes_per_token": sum(size for _, size in scores) / len(scores), "versions": versions}
         (folder / f"{number}.json").write_text(json.dumps(result))
 
 

@@ -13,15 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.convert import latent_copy
 from mea.compression.methods.factors import LayerFactors
-from mea.models.lm_head import replaced_forward
+from mea.models.lm_head import ROWS, head_logits
 from mea.ops.precision import fast_dtype
-
-ROWS = 256  # logits made at a time
 
 
 class Scores(NamedTuple):
@@ -147,18 +144,12 @@ class HeldOut:
     def _compare(
         self, hidden: Float[Tensor, "q D"], reference: Float[Tensor, "q D"], targets: Int[Tensor, " q"]
     ) -> tuple[Float[Tensor, " q"], Float[Tensor, " q"]]:
-        own = self._logits(hidden).float().log_softmax(-1)
+        norm = self.model.model.norm
+        own = head_logits(self.model, norm(hidden)).float().log_softmax(-1)
         with torch.no_grad():
-            true = self._logits(reference).float().log_softmax(-1)
+            true = head_logits(self.model, norm(reference)).float().log_softmax(-1)
         loss = -own.gather(-1, targets[:, None].to(own.device))[:, 0]
         return loss, (true.exp() * (true - own)).sum(-1)
-
-    def _logits(self, hidden: Float[Tensor, "q D"]) -> Float[Tensor, "q vocabulary"]:
-        """Norm, output projection and scales are the model's own."""
-        body = self.model.model
-        output = BaseModelOutputWithPast(last_hidden_state=body.norm(hidden[None]))  # pyright: ignore
-        with replaced_forward(body, output):
-            return self.model(input_ids=self.tokens[:1, : len(hidden)].to(self.model.device), use_cache=False).logits[0]
 
 
 def _cast(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:

@@ -70,10 +70,10 @@ def read_task(folder: str | Path, task: str, limit: int | None = None) -> TaskDa
 def _find(folder: Path, task: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f"no data folder at {folder}")
-    found = next((folder / task / name for name in NAMES if (folder / task / name).is_file()), None)
-    if found is None:
+    path = next((folder / task / name for name in NAMES if (folder / task / name).is_file()), None)
+    if path is None:
         raise FileNotFoundError(f"{folder / task} holds none of {', '.join(NAMES)}: the task {task} needs one")
-    return found
+    return path
 
 
 def _object(line: str) -> Row:

@@ -17,9 +17,9 @@ from mea.evaluate.harness.local_data import TaskData
 from mea.evaluate.harness.packing import Scored
 from mea.evaluate.harness.scoring import Scorer
 from mea.evaluate.journal import Journal
+from mea.records import Progress
 
 logging.getLogger("lm_eval").setLevel(logging.ERROR)
-Progress = Callable[[int, int], None]  # tokens (of scored texts) or answers (of generated ones) done, and in all
 
 
 @cache
@@ -58,8 +58,11 @@ class PackedLM(_HFLM):
     def __init__(self, model: Any, tokenizer: Any, *, batch_tokens: int | None = None, batch_size: int = 1):
         super().__init__(pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size)
         self.scorer = Scorer(model, batch_tokens)
-        self.journal = Journal()
-        self.progress: Progress | None = None
+        self.begin("", Journal())
+
+    def begin(self, task: str, journal: Journal, progress: Progress | None = None) -> None:
+        """Answer one task from now on; `progress` counts tokens of scored texts, or generated answers."""
+        self.task, self.journal, self.progress = task, journal, progress
 
     def loglikelihood(self, requests: list[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         return self._through_journal("loglikelihood", requests, super().loglikelihood)
@@ -68,7 +71,7 @@ class PackedLM(_HFLM):
         return self._through_journal("loglikelihood_rolling", requests, super().loglikelihood_rolling)
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = True) -> list[str]:
-        self.set_cache_hook(_Hook(self.journal, self.progress, len(requests)))
+        self.set_cache_hook(_Hook(self, len(requests)))
         return self._through_journal("generate_until", requests, super().generate_until)
 
     def _through_journal(self, kind: str, requests: list[Any], answer: Callable[..., list[Any]]) -> list[Any]:
@@ -76,8 +79,8 @@ class PackedLM(_HFLM):
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self.journal}
         if missing:
             answers = answer(list(missing.values()), disable_tqdm=True)
-            found = dict(zip(missing, answers, strict=True))
-            self.journal.add({key: value for key, value in found.items() if key not in self.journal})
+            answered = zip(missing, answers, strict=True)
+            self.journal.add({key: answer for key, answer in answered if key not in self.journal})
         return [self.journal[key] for key in keys]
 
     def _loglikelihood_tokens(
@@ -94,18 +97,18 @@ class PackedLM(_HFLM):
             keyed = {Journal.key("loglikelihood", requests[i][0]): answers[i] for i, *_ in results if requests[i][0]}
             self.journal.add(keyed)
             if self.progress:
-                self.progress(done, total)
+                self.progress(self.task, done, total)
         return answers
 
 
 class _Hook(CacheHook):
     """Keeps each generated answer as soon as it is there."""
 
-    def __init__(self, journal: Journal, progress: Progress | None, total: int):
+    def __init__(self, lm: PackedLM, total: int):
         super().__init__(None)
-        self.journal, self.progress, self.total = journal, progress, total
+        self.lm, self.total = lm, total
 
     def add_partial(self, attr: str, req: Any, res: Any) -> None:
-        self.journal.add({Journal.key(attr, req): res})
-        if self.progress:
-            self.progress(len(self.journal.answers), self.total)
+        self.lm.journal.add({Journal.key(attr, req): res})
+        if self.lm.progress:
+            self.lm.progress(self.lm.task, len(self.lm.journal.answers), self.total)

@@ -32,12 +32,12 @@ class Scored:
 
 @dataclass(frozen=True)
 class Packed:
-    """One row: `places` says, for each text by its index, at which of the row's tokens its targets are predicted."""
+    """One row: `targets_at` has, for each text by its index, the row's tokens at which its targets are predicted."""
 
     tokens: tuple[int, ...]
     positions: tuple[int, ...]
     segments: tuple[int, ...]  # 0 is the common beginning, then the branches
-    places: tuple[tuple[int, tuple[int, ...]], ...]
+    targets_at: tuple[tuple[int, tuple[int, ...]], ...]
 
 
 def pack(texts: Sequence[Scored], share: bool = True) -> list[Packed]:
@@ -98,17 +98,17 @@ def _row(texts: Sequence[Scored], group: list[int]) -> Packed:
     first = texts[group[0]].tokens
     shared = min(_common(first, texts[index].tokens) for index in group)
     tokens, positions, segments = list(first[:shared]), list(range(shared)), [0] * shared
-    places = []
+    targets_at = []
     branch = 0
     for index in group:
         text = texts[index]
         rest = text.tokens[shared:]
         offset = len(tokens) - shared
         wanted = range(len(text.tokens) - len(text.targets), len(text.tokens))
-        places.append((index, tuple(place if place < shared else place + offset for place in wanted)))
+        targets_at.append((index, tuple(i if i < shared else i + offset for i in wanted)))
         if rest and len(group) > 1:
             branch += 1
         tokens += rest
         positions += range(shared, len(text.tokens))
         segments += [branch] * len(rest)
-    return Packed(tuple(tokens), tuple(positions), tuple(segments), tuple(places))
+    return Packed(tuple(tokens), tuple(positions), tuple(segments), tuple(targets_at))

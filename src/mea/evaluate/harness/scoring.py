@@ -10,10 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from mea.evaluate.harness.packing import Packed, Scored, batches, pack, tensors
-from mea.models.lm_head import replaced_forward
+from mea.models.lm_head import ROWS, InseparableHeadError, head_logits, last_hidden_states
 from mea.ops.precision import keep_freed_memory
 
-ROWS = 256  # logits made at a time
 SMALLEST, LARGEST = 512, 65_536  # tokens of a batch
 TRIALS = 3  # batches timed at each size
 GAIN = 1.04  # a larger batch must be so much faster to be kept: smaller ones take less memory
@@ -107,31 +106,31 @@ class Scorer:
             yield results, done, total
 
     def _batch(self, rows: Sequence[Packed], texts: Sequence[Scored]) -> list[tuple[int, float, bool]]:
-        wanted = [(number, index, places) for number, row in enumerate(rows) for index, places in row.places]
-        row_of = torch.tensor([number for number, _, places in wanted for _ in places], device=self.model.device)
-        place_of = torch.tensor([place for *_, places in wanted for place in places], device=self.model.device)
+        wanted = [(number, index, tokens) for number, row in enumerate(rows) for index, tokens in row.targets_at]
+        row_of = torch.tensor([number for number, _, tokens in wanted for _ in tokens], device=self.model.device)
+        token_of = torch.tensor([token for *_, tokens in wanted for token in tokens], device=self.model.device)
         targets = torch.tensor([x for _, index, _ in wanted for x in texts[index].targets], device=self.model.device)
-        losses, greedy = self._losses(rows, row_of, place_of, targets)
+        losses, greedy = self._losses(rows, row_of, token_of, targets)
         if not losses.isfinite().all():
             raise ValueError("the model's logits are not finite numbers: its weights or activations overflow")
         results, first = [], 0
-        for _, index, places in wanted:
-            last = first + len(places)
+        for _, index, tokens in wanted:
+            last = first + len(tokens)
             results.append((index, -losses[first:last].double().sum().item(), bool(greedy[first:last].all())))
             first = last
         return results
 
     def _losses(
-        self, rows: Sequence[Packed], row_of: Tensor, place_of: Tensor, targets: Tensor
+        self, rows: Sequence[Packed], row_of: Tensor, token_of: Tensor, targets: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Loss of each target, and whether it was the likeliest token; on the CPU."""
         states = self._run(rows, body_only=self.head_alone)
-        picked = states[row_of, place_of]
+        picked = states[row_of, token_of]
         losses, greedy = [], []
         for part, wanted in zip(picked.split(ROWS), targets.split(ROWS), strict=True):
-            logits = (self._logits(part) if self.head_alone else part).float()
+            logits = (head_logits(self.model, part) if self.head_alone else part).float()
             losses.append(functional.cross_entropy(logits, wanted, reduction="none").cpu())
-            # The place of the largest is slow to find, its value is not; few targets have it.
+            # The index of the largest is slow to find, its value is not; few targets have it.
             hit = logits.gather(-1, wanted[:, None])[:, 0] == logits.amax(-1)
             at = hit.nonzero()[:, 0]
             hit[at] = logits[at].argmax(-1) == wanted[at]
@@ -140,40 +139,27 @@ class Scorer:
 
     def _run(self, rows: Sequence[Packed], *, body_only: bool) -> Tensor:
         """Hidden states after the last norm, or logits, ``[b, t, ...]``."""
-        ids, positions, mask = (None if x is None else x.to(self.model.device) for x in tensors(rows))
-        options: dict[str, Any] = {}
+        ids, positions, mask = tensors(rows)
+        ids, options = ids.to(self.model.device), {}
         if mask is not None:
+            mask, positions = mask.to(self.model.device), positions.to(self.model.device)
             if self.model.config._attn_implementation == "eager":
                 low = torch.finfo(self.model.dtype).min
                 mask = torch.zeros(mask.shape, dtype=self.model.dtype, device=mask.device).masked_fill_(~mask, low)
             options = {"attention_mask": mask, "position_ids": positions}
         if body_only:
-            return self.model.base_model(input_ids=ids, use_cache=False, **options).last_hidden_state
+            return last_hidden_states(self.model, ids, **options)
         return self.model(input_ids=ids, use_cache=False, **options).logits
-
-    def _logits(self, states: Tensor) -> Tensor:
-        """The model's own logits of given hidden states, with whatever it does to them after the head."""
-        output = _Output(states[None])
-        ids = torch.zeros(1, len(states), dtype=torch.long, device=states.device)
-        with replaced_forward(self.model.base_model, output):
-            return self.model(input_ids=ids, use_cache=False).logits[0]
 
     @torch.no_grad()
     def _head_stands_alone(self) -> bool:
-        """Whether logits can be made from some hidden states alone: not in models that call their body's parts."""
-        body = self.model.base_model
-        if body is self.model:
-            return False
+        """Whether logits can be made from some hidden states alone, and not only from all of a batch."""
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.model.device)
-        states = getattr(body(input_ids=ids, use_cache=False), "last_hidden_state", None)
-        if states is None:
+        try:
+            head_logits(self.model, last_hidden_states(self.model, ids)[0])
+        except InseparableHeadError:
             return False
-        with replaced_forward(body, _Output(states)) as calls:
-            try:
-                self.model(input_ids=ids, use_cache=False)
-            except (TypeError, AttributeError, KeyError, IndexError):  # it reads more than the hidden states
-                return False
-        return calls == [1]
+        return True
 
     @torch.no_grad()
     def _can_share(self) -> bool:
@@ -190,21 +176,7 @@ class Scorer:
             apart = [self._run([alone], body_only=False)[0].float() for alone in pack(texts, share=False)]
         except (TypeError, ValueError, NotImplementedError, RuntimeError):
             return False
-        places = [place for _, (place,) in row.places]
-        error = max((together[place] - one[-1]).abs().max().item() for place, one in zip(places, apart, strict=True))
+        last = [token for _, (token,) in row.targets_at]
+        error = max((together[token] - one[-1]).abs().max().item() for token, one in zip(last, apart, strict=True))
         scale = max(one.abs().max().item() for one in apart)
         return error <= 4 * torch.finfo(self.model.dtype).eps ** 0.75 * max(scale, 1e-6)
-
-
-@dataclass
-class _Output:
-    """As much of a body's output as a language model's head reads."""
-
-    last_hidden_state: Tensor
-    past_key_values: Any = None
-    hidden_states: Any = None
-    attentions: Any = None
-    router_logits: Any = None
-
-    def __getitem__(self, index: int) -> Tensor:
-        return (self.last_hidden_state,)[index]

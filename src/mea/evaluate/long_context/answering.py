@@ -1,8 +1,7 @@
 """Answers of a model to questions about a context that it reads once: written greedily, and by likelihood.
 
-The context goes into the cache that the model decodes with; questions and answers are read over that cache. Answers
-written word for word fail in small models long before they have forgotten: the log-likelihoods of the possible answers
-say more.
+The context goes into the cache that the model decodes with; questions and answers are read over that cache. Small
+models often fail to write an answer whose log-likelihood is still above those of the wrong ones: both are scored.
 """
 
 import copy
@@ -58,7 +57,7 @@ class Answerer:
     source
         Of the prompts, with the model's tokenizer.
     cache_bits
-        Store the cache in so many bits; None stores it as it is.
+        Quantise the cache to 8, 4 or 2 bits; None is an ordinary cache.
     """
 
     def __init__(self, model: Any, source: Source, cache_bits: int | None = None):
@@ -125,14 +124,14 @@ class Answerer:
         for begin in range(0, len(longer), at_once):
             part = longer[begin : begin + at_once]
             width = max(len(candidates[i]) for i in part) - 1
-            # What pads a row stands behind what is scored: nothing scored sees it.
+            # Padding stands behind the scored tokens, which do not see it.
             rows = [(candidates[i][:-1] + [0] * width)[:width] for i in part]
             copied = copy.deepcopy(cache)
             copied.batch_repeat_interleave(len(part))
             rows = torch.tensor(rows, device=self.model.device)
             scores = self.model(input_ids=rows, past_key_values=copied, use_cache=True).logits.float().log_softmax(-1)
             for row, i in zip(scores, part, strict=True):
-                values[i] += sum(row[place, token].item() for place, token in enumerate(candidates[i][1:]))
+                values[i] += sum(row[at, token].item() for at, token in enumerate(candidates[i][1:]))
         return values
 
     def _write(self, cache: Any, logits: Tensor, count: int) -> str:

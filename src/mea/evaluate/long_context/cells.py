@@ -10,19 +10,19 @@ SCORES = ("choice", "exact", "logprob")
 
 
 def cells_of(asked: Sequence[Asked], samples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One entry for each task, length and depth that was asked about.
+    """One entry for every task, length and depth that was asked about.
 
-    Each has ``task``, ``tokens``, ``depth`` (None if the answer is in no one place), ``items`` (prompts),
+    It has ``task``, ``tokens``, ``depth`` (None if the answer stands at several), ``items`` (prompts),
     ``questions``, ``chance`` (of `choice` by guessing), ``context`` and ``cache_bytes`` (means over prompts), and for
     each score its mean with a standard error over prompts: questions about one prompt are not independent.
     """
-    found: dict[tuple[str, int, float | None], list[tuple[Asked, dict[str, Any], list[int]]]] = {}
+    cells: dict[tuple[str, int, float | None], list[tuple[Asked, dict[str, Any], list[int]]]] = {}
     for one, sample in zip(asked, samples, strict=True):
         depths = [query.depth for query in one.prompt.queries]
         for depth in dict.fromkeys(depths):
-            places = [i for i, other in enumerate(depths) if other == depth]
-            found.setdefault((one.task, one.tokens, depth), []).append((one, sample, places))
-    return [_cell(task, tokens, depth, parts) for (task, tokens, depth), parts in found.items()]
+            questions = [i for i, other in enumerate(depths) if other == depth]
+            cells.setdefault((one.task, one.tokens, depth), []).append((one, sample, questions))
+    return [_cell(task, tokens, depth, parts) for (task, tokens, depth), parts in cells.items()]
 
 
 def _cell(
@@ -30,13 +30,13 @@ def _cell(
 ) -> dict[str, Any]:
     query = parts[0][0].prompt.queries[parts[0][2][0]]
     cell: dict[str, Any] = {"task": task, "tokens": tokens, "depth": depth, "items": len(parts)}
-    cell["questions"] = sum(len(places) for *_, places in parts)
+    cell["questions"] = sum(len(questions) for *_, questions in parts)
     cell["chance"] = len(query.right) / len(query.candidates)
     for name in ("context", "cache_bytes"):
         cell[name] = sum(sample[name] for _, sample, _ in parts) / len(parts)
     for score in SCORES:
-        values = [sum(sample["answers"][i][score] for i in places) / len(places) for _, sample, places in parts]
-        cell[score] = mean_with_error(values)
+        means = [sum(sample["answers"][i][score] for i in which) / len(which) for _, sample, which in parts]
+        cell[score] = mean_with_error(means)
     return cell
 
 
@@ -51,10 +51,10 @@ def mean_with_error(values: Sequence[float]) -> dict[str, float | None]:
 
 def samples_of(asked: Sequence[Asked], samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Task -> length -> score -> the means of all prompts, in the order in which they were asked."""
-    found: dict[str, Any] = {}
+    by_task: dict[str, Any] = {}
     for one, sample in zip(asked, samples, strict=True):
-        scores = found.setdefault(one.task, {}).setdefault(str(one.tokens), {score: [] for score in SCORES})
+        scores = by_task.setdefault(one.task, {}).setdefault(str(one.tokens), {score: [] for score in SCORES})
         answers = sample["answers"]
         for score in SCORES:
             scores[score].append(sum(answer[score] for answer in answers) / len(answers))
-    return found
+    return by_task

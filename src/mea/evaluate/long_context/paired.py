@@ -30,14 +30,14 @@ def compare(first: Record, second: Record) -> Record:
         if task == POSITION:
             for stop, losses in lengths.items():
                 if len(losses) > 1:
-                    found = paired_difference(losses, others[stop]).as_dict()
-                    results["positions"].append({"stop": int(stop)} | found)
+                    difference = paired_difference(losses, others[stop]).as_dict()
+                    results["positions"].append({"stop": int(stop)} | difference)
             continue
         several = [tokens for tokens, scores in lengths.items() if len(scores[SCORES[0]]) > 1]
         for tokens in several:
             for score in SCORES:
-                found = paired_difference(lengths[tokens][score], others[tokens][score]).as_dict()
-                results["lengths"].append({"task": task, "tokens": int(tokens), "score": score} | found)
+                difference = paired_difference(lengths[tokens][score], others[tokens][score]).as_dict()
+                results["lengths"].append({"task": task, "tokens": int(tokens), "score": score} | difference)
         if several:
             sides = [{score: {n: one[n][score] for n in several} for score in SCORES} for one in (lengths, others)]
             results["tasks"][task] = {score: average_difference(sides[0][score], sides[1][score]) for score in SCORES}

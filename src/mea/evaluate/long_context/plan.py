@@ -10,7 +10,6 @@ from mea.evaluate.long_context.prompts import Prompt, Source
 from mea.evaluate.long_context.recall import LONGEST, recall
 from mea.evaluate.long_context.tracking import tracking
 from mea.evaluate.long_context.words import common_words
-from mea.evaluate.suites import LONG_CONTEXT, select
 
 Make = Callable[[Source, int, Random], Prompt]
 FAMILIES: dict[str, Make] = {
@@ -20,6 +19,7 @@ FAMILIES: dict[str, Make] = {
     "recall": recall,
 }
 NEEDLE, POSITION = "needle", "position"
+TASKS = (NEEDLE, *FAMILIES, POSITION)
 LENGTHS = (512, 1024, 2048, 4096, 8192)
 MOST, LEAST, SHARED = 8, 2, 12_288  # prompts of a kind at one length, and tokens that all of them together may have
 QUESTION = 48  # tokens that take as long as a question with its answer, roughly
@@ -27,38 +27,8 @@ WINDOWS = 2  # of the longest length, for the loss by position
 
 
 @dataclass(frozen=True)
-class LongContext:
-    """What to ask.
-
-    Attributes
-    ----------
-    tasks
-        Of the suite ``long-context``; all if empty.
-    lengths
-        In tokens, question and answer included; by default those of `LENGTHS` that the model supports.
-    limit
-        Prompts of each kind at each length (of the needle at each depth); by default fewer of longer ones.
-    seed
-        Another one gives other prompts.
-    text
-        That needles are hidden in: a packaged one, or a file. For the loss by position see `position_text`.
-    cache_bits
-        Store the first model's cache in so many bits.
-    """
-
-    tasks: tuple[str, ...] = ()
-    lengths: tuple[int, ...] = ()
-    limit: int | None = None
-    seed: int = 0
-    text: str = "wikitext-2-valid"
-    position_text: str = "wikitext-2-test"
-    cache_bits: int | None = None
-    dtype: str = "auto"
-
-
-@dataclass(frozen=True)
 class Asked:
-    """A prompt with its place in the evaluation; with the seed it is the recipe of the prompt."""
+    """A prompt and the recipe that makes it again from the same tokenizer, text and seed."""
 
     task: str
     tokens: int
@@ -69,17 +39,6 @@ class Asked:
     @property
     def recipe(self) -> dict[str, Any]:
         return {"task": self.task, "tokens": self.tokens, "number": self.number, "depth": self.depth}
-
-
-def chosen_tasks(plan: LongContext) -> tuple[str, ...]:
-    """Names of the tasks, checked.
-
-    Raises
-    ------
-    ValueError
-        An unknown or a repeated name.
-    """
-    return select(LONG_CONTEXT, plan.tasks, (NEEDLE, *FAMILIES, POSITION))
 
 
 def chosen_lengths(lengths: Sequence[int], limits: Sequence[int | None]) -> tuple[int, ...]:
@@ -99,8 +58,7 @@ def chosen_lengths(lengths: Sequence[int], limits: Sequence[int | None]) -> tupl
     """
     longest = min((limit for limit in limits if limit is not None), default=None)
     if not lengths:
-        found = tuple(x for x in LENGTHS if longest is None or x <= longest)
-        return found or (longest or LENGTHS[0],)
+        return tuple(x for x in LENGTHS if longest is None or x <= longest) or (longest or LENGTHS[0],)
     if min(lengths) < 1 or len(set(lengths)) != len(lengths):
         raise ValueError(f"lengths are positive numbers of tokens, none twice, not {', '.join(map(str, lengths))}")
     if longest is not None and max(lengths) > longest:
@@ -108,31 +66,32 @@ def chosen_lengths(lengths: Sequence[int], limits: Sequence[int | None]) -> tupl
     return tuple(sorted(lengths))
 
 
-def prompts(source: Source, plan: LongContext, tasks: Sequence[str], lengths: Sequence[int]) -> list[Asked]:
-    """All prompts, shorter ones first; the same for the same tokenizer, plan and seed.
+def prompts(
+    source: Source, tasks: Sequence[str], lengths: Sequence[int], limit: int | None = None, seed: int = 0
+) -> list[Asked]:
+    """All prompts, shorter ones first; the same for the same tokenizer, text, limit and seed.
 
     Raises
     ------
     ValueError
         The limit is not positive, or a task does not fit into a length.
     """
-    if plan.limit is not None and plan.limit < 1:
-        raise ValueError(f"the number of prompts must be positive, not {plan.limit}")
-    found = []
+    if limit is not None and limit < 1:
+        raise ValueError(f"the number of prompts must be positive, not {limit}")
+    asked = []
     for tokens in lengths:
         for task in tasks:
             if task == POSITION or (task == "recall" and tokens > LONGEST):
                 continue
             for depth in DEPTHS if task == NEEDLE else (None,):
-                for number in range(plan.limit or prompts_at(tokens)):
-                    random = Random(f"{plan.seed} {task} {tokens} {depth} {number}")
-                    made = (
-                        FAMILIES[task](source, tokens, random)
-                        if depth is None
-                        else needle(source, tokens, random, depth)
-                    )
-                    found.append(Asked(task, tokens, number, depth, made))
-    return found
+                for number in range(limit or prompts_at(tokens)):
+                    random = Random(f"{seed} {task} {tokens} {depth} {number}")
+                    if depth is None:
+                        prompt = FAMILIES[task](source, tokens, random)
+                    else:
+                        prompt = needle(source, tokens, random, depth)
+                    asked.append(Asked(task, tokens, number, depth, prompt))
+    return asked
 
 
 def prompts_at(tokens: int) -> int:

@@ -1,4 +1,4 @@
-"""Loss by position: how much the context helps where there is more of it (`mea.evaluate.perplexity` measures it)."""
+"""Loss by position: how much a longer context helps (`mea.evaluate.perplexity` measures it)."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -35,14 +35,8 @@ def by_ranges(
     """Perplexity in each range between neighbouring lengths, and the mean losses of blocks behind it."""
     edges = (0, *lengths)
     ranges = [
-        {
-            "start": found.start,
-            "stop": found.stop,
-            "perplexity": found.estimate.value,
-            "standard_error": found.estimate.standard_error,
-            "tokens": found.estimate.tokens,
-        }
-        for found in by_position(losses, edges)
+        {"start": part.start, "stop": part.stop} | part.estimate.as_dict() | {"tokens": part.estimate.tokens}
+        for part in by_position(losses, edges)
     ]
     parts = torch.tensor_split(losses, [edge - 1 for edge in lengths[:-1]], dim=1)
     blocks = {str(stop): block_means(part) for (_, stop), part in zip(pairwise(edges), parts, strict=True)}

@@ -10,7 +10,7 @@ from typing import Any
 
 from mea.text import load_text, start_token
 
-HEAD = 200  # the commonest words of a text, most of them grammar, are not used
+HEAD = 200  # the most frequent words of a text are not used: most of them are grammar
 LETTERS = "4,8"  # of words, from and to
 SENTENCE = (20, 400)  # characters
 
@@ -26,7 +26,7 @@ class Query:
     right, wrong
         Answers: words, each preceded by a space in the text. Any of `right` is right.
     depth
-        Where in the context the answer is: 0 at its beginning, 1 at its end, None if in no one place.
+        Where in the context the answer is: 0 at its beginning, 1 at its end, None if at several.
     """
 
     ask: str
@@ -70,8 +70,8 @@ class Source:
         self.sentences = sentences(content)
         if len(self.sentences) < 8:
             raise ValueError(f"{text} has {len(self.sentences)} sentences: too few to hide anything between")
-        found = Counter(re.findall(rf"\b[a-z]{{{LETTERS}}}\b", content)).most_common()
-        self._words = [word for word, _ in found]
+        words = Counter(re.findall(rf"\b[a-z]{{{LETTERS}}}\b", content))
+        self._words = [word for word, _ in words.most_common()]
         if len(self._words) < HEAD + 100:
             raise ValueError(f"{text} has {len(self._words)} words: too few to ask for")
 
@@ -114,15 +114,15 @@ class Source:
 
 
 def sentences(text: str) -> list[str]:
-    """Sentences of running text without headings; of WikiText's spacing what disturbs most is put right."""
-    found = []
+    """Sentences of running text without headings, with ordinary spaces around WikiText's punctuation."""
+    parts = []
     for line in text.splitlines():
         if line.lstrip().startswith("="):
             continue
         line = re.sub(r" @([-,.])@ ", r"\1", line.strip())
         line = re.sub(r" ([.,;:!?)]|'s\b)", r"\1", line).replace("( ", "(")
-        found += re.split(r"(?<=[.!?]) (?=[A-Z])", line)
-    return [one for one in found if SENTENCE[0] <= len(one) <= SENTENCE[1]]
+        parts += re.split(r"(?<=[.!?]) (?=[A-Z])", line)
+    return [part for part in parts if SENTENCE[0] <= len(part) <= SENTENCE[1]]
 
 
 def hide(source: Source, facts: Sequence[tuple[float, str]], room: int, random: Random, what: str) -> str:

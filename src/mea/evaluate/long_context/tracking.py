@@ -21,10 +21,10 @@ def tracking(source: Source, tokens: int, random: Random) -> Prompt:
     order = [chain for chain in range(CHAINS) for _ in range(HOPS + 1)]
     random.shuffle(order)
     facts, done = [], [0] * CHAINS
-    for place, chain in enumerate(order):
+    for number, chain in enumerate(order):
         step = done[chain]
         value = words[chain] if step == 0 else f"variable {chains[chain][step - 1]}"
-        facts.append((place / (len(order) - 1), f"Variable {chains[chain][step]} is set to {value}."))
+        facts.append((number / (len(order) - 1), f"Variable {chains[chain][step]} is set to {value}."))
         done[chain] += 1
     queries = tuple(
         Query(

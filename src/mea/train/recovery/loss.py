@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mea.models.lm_head import IGNORED, Head, distance
+from mea.models.lm_head import IGNORED, LMHead, distance
 
 
 class Distilled(nn.Module):
@@ -21,7 +21,7 @@ class Distilled(nn.Module):
         self.student = student
         self.kl, self.ce = kl, ce
         self._original = (original,)
-        self._heads = (Head(student), Head(original) if original is not None else None)
+        self._heads = (LMHead(student), LMHead(original) if original is not None else None)
 
     @property
     def original(self) -> Any | None:

@@ -14,8 +14,7 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mea.evaluate.measure import text_losses
-from mea.evaluate.perplexity import perplexity, ratio
+from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
 from mea.ops.precision import peak_flops
 from mea.records import Progress, Record, make_record, write_atomically, write_record

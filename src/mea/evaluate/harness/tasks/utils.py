@@ -15,12 +15,12 @@ def options_as_list(row: Row) -> str:
 
 def options_by_letter(row: Row) -> str:
     """Question and options, which are named by letters."""
-    return _asked(row["question"], _given(row["options"]).values())
+    return _asked(row["question"], _existing(row["options"]).values())
 
 
 def letters(row: Row) -> list[str]:
-    """The letters of the options that there are."""
-    return list(LETTERS[: len(_given(row["options"]))])
+    """The letters of the options."""
+    return list(LETTERS[: len(_existing(row["options"]))])
 
 
 def index_of_answer_letter(row: Row) -> int:
@@ -30,7 +30,7 @@ def index_of_answer_letter(row: Row) -> int:
 
 def index_of_label(row: Row) -> int:
     """Number of the right option."""
-    return list(_given(row["options"])).index(row["label"].strip())
+    return list(_existing(row["options"])).index(row["label"].strip())
 
 
 def problem(row: Row) -> str:
@@ -49,17 +49,17 @@ def final_answer(row: Row) -> str:
 
 
 def process_results(row: Row, results: list[str]) -> dict[str, int]:
-    """1 if what stands in the last box is the answer; of several answers in whatever order."""
+    """1 if the last box holds the answer; several answers may stand in any order."""
     boxed = last_boxed_only_string(results[0])
     if boxed is None:
         return {"exact_match": 0}
-    given, several = remove_boxed(boxed), bool(row.get("is_multiple_answer"))
+    answer, several = remove_boxed(boxed), bool(row.get("is_multiple_answer"))
     target = final_answer(row) if "final_answer" in row else str(row["answer"]).strip().strip("$")
     if not several:
-        return {"exact_match": int(is_equiv(given, target))}
-    parts, wanted = given.split(","), target.split(",")
-    found = [any(is_equiv(part.strip(), one.strip()) for part in parts) for one in wanted]
-    return {"exact_match": int(len(parts) == len(wanted) and all(found))}
+        return {"exact_match": int(is_equiv(answer, target))}
+    parts, wanted = answer.split(","), target.split(",")
+    matches = [any(is_equiv(part.strip(), one.strip()) for part in parts) for one in wanted]
+    return {"exact_match": int(len(parts) == len(wanted) and all(matches))}
 
 
 def _asked(text: str, options: Any) -> str:
@@ -67,8 +67,8 @@ def _asked(text: str, options: Any) -> str:
     return "\n".join([f"Question: {text.strip()}", *listed, "Answer:"])
 
 
-def _given(options: Any) -> Any:
-    """Options that are there: a data set with columns of its own for letters fills those that a row lacks with None."""
+def _existing(options: Any) -> Any:
+    """The options of this row: a data set with a column for each letter fills those that a row lacks with None."""
     if isinstance(options, dict):
         return {letter: text for letter, text in sorted(options.items()) if text is not None}
     return options

@@ -1,4 +1,4 @@
-"""Make latents easy to store in few bits, without a change to what the model computes.
+"""Make latents easy to quantise, without a change to what the model computes.
 
 Latents may be taken in any basis: ``T E`` and ``D T^{-1}`` give the same keys and values as ``E`` and ``D``. Rounding a
 token's latent with one step for all channels adds noise of the same size to each, and the step grows with the largest

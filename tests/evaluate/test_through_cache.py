@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from compression.small import tiny
-from mea.evaluate.continuation import Continuation
 from mea.evaluate.perplexity import token_losses
+from mea.evaluate.through_cache import Continuation
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
