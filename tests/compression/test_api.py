@@ -43,7 +43,8 @@ def test_end_to_end(method: str, tokenizer: Any, calibration: Calibration) -> No
     assert cache_size(compressed, 50).bytes * 2 == cache_size(model, 50).bytes
     assert compressed.config.model_type == "mea_llama"
     assert compressed.config.latent_ranks == [[16, 16]] * 3
-    assert compressed.config.compression["method"] == method
+    recorded = compressed.config.compression
+    assert (recorded["method"], recorded.get("weighting")) == (METHODS[method].name, METHODS[method].weighting)
     # The original is untouched: class, weights bit by bit, and what it computes.
     assert type(model) is kind
     assert model.config.model_type == "llama"

@@ -78,7 +78,7 @@ def test_layers_that_lose_nothing_stay_as_they_are(tokenizer: Any, calibration: 
     model = tiny()
     result = refined(model, tokenizer, calibration, keep=1.0)
     plain = run_plans(
-        model,
+        LayerWalk(model),
         calibration_tokens(tokenizer, calibration),
         [planned(model.config, keep=1.0, calibration=calibration)],
     )[0]

@@ -1,14 +1,14 @@
 """Which format is fast depends on the processor, and memory that is kept is not asked for again, page by page."""
 
-import multiprocessing
 import os
 import platform
-import resource
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from mea.ops.precision import SET_BY_USER, fast_dtype, keep_freed_memory, named_dtype
+from mea.ops.precision import SET_BY_USER, fast_dtype, named_dtype
 
 
 @pytest.mark.parametrize(
@@ -28,27 +28,25 @@ def test_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, able, expe
     assert named_dtype("float16") == "float16"
 
 
-def count_faults(queue: multiprocessing.SimpleQueue, keep: bool, variables: dict[str, str]) -> None:
-    """Page faults of 64 MB (16,384 pages) that are written and freed once more, after as many."""
-    for name in SET_BY_USER:
-        os.environ.pop(name, None)
-    os.environ.update(variables)
-    kept = keep and keep_freed_memory()
-    b"x" * 2**26
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    b"x" * 2**26
-    queue.put((kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before))
+# Page faults of 64 MB (16,384 pages) that are written and freed once more, after as many. In a process of its own,
+# because the setting lasts as long as the process and its forks.
+SCRIPT = """
+from mea.ops.precision import keep_freed_memory
+kept = {keep} and keep_freed_memory()
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+b"x" * 2**26
+before = faults()
+b"x" * 2**26
+print(int(kept), faults() - before)
+"""
 
 
-def faults(keep: bool, **variables: str) -> tuple[bool, int]:
-    """In a process of its own, because the setting lasts as long as the process."""
-    context = multiprocessing.get_context("fork")
-    queue = context.SimpleQueue()
-    process = context.Process(target=count_faults, args=(queue, keep, variables))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    return queue.get()
+def faults(keep: bool, **variables: str) -> tuple[int, int]:
+    environment = {name: value for name, value in os.environ.items() if name not in SET_BY_USER} | variables
+    command = [sys.executable, "-c", SCRIPT.format(keep=keep)]
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    kept, count = output.split()
+    return int(kept), int(count)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are not told anything")

@@ -4,7 +4,6 @@ A form carries everything in which it differs from the others; no other file ask
 shapes of `mea.ops.latent`: ``[b, c, t, r]``. The decoders are ``[g, d, r]``, with the ranks of `decoder_ranks`.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -95,7 +94,7 @@ class PostRope:
         mask: Tensor | None,
         turn: tuple[Tensor, Tensor] | None,
         *,
-        attend: Callable[..., Any],
+        attend: Any,
         scale: float,
         dropout: float,
     ) -> tuple[Float[Tensor, "b h q d"], Tensor | None]:
