@@ -31,6 +31,7 @@ def test_bfloat16_only_where_the_processor_multiplies_it(monkeypatch, able, expe
 # Page faults of 64 MB (16,384 pages) that are written and freed once more, after as many. In a process of its own,
 # because the setting lasts as long as the process and its forks.
 SCRIPT = """
+import resource
 from mea.ops.precision import keep_freed_memory
 kept = {keep} and keep_freed_memory()
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
