@@ -10,7 +10,7 @@ from mea.compression.budget import Layout
 from mea.compression.convert import assemble, latent_config
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.models.latent_attention import SUPPORTED
-from mea.ops.forms import FORMS
+from mea.ops.cache_forms import FORMS
 
 VOCABULARY, WIDTH, WINDOW = 99, 24, 8  # 3 kv heads of 8
 FULL = ((WIDTH, WIDTH),) * 3

@@ -216,7 +216,7 @@ def test_a_wrong_conversion_is_refused(
 ) -> None:
     from mea.compression import convert
     from mea.compression.save import compress_to_folder
-    from mea.ops import forms
+    from mea.ops import cache_forms
 
     if break_it == "decoder":  # the forward is right, what is put into it is not
         original = convert.compress_attention
@@ -228,8 +228,8 @@ def test_a_wrong_conversion_is_refused(
         monkeypatch.setattr(convert, "compress_attention", wrong)
         message = "at full rank the converted model's logits differ"
     else:  # only one of the two ways of reading is wrong, and full rank is read in the other
-        right = forms.absorb
-        monkeypatch.setattr(forms, "absorb", lambda queries, decoder: 1.01 * right(queries, decoder))
+        right = cache_forms.absorb
+        monkeypatch.setattr(cache_forms, "absorb", lambda queries, decoder: 1.01 * right(queries, decoder))
         message = "decoding over the compressed cache differs"
     out = saved.parent / "out"
     with pytest.raises(ConversionError, match=message) as error:

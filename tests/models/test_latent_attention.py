@@ -8,7 +8,7 @@ from transformers import DynamicCache, StaticCache
 
 from mea.models.cache import PreallocatedCache
 from mea.models.latent_attention import SUPPORTED, HeadMixing
-from mea.ops.forms import FORMS
+from mea.ops.cache_forms import FORMS
 from tiny_models import EVEN, FULL, REDUCED, SLIDING, VOCABULARY, WINDOW, compress, generate, stock, tokens
 
 EXACT = 1e-4  # what a conversion is held to in fp32

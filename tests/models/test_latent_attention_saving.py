@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from mea.models.latent_attention import COMPRESSED_MODELS, MODELLING_FILE, SUPPORTED, modelling_source
-from mea.ops.forms import FORMS
+from mea.ops.cache_forms import FORMS
 from tiny_models import EVEN, REDUCED, compress, generate, stock, tokens
 
 # Loads every model of a folder with the code that was saved beside it, and saves its logits; `mea` cannot be imported.

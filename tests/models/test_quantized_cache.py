@@ -6,7 +6,7 @@ import torch
 from mea.evaluate.through_cache import ThroughCache, reading_in
 from mea.models.quantized_cache import BITS, CacheFormat, QuantisedCache, QuantisedLayer, pack, unpack
 from mea.ops import cpu
-from mea.ops.forms import FORMS
+from mea.ops.cache_forms import FORMS
 from tiny_models import EVEN, compress, stock
 
 ALONG = ("channel", "token")

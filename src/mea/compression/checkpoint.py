@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.compression.plan import Plan
-from mea.ops.forms import FORMS
+from mea.ops.cache_forms import FORMS
 from mea.records import write_atomically
 
 SETTINGS = "run.json"

@@ -11,7 +11,7 @@ from mea.compression.budget import Layout
 from mea.compression.calibrate.offload import weights_of
 from mea.compression.methods.factors import LayerFactors
 from mea.models.latent_attention import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedProjection, to_latent_attention
-from mea.ops.forms import FORMS, PostRope
+from mea.ops.cache_forms import FORMS, PostRope
 
 
 @torch.no_grad()

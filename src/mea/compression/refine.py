@@ -118,12 +118,8 @@ def refine_layers(
         What `mea.compression.convert.assemble` made of it. Trained weights replace those it shares with the original.
     tokens
         Calibration windows.
-    settings
-        How.
     known, keep
         Weights of layers that an earlier run has refined, and where to keep new ones.
-    progress
-        Called with a word, the layers done and the layers in all.
 
     Raises
     ------
@@ -145,22 +141,20 @@ def refine_layers(
         for index, (stored, changed) in enumerate(zip(walk.layers, compressed.model.layers, strict=True)):
             reading = _Reading(inputs[index], turns[index], positions)
             target = reading.all(resident(stored), original)
+            layer, weights, loss = resident(changed), known(index), None
             if hasattr(changed.self_attn, "head_mixing"):
-                layer, weights = copy.deepcopy(resident(changed)), known(index)
+                layer = copy.deepcopy(layer)
                 if weights is None:
-                    losses.append(_train(_Errors(layer, reading, ours, target), settings, index))
+                    loss = _train(_Errors(layer, reading, ours, target), settings, index)
                     if index == len(walk.layers) - 1:
-                        loss = _Divergences(layer, reading, ours, target, walk.model)
-                        divergence = _train(loss, settings, index + 1)
+                        divergences = _Divergences(layer, reading, ours, target, walk.model)
+                        divergence = _train(divergences, settings, index + 1)
                     weights = {name: weight.detach() for name, weight in _trained(layer.self_attn).items()}
                     keep(index, weights)
                 else:
-                    losses.append(None)
                     layer.self_attn.load_state_dict(weights, strict=False)
                 replace_weights(changed.self_attn, weights)
-            else:
-                losses.append(None)
-                layer = resident(changed)
+            losses.append(loss)
             ours, original = reading.all(layer, ours), target
             if progress:
                 progress("refining", index + 1, len(walk.layers))

@@ -91,12 +91,16 @@ def compress_to_folder(
     record = _measure(source, model, tokenizer, result, before, measured, progress)
     if tried:
         record["results"]["tried"] = [{"divergence": x.divergence, "ranks": list(x.layout.ranks)} for x in tried]
+    _save(result.model, tokenizer, record, out, work)
+    return record
+
+
+def _save(model: Any, tokenizer: Any, record: dict[str, Any], out: Path, work: Path) -> None:
     with complete_folder(out, work) as folder:
-        result.model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_card(record), encoding="utf-8")
         write_record(folder / "compression.json", record)
-    return record
 
 
 def preview(

@@ -3,9 +3,9 @@
 One attention forward serves every supported architecture: `LatentAttention` is mixed into the architecture's own
 attention class and caches latents (`ops/latent.py`) where the original caches keys and values. Keys are encoded *after*
 their norm, so that reading need not undo it; the projection itself encodes values. What is cached and how it is read is
-the cache form's (`ops/forms.py`).
+the cache form's (`ops/cache_forms.py`).
 
-This file, ``ops/latent.py`` and ``ops/forms.py`` together are also the self-contained modelling file that
+This file, ``ops/latent.py`` and ``ops/cache_forms.py`` together are also the self-contained modelling file that
 `save_pretrained` writes beside the weights, for ``from_pretrained(..., trust_remote_code=True)`` where this package is
 not installed.
 
@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mea.ops import forms, latent
-from mea.ops.forms import FORMS
+from mea.ops import cache_forms, latent
+from mea.ops.cache_forms import FORMS
 from mea.ops.latent import absorbed_is_cheaper, key_positions, read
 
 # Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because an
@@ -56,9 +56,9 @@ class HeadMixing(nn.Module):
         ``g`` and ``d`` of the original attention.
     key_rank, value_rank
         Latent ranks ``r_k`` and ``r_v``: numbers cached per token. The tensors below have the ranks that
-        `mea.ops.forms.PostRope.decoder_ranks` makes of them.
+        `mea.ops.cache_forms.PostRope.decoder_ranks` makes of them.
     form
-        A name in `mea.ops.forms.FORMS`.
+        A name in `mea.ops.cache_forms.FORMS`.
     groups
         ``c``: so many groups of neighbouring heads have latents of their own, each an equal share of the ranks.
 
@@ -247,7 +247,7 @@ class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
     ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
-    ``config.latent_form`` names one of `mea.ops.forms.FORMS`, ``config.latent_groups`` is the number of groups of heads
+    ``config.latent_form`` names one of `mea.ops.cache_forms.FORMS`, ``config.latent_groups`` is the number of groups of heads
     that have latents of their own. With ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
     """
 
@@ -363,7 +363,7 @@ def modelling_source() -> str:
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
     shim += ["Bool = Int = Float", ""]
     shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
-    mathematics = [line for module in (latent, forms) for line in _without_imports(module)]
+    mathematics = [line for module in (latent, cache_forms) for line in _without_imports(module)]
     return "\n".join([*head, *shim, *mathematics, *rest, ""])
 
 

@@ -71,7 +71,7 @@ def search_ranks(
     """Layouts that cost no more than the start, each better than the one before; take the last.
 
     The first and the last one's divergences are those of a fit at just these ranks, the others' of factors that were
-    fitted for several.
+    fitted for several. `equal`, `same`, `step` and `tries` are as in `Allocation`.
 
     Parameters
     ----------
@@ -81,18 +81,8 @@ def search_ranks(
         To measure on.
     method, shape, start
         How factors are found, and a layout to begin with, with ranks in every layer.
-    equal
-        As many numbers for keys as for values within a layer.
-    same
-        The same ranks in all layers.
-    step
-        Ranks are multiples of it.
-    tries
-        Exchanges that are measured.
     seed
-        Of their choice.
-    progress
-        Called with a word, what is done and how much there is.
+        Of the exchanges that are tried.
     folder
         Where fits and measurements are kept, from which the same choice goes on if it is interrupted.
     """
@@ -103,31 +93,17 @@ def search_ranks(
     ranks = [_multiples(pair, step) for pair in start.ranks if pair]
     candidates = fit_candidates(walk, tokens, method, ranks, shape.width, move, ways, report, folder)
     weigh(held_out, candidates, ways)
-
-    def factors(pairs: list[Pair]) -> list[LayerFactors | None]:
-        return [candidate.factors(pair) for candidate, pair in zip(candidates, pairs, strict=True)]
-
-    dials = [tuple((place, way) for place in range(len(candidates))) for way in ways]
+    dials = [tuple((layer, way) for layer in range(len(candidates))) for way in ways]
     if not same:
         dials = [(one,) for dial in dials for one in dial]
-    best = _run(held_out, factors(ranks), ranks)
+    measured = _Measured(held_out, candidates, folder)
+    best = measured.run(ranks)
     tried = [Tried(Layout(tuple(ranks)), best.divergence)]
     generator = torch.Generator().manual_seed(seed)
-    path = folder / "measured.json" if folder else None
-    measured: list[float] = json.loads(path.read_text(encoding="utf-8")) if path and path.is_file() else []
-    known = iter(measured.copy())
     for number in range(tries):
         wanted = _exchange(best.ranks, dials, candidates, budget, generator)
         if wanted:
-            divergence = next(known, None)
-            if divergence is not None:
-                other = _Running(wanted, [], [], divergence)
-            else:
-                best = best if best.states else _run(held_out, factors(best.ranks), best.ranks)
-                other = _run(held_out, factors(wanted), wanted, best)
-                measured.append(other.divergence)
-                if path:
-                    write_file(path, json.dumps(measured))
+            best, other = measured.run_exchange(best, wanted)
             if other.divergence < best.divergence:
                 best = other
                 tried.append(Tried(Layout(tuple(wanted)), other.divergence))
@@ -135,9 +111,37 @@ def search_ranks(
     if len(tried) == 1:
         return tried
     (chosen,) = zip(*fit_layers(walk, tokens, [Target(method, tried[-1].layout)]), strict=True)
-    final = _run(held_out, [each.factors for each in chosen], best.ranks)
+    final = _run(held_out, [layer.factors for layer in chosen], best.ranks)
     better = final.divergence < tried[0].divergence
     return [*tried[:-1], Tried(tried[-1].layout, final.divergence)] if better else tried[:1]
+
+
+class _Measured:
+    """Divergences of exchanges in their order: those that an interrupted search has left are not measured again."""
+
+    def __init__(self, held_out: HeldOut, candidates: list[RankCandidates], folder: Path | None):
+        self.held_out, self.candidates = held_out, candidates
+        self.path = folder / "measured.json" if folder else None
+        left = self.path and self.path.is_file()
+        self.divergences: list[float] = json.loads(self.path.read_text(encoding="utf-8")) if self.path and left else []
+        self.known = iter(self.divergences.copy())
+
+    def run(self, ranks: list[Pair], before: "_Running | None" = None) -> "_Running":
+        """The compressed model at these ranks, from where it differs from an earlier one."""
+        factors = [candidate.factors(pair) for candidate, pair in zip(self.candidates, ranks, strict=True)]
+        return _run(self.held_out, factors, ranks, before)
+
+    def run_exchange(self, best: "_Running", wanted: list[Pair]) -> "tuple[_Running, _Running]":
+        """The best model so far, run if it has to be, and the one at the ranks that are wanted."""
+        divergence = next(self.known, None)
+        if divergence is not None:
+            return best, _Running(wanted, [], [], divergence)
+        best = best if best.states else self.run(best.ranks)
+        other = self.run(wanted, best)
+        self.divergences.append(other.divergence)
+        if self.path:
+            write_file(self.path, json.dumps(self.divergences))
+        return best, other
 
 
 def _multiples(pair: Pair, step: int) -> Pair:

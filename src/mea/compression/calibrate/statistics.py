@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from mea.compression.calibrate.layerwise import LayerInputs
 from mea.models.latent_attention import NormedProjection
-from mea.ops.forms import FORMS, PostRope
+from mea.ops.cache_forms import FORMS, PostRope
 
 EVERY = 2  # one query in so many is averaged for: neighbours attend alike, and cost as much as more text
 BLOCK_NUMBERS = 4096  # a block of query heads with all kv heads' values: 64 MiB of second moments

@@ -11,7 +11,7 @@ from mea.compression.budget import Step
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.compression.methods.values import covariance_values, fit_values
-from mea.ops.forms import FORMS, PostRope
+from mea.ops.cache_forms import FORMS, PostRope
 
 Factorise = Callable[[LayerStatistics, int], Factors]
 FitAveraged = Callable[[AveragedValues, int, int], tuple[Factors, Float[Tensor, "D _"]]]

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mea.ops.forms import FORMS, PostRope
+from mea.ops.cache_forms import FORMS, PostRope
 
 
 class Factors(NamedTuple):
@@ -39,7 +39,7 @@ class Moments(NamedTuple):
 class LayerFactors(NamedTuple):
     """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
 
-    Encoders of a shared latent add up to the one latent that both decoders read (`mea.ops.forms.PostRope.shared`). With
+    Encoders of a shared latent add up to the one latent that both decoders read (`mea.ops.cache_forms.PostRope.shared`). With
     `groups`, encoders and decoders have as many blocks and are zero elsewhere.
     """
 

@@ -20,7 +20,7 @@ from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
 from mea.compression.methods.base import CalibratedLayer, Method
 from mea.compression.methods.factors import Factors, LayerFactors, weighted_subspace
 from mea.compression.methods.values import alternate
-from mea.ops.forms import FORMS
+from mea.ops.cache_forms import FORMS
 
 BALANCES = (0.5, 1.5, 4.0, 12.0, 32.0, 100.0)
 

@@ -9,7 +9,7 @@ from mea.compression.calibrate.rope_moments import average_over_positions
 from mea.compression.calibrate.statistics import LayerStatistics
 from mea.compression.methods.base import Method
 from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
-from mea.ops.forms import FORMS
+from mea.ops.cache_forms import FORMS
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
