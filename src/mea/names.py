@@ -1,7 +1,7 @@
 """Names that users give: the lists of them, and what to say about one that does not exist.
 
-The command line shows these lists without importing what they name, which would take seconds. Tests hold them against
-the registries.
+The command line shows these lists without importing what they name, which would take seconds. Methods of compression
+are registered here; tests hold the other lists against their registries.
 """
 
 from collections.abc import Iterable
@@ -9,7 +9,16 @@ from difflib import get_close_matches
 
 TEXTS = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
-METHODS = ("post_rope", "pre_rope", "joint", "svd", "gram", "gauge", "gqa-mean", "gqa-procrustes")
+METHODS = {  # name -> its file in mea.compression.methods
+    "post_rope": "post_rope",
+    "pre_rope": "pre_rope",
+    "joint": "joint",
+    "svd": "baselines.svd",
+    "gram": "baselines.gram",
+    "gauge": "baselines.gauge",
+    "gqa-mean": "baselines.gqa_mean",
+    "gqa-procrustes": "baselines.gqa_procrustes",
+}
 DEFAULT_METHOD = "post_rope"
 WEIGHTINGS = ("mean", "uniform", "sensitivity", "frequency")
 DEFAULT_WEIGHTING = "mean"

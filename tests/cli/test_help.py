@@ -44,7 +44,7 @@ def shown(command: str) -> str:
 
 
 def test_names_in_the_help_are_those_of_the_registries():
-    assert set(names.METHODS) == {method.name for method in METHODS.values()}
+    assert list(names.METHODS) == list(dict.fromkeys(method.name for method in METHODS.values()))
     assert tuple(WEIGHTINGS) == names.WEIGHTINGS
     assert (names.DEFAULT_METHOD, names.DEFAULT_WEIGHTING) == (DEFAULT_METHOD, DEFAULT_WEIGHTING)
     assert names.LAYOUTS == PRESETS

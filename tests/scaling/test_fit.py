@@ -6,7 +6,7 @@ import pytest
 import synthetic_runs
 from mea.records import Record, write_record
 from mea.scaling import FitSettings, fit_records
-from mea.scaling.draws import Draws, pooled_noise
+from mea.scaling.bootstrap import Draws, pooled_noise
 from mea.scaling.learning_rate import rank_correlation, sensitivity
 from mea.scaling.runs import cells_of, read_runs
 

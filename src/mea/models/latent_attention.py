@@ -247,8 +247,8 @@ class LatentCausalLM(_Mixin):
     """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
 
     ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
-    ``config.latent_form`` names one of `mea.ops.cache_forms.FORMS`, ``config.latent_groups`` is the number of groups of heads
-    that have latents of their own. With ``config.head_norm_eps`` every layer has a head norm (`NormedProjection`).
+    ``config.latent_form`` names one of `mea.ops.cache_forms.FORMS`, ``config.latent_groups`` is the number of groups of
+    heads that have latents of their own. With ``config.head_norm_eps`` every layer has a `NormedProjection`.
     """
 
     _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread

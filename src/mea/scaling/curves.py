@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mea.scaling.draws import Draws, SeedNoise, interval
+from mea.scaling.bootstrap import Draws, SeedNoise, interval
 from mea.scaling.power_law import PowerLaw, fit_power_law
 from mea.scaling.runs import Cell
 

@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from mea.scaling.bootstrap import Draws, interval
 from mea.scaling.curves import CellFit
-from mea.scaling.draws import Draws, interval
 from mea.scaling.learning_rate import choice_quality, finite, papers_rule_replicates, rank_correlation
 from mea.scaling.runs import CONSTANT, Cell
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mea.scaling.draws import interval
+from mea.scaling.bootstrap import interval
 from mea.scaling.runs import Cell
 
 MIXINGS = ("none", "k", "v", "kv")

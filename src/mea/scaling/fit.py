@@ -8,9 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mea.records import Progress, Record, make_record
+from mea.scaling.bootstrap import Draws, SeedNoise, interval, pooled_noise
 from mea.scaling.curves import CellFit, fit_cell
 from mea.scaling.decay import after_decay
-from mea.scaling.draws import Draws, SeedNoise, interval, pooled_noise
 from mea.scaling.effects import differences, factorial_effects, pick
 from mea.scaling.learning_rate import (
     choice_quality,

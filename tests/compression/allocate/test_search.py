@@ -12,7 +12,7 @@ from compression.small import planned, tiny
 from mea.compression import Allocation, compress_to_folder, save
 from mea.compression.allocate import search
 from mea.compression.allocate.candidates import BOTH, KEYS, VALUES, RankCandidates
-from mea.compression.allocate.held_out import HeldOut
+from mea.compression.allocate.held_out_loss import HeldOut
 from mea.compression.allocate.search import search_ranks
 from mea.compression.api import run_plans
 from mea.compression.calibrate.layerwise import LayerWalk

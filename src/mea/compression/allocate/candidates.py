@@ -9,7 +9,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.allocate.held_out import HeldOut
+from mea.compression.allocate.held_out_loss import HeldOut
 from mea.compression.budget import Layout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.checkpoint import FactorStore

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from mea.compression.allocate.held_out import HeldOut
+from mea.compression.allocate.held_out_loss import HeldOut
 from mea.compression.budget import Layout, preset_layout
 from mea.compression.calibrate.layerwise import LayerWalk, evaluating
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens

@@ -30,7 +30,7 @@ from mea.compression.allocate.candidates import (
     fit_candidates,
     weigh,
 )
-from mea.compression.allocate.held_out import HeldOut
+from mea.compression.allocate.held_out_loss import HeldOut
 from mea.compression.budget import CacheShape, Layout
 from mea.compression.calibrate.layerwise import LayerWalk, evaluating
 from mea.compression.calibrate.text import held_out_tokens

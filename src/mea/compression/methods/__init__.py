@@ -1,28 +1,19 @@
 """The factorisation methods by name.
 
-One method is one file; a new one takes its place in `METHODS`. docs/adding_a_method.md shows how.
+A method is one file with a tuple ``METHODS`` and one line in `mea.names.METHODS`; docs/adding_a_method.md shows how.
 """
 
-from mea.compression.methods import joint, post_rope, pre_rope
+from importlib import import_module
+
+from mea import names
 from mea.compression.methods.base import Method
-from mea.compression.methods.baselines import gauge, gqa_mean, gqa_procrustes, gram, svd
-from mea.names import did_you_mean
+from mea.names import DEFAULT_METHOD, DEFAULT_WEIGHTING, did_you_mean
+
+__all__ = ["DEFAULT_METHOD", "DEFAULT_WEIGHTING", "METHODS", "RENAMED", "Method", "find_method"]
 
 METHODS: dict[str, Method] = {
-    method.label: method
-    for method in (
-        *(post_rope.method(weighting) for weighting in post_rope.WEIGHTINGS),
-        pre_rope.METHOD,
-        joint.METHOD,
-        svd.METHOD,
-        gram.METHOD,
-        gqa_mean.METHOD,
-        gqa_procrustes.METHOD,
-        gauge.METHOD,
-    )
+    method.label: method for file in names.METHODS.values() for method in import_module(f"{__name__}.{file}").METHODS
 }
-DEFAULT_METHOD = "post_rope"
-DEFAULT_WEIGHTING = "mean"
 RENAMED = {
     "blended": "post_rope",
     "position": "post_rope with the weighting uniform",

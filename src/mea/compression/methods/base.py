@@ -50,7 +50,7 @@ class CalibratedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """How factors are found. A new method is one file that makes one of these, and one line in ``METHODS``.
+    """How factors are found. A new method is one file that makes one of these, and one line in `mea.names.METHODS`.
 
     Attributes
     ----------

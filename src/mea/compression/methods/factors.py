@@ -39,8 +39,8 @@ class Moments(NamedTuple):
 class LayerFactors(NamedTuple):
     """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
 
-    Encoders of a shared latent add up to the one latent that both decoders read (`mea.ops.cache_forms.PostRope.shared`). With
-    `groups`, encoders and decoders have as many blocks and are zero elsewhere.
+    Encoders of a shared latent add up to the one latent that both decoders read (`mea.ops.cache_forms`). With `groups`,
+    encoders and decoders have as many blocks and are zero elsewhere.
     """
 
     keys: Factors

@@ -80,4 +80,4 @@ class JointMethod(Method):
         return LayerFactors(*split(keys(statistics, 2 * n)), form=self.form)
 
 
-METHOD = JointMethod("joint", keys, form=FORMS["joint"])
+METHODS = (JointMethod("joint", keys, form=FORMS["joint"]),)

@@ -29,13 +29,6 @@ from mea.compression.methods.factors import Factors, Moments, orthonormal, weigh
 WEIGHTINGS: dict[str, float | None] = {"mean": 0.5, "uniform": 0.0, "sensitivity": 1.0, "frequency": None}
 
 
-def method(weighting: str) -> Method:
-    """The method with one of `WEIGHTINGS`."""
-    return Method(
-        "post_rope", partial(keys, weighting=weighting), needs_scores=bool(WEIGHTINGS[weighting]), weighting=weighting
-    )
-
-
 def keys(statistics: LayerStatistics, rank: int, *, weighting: str) -> Factors:
     """Factors of rotated keys; `rank` is even with ``"frequency"``: two numbers per complex component."""
     return orthonormal(*weighted_subspace(*moments(statistics, weighting), rank))
@@ -72,3 +65,9 @@ def _by_sensitivity(statistics: LayerStatistics) -> Moments:
 
 def _trace(moment: Tensor) -> Tensor:
     return moment.diagonal(dim1=-2, dim2=-1).sum()
+
+
+METHODS = tuple(
+    Method("post_rope", partial(keys, weighting=weighting), needs_scores=bool(share), weighting=weighting)
+    for weighting, share in WEIGHTINGS.items()
+)

@@ -18,4 +18,4 @@ def keys(statistics: LayerStatistics, rank: int) -> Factors:
     return orthonormal(*weighted_subspace(statistics.keys, metric, rank))
 
 
-METHOD = Method("pre_rope", keys, form=FORMS["pre_rope"])
+METHODS = (Method("pre_rope", keys, form=FORMS["pre_rope"]),)

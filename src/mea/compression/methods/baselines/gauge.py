@@ -157,4 +157,4 @@ def _fit_decoder(
     return put(maps, scalars)
 
 
-METHOD = Method("gauge", keys, whole_heads=True, averaged=values)
+METHODS = (Method("gauge", keys, whole_heads=True, averaged=values),)

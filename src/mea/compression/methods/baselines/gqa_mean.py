@@ -35,4 +35,4 @@ def _pool(statistics: LayerStatistics, rank: int) -> Factors:
     return from_head_mixing(member / member.sum(1, keepdim=True).sqrt(), statistics.head_dim)
 
 
-METHOD = Method("gqa-mean", keys, values, whole_heads=True)
+METHODS = (Method("gqa-mean", keys, values, whole_heads=True),)

@@ -65,4 +65,4 @@ def _pool(moment: Num[Tensor, "b g a g a"], count: int) -> Factors:
     return Factors(decoder.T, decoder)
 
 
-METHOD = Method("gqa-procrustes", keys, values, whole_heads=True)
+METHODS = (Method("gqa-procrustes", keys, values, whole_heads=True),)

@@ -29,4 +29,4 @@ def _factorise(moment: Float[Tensor, "n n"], head_dim: int, rank: int) -> Factor
     return from_head_mixing(vectors.flip(-1)[:, : rank // head_dim].T, head_dim)
 
 
-METHOD = Method("gram", keys, values, whole_heads=True)
+METHODS = (Method("gram", keys, values, whole_heads=True),)

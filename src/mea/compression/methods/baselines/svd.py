@@ -31,4 +31,4 @@ def _factorise(weight: Float[Tensor, "n _"], head_dim: int, rank: int) -> Factor
     return from_head_mixing(mixing[:, : rank // head_dim].T, head_dim)
 
 
-METHOD = Method("svd", keys, values, whole_heads=True)
+METHODS = (Method("svd", keys, values, whole_heads=True),)

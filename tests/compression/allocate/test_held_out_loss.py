@@ -7,7 +7,7 @@ import torch
 from tokenizers.processors import TemplateProcessing
 
 from compression.small import tiny
-from mea.compression.allocate.held_out import HeldOut
+from mea.compression.allocate.held_out_loss import HeldOut
 from mea.compression.budget import Layout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
