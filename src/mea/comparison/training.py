@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mea.models.loading import load_tokenizer
+from mea.ops.cache_forms import FORMS
 from mea.records import Progress
 from mea.train.recovery.api import describe, recover
 from mea.train.recovery.data import windows
@@ -64,5 +65,5 @@ class SameRecovery:
     def __call__(self, student: Any, original: Any, name: str) -> Any:
         """A trained copy of `student` in its best state; `original` is only read."""
         model, folder = copy.deepcopy(student).float(), self.folder / name
-        settings = replace(self.settings, **JOINT) if student.config.latent_form == "joint" else self.settings
+        settings = replace(self.settings, **JOINT) if FORMS[student.config.latent_form].shared else self.settings
         return recover(model, original, self.rows, self.held_out, settings, folder, progress=self.progress).model

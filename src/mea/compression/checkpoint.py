@@ -1,21 +1,18 @@
-"""Finished layers of an unfinished run, to go on where it stopped; and folders that appear only when complete."""
+"""Finished layers of an unfinished run, from which the same run continues."""
 
 import hashlib
 import json
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from jaxtyping import Int
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.compression.plan import Plan
+from mea.models.saving import not_written
 from mea.ops.cache_forms import FORMS
 from mea.records import write_atomically
 
@@ -117,48 +114,4 @@ def write_file(path: Path, content: str | bytes) -> None:
     try:
         write_atomically(path, content)
     except OSError as error:
-        raise _not_written(path, error) from error
-
-
-def check_output(out: Path) -> None:
-    """Refuse to write where something is.
-
-    Raises
-    ------
-    ValueError
-        The folder is not empty, or is no folder.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
-
-
-def _not_written(path: Path, error: Exception) -> OSError:
-    return OSError(
-        f"{path} could not be written: {error}. Nothing half written was left; make room and start again with the same "
-        f"arguments: finished layers are kept"
-    )
-
-
-@contextmanager
-def complete_folder(out: Path, work: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends, and is removed if it fails.
-
-    Raises
-    ------
-    OSError
-        Writing failed, the disk being full for instance; nothing half written is left.
-    """
-    filling = work / "model"
-    shutil.rmtree(filling, ignore_errors=True)
-    filling.mkdir(parents=True)
-    try:
-        yield filling
-    except BaseException as error:
-        shutil.rmtree(filling, ignore_errors=True)
-        if isinstance(error, OSError | SafetensorError):  # safetensors has its own error for a full disk
-            raise _not_written(out, error) from error
-        raise
-    if out.exists():
-        out.rmdir()
-    os.replace(filling, out)
-    shutil.rmtree(work, ignore_errors=True)
+        raise not_written(path, error) from error

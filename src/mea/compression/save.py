@@ -12,21 +12,20 @@ from mea.compression.api import Compressed, run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import checked_stock_form
-from mea.compression.checkpoint import FactorStore, check_output, complete_folder, fingerprint
+from mea.compression.checkpoint import FactorStore, fingerprint
 from mea.compression.cost import estimate
 from mea.compression.plan import CompressOptions, make_plan
 from mea.compression.refine import Refined
 from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.evaluate.speed import cache_size
-from mea.models.card import model_card
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
-from mea.records import Progress, make_record, write_record
+from mea.models.saving import check_output, model_card, save_folder
+from mea.records import Progress, make_record
 from mea.text import encode_text, load_text
 
 MEASURED_TEXT = "wikitext-2-test"
 CACHE_TOKENS = 256
-SHARD_SIZE = "4GB"  # each is in memory as a whole while it is written
 
 
 def compress_to_folder(
@@ -91,16 +90,8 @@ def compress_to_folder(
     record = _measure(source, model, tokenizer, result, before, measured, progress)
     if tried:
         record["results"]["tried"] = [{"divergence": x.divergence, "ranks": list(x.layout.ranks)} for x in tried]
-    _save(result.model, tokenizer, record, out, work)
+    save_folder(out, work, result.model, tokenizer, _card(record), "compression.json", record)
     return record
-
-
-def _save(model: Any, tokenizer: Any, record: dict[str, Any], out: Path, work: Path) -> None:
-    with complete_folder(out, work) as folder:
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
-        tokenizer.save_pretrained(folder)
-        (folder / "README.md").write_text(_card(record), encoding="utf-8")
-        write_record(folder / "compression.json", record)
 
 
 def preview(

@@ -36,7 +36,9 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
     copied = preview.get("calibration_copy_fraction")
     spans = f", repeated spans in {copied:.0%} of the windows" if copied else ""
     lines = {
-        "method": preview["method"],
+        "method": ", ".join(
+            [preview["method"], *([f"weighting {preview['weighting']}"] if "weighting" in preview else [])]
+        ),
         "ranks (keys, values)": _ranges(preview["ranks"]),
         "allocation": "starts from these ranks, then chooses ranks layer by layer" if preview.get("allocation") else "",
         "cache per token": f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}",

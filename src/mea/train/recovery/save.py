@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
+from mea.models.saving import check_output, model_card, save_folder
 from mea.ops.precision import peak_flops
-from mea.records import Progress, Record, make_record, write_atomically, write_record
+from mea.records import Progress, Record, make_record, write_atomically
 from mea.text import encode_text, load_text
 from mea.train.recovery.api import Recovered, check_pair, describe, recover
 from mea.train.recovery.data import overlaps, windows
@@ -84,7 +84,9 @@ def recover_to_folder(
         model = results[-1].model
         measured = _measured(source, original, model, tokenizer, scored, progress)
         record = _record(source, original, config, stages, texts, results, shared, measured, measure_tokens)
-        _write(source, out, work, model.to(model.config.dtype or torch.float32), tokenizer, record)
+        model = model.to(model.config.dtype or torch.float32)
+        earlier = [Path(source, "compression.json")]
+        save_folder(out, work, model, tokenizer, _card(record), "recovery.json", record, earlier)
     if dist.is_initialized():
         dist.barrier()
     return record
@@ -109,8 +111,7 @@ def _checked_config(
     source: str, out: Path, original: str | None, stages: Sequence[Recovery], texts: Sequence[str], sharded: bool
 ) -> Any:
     """The configuration of the compressed model, after what can be refused without its weights is refused."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
+    check_output(out)
     if not texts:
         raise ValueError("no text to train on: give at least one (--text FILE)")
     if sharded and len(stages) > 1:
@@ -229,46 +230,19 @@ def _record(
     )
 
 
-def card(record: Record) -> str:
-    """The model card."""
+def _card(record: Record) -> str:
     config, results = record["config"], record["results"]
     tokens = sum(stage["tokens"] for stage in config["stages"])
     start, end = results["held_out_start"], results["held_out"]
-    lines = [
-        "---",
-        "library_name: transformers",
-        "tags: [mea, kv-cache-compression]",
-        "---",
-        "",
-        f"# {config['model']}, recovered",
-        "",
+    summary = (
         f"A model with a compressed KV cache, trained for {tokens:,} tokens of {', '.join(config['texts'])}; its state "
-        "was chosen by text held out from these.",
-        "",
-        "| measured | before training | now |",
-        "|---|---|---|",
-        f"| cross-entropy of held-out text, nats per token | {start['ce']:.4f} | {end['ce']:.4f} |",
-    ]
+        "was chosen by text held out from these."
+    )
+    rows = [("cross-entropy of held-out text, nats per token", f"{start['ce']:.4f}", f"{end['ce']:.4f}")]
     if "perplexity" in results:
-        what = f"perplexity, {config['measured_text']}, first {config['measured_tokens']:,} tokens"
-        lines.append(f"| {what} | {results['perplexity_start']:.2f} | {results['perplexity']:.2f} |")
+        text = f"perplexity, {config['measured_text']}, first {config['measured_tokens']:,} tokens"
+        rows.append((text, f"{results['perplexity_start']:.2f}", f"{results['perplexity']:.2f}"))
     if "ratio" in results:
-        lines.append(f"| relative to the original | {results['ratio_start']:.3f} | {results['ratio']:.3f} |")
-    lines += ["", "The licence of the original model holds for this one. `recovery.json` holds the record.", ""]
-    return "\n".join(lines)
-
-
-def _write(source: str, out: Path, work: Path, model: Any, tokenizer: Any, record: Record) -> None:
-    filling = work / "model"
-    shutil.rmtree(filling, ignore_errors=True)
-    model.save_pretrained(filling)
-    tokenizer.save_pretrained(filling)
-    (filling / "README.md").write_text(card(record), encoding="utf-8")
-    write_record(filling / "recovery.json", record)
-    earlier = Path(source, "compression.json")
-    if earlier.is_file():
-        shutil.copy(earlier, filling)
-    if out.exists():
-        out.rmdir()
-    filling.replace(out)
-    shutil.rmtree(work, ignore_errors=True)
+        rows.append(("relative to the original", f"{results['ratio_start']:.3f}", f"{results['ratio']:.3f}"))
+    header = ("measured", "before training", "now")
+    return model_card(f"{config['model']}, recovered", summary, header, rows, "recovery.json")
