@@ -75,7 +75,7 @@ def test_ids_in_figures_are_not_shared(run):
 
 def test_text_of_a_model_stays_text(run):
     parsed = Page(render(run()))
-    assert "said position <b>loudly</b>." in parsed.text
+    assert "said post_rope <b>loudly</b>." in parsed.text
 
 
 def test_figures_have_axes_with_units_and_take_the_page_colour(run):
