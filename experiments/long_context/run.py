@@ -3,7 +3,7 @@
 Started again, it goes on where it was: every answer is kept as soon as it is there, and committed records of the same
 weights and prompts are not made again.
 
-    python experiments/long_context/run.py uncompressed=FOLDER position=FOLDER svd=FOLDER
+    python experiments/long_context/run.py uncompressed=FOLDER default=FOLDER svd=FOLDER
 """
 
 import argparse

@@ -4,7 +4,7 @@ Small tasks come first and HellaSwag last, and every model does a task before th
 stopped, what is there can be compared. Started again, it goes on where it was; committed records of the same weights
 and rows are not made again.
 
-    python experiments/zero_shot/run.py DATA uncompressed=FOLDER position=FOLDER svd=FOLDER
+    python experiments/zero_shot/run.py DATA uncompressed=FOLDER default=FOLDER svd=FOLDER
 """
 
 import argparse

@@ -52,7 +52,7 @@ def comparison(method: str, ratio: float, keep: float | None = 0.5, **changes: A
 @pytest.fixture
 def run() -> Callable[[], list[Record]]:
     def make() -> list[Record]:
-        methods = {"svd": 1106.4, "gram": 2.71, "frequency": 1.938, "position": 1.527}
+        methods = {"svd": 1106.4, "gram": 2.71, "pre_rope": 1.938, "post_rope": 1.527}
         return [*(comparison(name, ratio) for name, ratio in methods.items()), comparison("none", 1.0)]
 
     return make

@@ -34,7 +34,7 @@ class Page(HTMLParser):
 def test_every_method_with_its_numbers(run):
     text = Page(render(run(), regenerate="make something")).text
     for value in (
-        "position",
+        "post_rope",
         "svd",
         "uncompressed",
         "1.53 ± 0.02",
@@ -75,7 +75,7 @@ def test_ids_in_figures_are_not_shared(run):
 
 def test_text_of_a_model_stays_text(run):
     parsed = Page(render(run()))
-    assert "said position <b>loudly</b>." in parsed.text
+    assert "said post_rope <b>loudly</b>." in parsed.text
 
 
 def test_figures_have_axes_with_units_and_take_the_page_colour(run):
@@ -154,10 +154,10 @@ def test_a_long_page_has_a_list_of_contents(run):
 
 def test_a_tie_is_not_headlined_as_a_win(one):
     """Two methods whose ratios differ by less than their errors; a third is far off."""
-    (section,) = make_sections([one("none", 1.0), one("gram", 1.53), one("position", 1.527), one("svd", 3.0)])
+    (section,) = make_sections([one("none", 1.0), one("gram", 1.53), one("post_rope", 1.527), one("svd", 3.0)])
     numbers = section.parts[0].numbers
     assert numbers[0][0] == "2 methods"
-    assert numbers[0][1].endswith("within two standard errors: position, gram")
+    assert numbers[0][1].endswith("within two standard errors: post_rope, gram")
     assert section.parts[1].table.best == (1, 2)
 
 

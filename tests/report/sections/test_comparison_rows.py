@@ -20,8 +20,8 @@ def test_uncompressed_first_then_best_to_worst(run):
     found = rows(run())
     assert [row.name for row in found] == [
         "uncompressed",
-        "position",
-        "frequency",
+        "post_rope",
+        "pre_rope",
         "gram",
         "svd",
     ]
@@ -30,7 +30,7 @@ def test_uncompressed_first_then_best_to_worst(run):
 def test_cells_go_with_the_header(run):
     titles, lines = cells(rows(run()))
     assert dict(zip(titles, lines[1], strict=True)) == {
-        "method": "position",
+        "method": "post_rope",
         "wikitext-2-test perplexity": "35.4 ± 1.4",
         "technical perplexity": "20.0 ± 0.8",
         "ratio": "1.53 ± 0.02",
@@ -85,8 +85,8 @@ def test_digits_follow_the_error(value, error, text):
 
 
 def test_time_of_the_uncompressed_model_from_the_runs_of_the_others(one):
-    compressed = one("position", 1.5)
-    compressed["samples"]["decode_seconds"] = {"uncompressed": [0.07, 0.08, 0.09], "position": [0.06, 0.06, 0.07]}
+    compressed = one("post_rope", 1.5)
+    compressed["samples"]["decode_seconds"] = {"uncompressed": [0.07, 0.08, 0.09], "post_rope": [0.06, 0.06, 0.07]}
     _, (plain, other) = cells(rows([compressed, one("none", 1.0, decode=None)]))
     assert plain[-3:] == ["80.0", "1", "–"]
     assert other[-3:-1] == ["61.2 (beside 80.0)", "0.85 (0.84-0.87)"]
@@ -109,5 +109,5 @@ def test_variants_of_a_method_go_by_their_label(one):
 
 
 def test_names_tell_the_size_where_there_are_several(one):
-    found = rows([one("none", 1.0), one("position", 1.5), one("position", 2.2, keep=0.25)])
-    assert [row.name for row in found] == ["uncompressed", "position, 50 %", "position, 25 %"]
+    found = rows([one("none", 1.0), one("post_rope", 1.5), one("post_rope", 2.2, keep=0.25)])
+    assert [row.name for row in found] == ["uncompressed", "post_rope, 50 %", "post_rope, 25 %"]

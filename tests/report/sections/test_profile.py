@@ -14,7 +14,7 @@ def record(layers: int = 6, done: int = 6):
         {"added": 0.1 / (1 + place), "standard_error": 0.01, "relative_output_error": 0.02} for place in range(done)
     ]
     layouts = {"full": list(range(layers)), "half": [1, 2, 3], "deep": [3, 4, 5]}
-    config = {"model": "m", "method": "position", "keep": 0.5, "layers": layers, "layouts": layouts}
+    config = {"model": "m", "method": "post_rope", "keep": 0.5, "layers": layers, "layouts": layouts}
     config |= {"text": "rest", "tokens": 4096, "window": 1024}
     return make_record("profile", config, results={"loss": 3.0, "layers": found})
 
