@@ -1,4 +1,4 @@
-"""Finished layers of an unfinished run, to go on where it stopped; and folders that appear only when complete."""
+"""Finished layers of an interrupted run, and output folders that appear only when complete."""
 
 import hashlib
 import json
@@ -28,14 +28,14 @@ class FactorStore:
     Parameters
     ----------
     folder
-        Made if it is not there.
+        Created if it does not exist.
     fingerprint
-        What the factors depend on: `fingerprint`.
+        Of everything that the factors depend on, see `fingerprint`.
 
     Raises
     ------
     ValueError
-        The folder holds another run.
+        The folder belongs to another run.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
@@ -46,13 +46,13 @@ class FactorStore:
             if json.loads(settings.read_text(encoding="utf-8")) != fingerprint:
                 raise ValueError(
                     f"{folder.parent} holds an interrupted run of another model or with other settings; "
-                    f"remove that folder, or repeat its settings to go on"
+                    f"remove that folder, or give the same settings to continue"
                 )
         else:
             write_file(settings, json.dumps(fingerprint))
 
     def get(self, index: int) -> LayerFactors | None:
-        """The factors of a layer, if an earlier run came that far."""
+        """The factors of a layer, if an earlier run finished it."""
         path = self._path(index)
         if not path.is_file():
             return None
@@ -84,7 +84,7 @@ class FactorStore:
         write_file(path, save(tensors, {"form": factors.form.name, "groups": str(factors.groups)}))
 
     def get_refined(self, index: int) -> dict[str, Tensor] | None:
-        """The refined weights of a layer, if an earlier run came that far."""
+        """The refined weights of a layer, if an earlier run finished it."""
         path = self._path(index, "refined-")
         return load_file(path) if path.is_file() else None
 
@@ -97,9 +97,9 @@ class FactorStore:
 
 
 def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: str) -> str:
-    """One string for all that factors depend on: configuration, weights, plan and calibration tokens.
+    """A hash of all that factors depend on: configuration, weights, plan and calibration tokens.
 
-    `weights` tells the weights and their dtype from others without reading them all, see
+    `weights` identifies the weights and their dtype without reading them all, see
     `mea.models.loading.weights_fingerprint`.
     """
     settings = [config.to_json_string(), plan.describe(), plan.layout.ranks, tokens.tolist(), weights]
@@ -107,12 +107,12 @@ def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: st
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """`mea.records.write_atomically`, with an error that says how to go on.
+    """`mea.records.write_atomically`, with an error that says how to continue.
 
     Raises
     ------
     OSError
-        It could not be written.
+        The file could not be written.
     """
     try:
         write_atomically(path, content)
@@ -121,12 +121,12 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 def check_output(out: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse an output folder that is not empty.
 
     Raises
     ------
     ValueError
-        The folder is not empty, or is no folder.
+        The folder is not empty, or is a file.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
@@ -134,19 +134,19 @@ def check_output(out: Path) -> None:
 
 def _not_written(path: Path, error: Exception) -> OSError:
     return OSError(
-        f"{path} could not be written: {error}. Nothing half written was left; make room and start again with the same "
-        f"arguments: finished layers are kept"
+        f"{path} could not be written: {error}. No incomplete file is left; free disk space and repeat the same "
+        f"command: finished layers are kept"
     )
 
 
 @contextmanager
 def complete_folder(out: Path, work: Path) -> Iterator[Path]:
-    """A folder to fill that becomes `out` when the block ends, and is removed if it fails.
+    """A temporary folder that is renamed to `out` when the block ends, and removed if it fails.
 
     Raises
     ------
     OSError
-        Writing failed, the disk being full for instance; nothing half written is left.
+        Writing failed, for instance because the disk is full; no incomplete file is left.
     """
     filling = work / "model"
     shutil.rmtree(filling, ignore_errors=True)
