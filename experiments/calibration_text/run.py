@@ -18,7 +18,8 @@ from mea.compression.api import run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import checked_stock_form
-from mea.compression.plan import CompressOptions, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import make_plan
 from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses
 from mea.models.loading import load, packaged_model
 from mea.records import make_record, read_record, write_record

@@ -23,7 +23,8 @@ from mea.compression import Calibration
 from mea.compression.budget import PRESETS
 from mea.compression.methods import DEFAULT_METHOD, DEFAULT_WEIGHTING, METHODS
 from mea.compression.methods.post_rope import WEIGHTINGS
-from mea.compression.plan import DEFAULT_KEEP, CompressOptions
+from mea.compression.options import CompressOptions
+from mea.compression.plan import DEFAULT_KEEP
 from mea.evaluate.suites import LONG_CONTEXT, SUITES
 from mea.models.quantized_cache import BITS
 from mea.train.recovery import settings

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 import transformers
 
-from mea.compression.plan import CompressOptions, Plan, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import Plan, make_plan
 from mea.models.latent_attention import SUPPORTED
 
 # What an architecture needs beyond `SIZES`.

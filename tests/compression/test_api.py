@@ -17,7 +17,8 @@ from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import TOLERANCE
 from mea.compression.methods import METHODS
-from mea.compression.plan import CompressOptions, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import make_plan
 from mea.evaluate.speed import cache_size
 from mea.models.latent_attention import SUPPORTED
 

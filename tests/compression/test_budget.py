@@ -109,7 +109,7 @@ def test_bytes_are_never_above_the_kept_fraction_and_less_than_one_step_under_it
 
 
 @given(SHAPES, st.floats(0.1, 1.0))
-def test_widths_of_a_fraction_differ_by_one_step_at_most(sizes: tuple, keep: float) -> None:
+def test_ranks_of_a_fraction_differ_by_one_step_at_most(sizes: tuple, keep: float) -> None:
     shape = CacheShape(*sizes)
     assume(smallest(shape, FINE).keep(shape) <= keep)
     layout = layout_for_keep(shape, keep, FINE)

@@ -14,7 +14,8 @@ from mea.compression import Calibration
 from mea.compression.api import run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.refine import Refinement, refine_layers, spread_positions
+from mea.compression.options import Refinement
+from mea.compression.refine import refine_layers, spread_positions
 from mea.compression.save import compress_to_folder
 
 HOW = Refinement(passes=10, window=16, batch=2, held_out=4, lr=3e-3, base_lr=1e-3)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mea.compression.methods import DEFAULT_METHOD
-from mea.compression.plan import Allocation, CompressOptions
+from mea.compression.options import Allocation, CompressOptions
 from mea.evaluate.through_cache import ThroughCache
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
 
@@ -54,7 +54,7 @@ class MethodConfig:
     label
         Its name in tables and of its record.
     method, keep, allocate, refine
-        As in `mea.compression.plan.CompressOptions`; a weighting stands behind a colon, ``"post_rope:uniform"``. A
+        As in `mea.compression.options.CompressOptions`; a weighting stands behind a colon, ``"post_rope:uniform"``. A
         `method` of ``"none"`` leaves ranks as they are, and one of ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that
         method of the peer, scored on continuations alone.
     bits, backend

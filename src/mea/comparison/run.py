@@ -23,7 +23,8 @@ from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
 from mea.compression.check import checked_stock_form
 from mea.compression.cost import estimate, reading_seconds
-from mea.compression.plan import CompressOptions, Plan, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import Plan, make_plan
 from mea.evaluate.runner import existing_record
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config

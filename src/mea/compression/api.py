@@ -1,4 +1,4 @@
-"""The main job: a model in, the same model with a smaller KV cache out."""
+"""The main entry: `compress` turns a model into the same model with a smaller KV cache."""
 
 import time
 from dataclasses import dataclass
@@ -14,19 +14,20 @@ from mea.compression.check import SelfCheck, checked_stock_form
 from mea.compression.checkpoint import FactorStore
 from mea.compression.convert import assemble, latent_config
 from mea.compression.fit import FittedLayer, Target, fit_layers
-from mea.compression.plan import CompressOptions, Plan, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import Plan, make_plan
 from mea.compression.refine import Refined, refine_layers
 from mea.records import Progress
 
 
 @dataclass(frozen=True)
 class Compressed:
-    """A compressed model and how it came about.
+    """A compressed model with its plan, errors and checks.
 
     Attributes
     ----------
     relative_output_errors
-        Of every layer's attention, see `mea.compression.fit.relative_output_error`; 0 where the layer is as it was.
+        Of every layer's attention, see `mea.compression.fit.relative_output_error`; 0 for an uncompressed layer.
     self_check
         Errors of the two self-checks, see `mea.compression.check`.
     seconds
@@ -51,32 +52,34 @@ def compress(
     progress: Progress | None = None,
     **fields: Any,
 ) -> Any:
-    """Make a model cache half of what it did, or any other fraction.
+    """Compress a model's KV cache to half of its bytes, or to any other budget.
 
     Parameters
     ----------
     model
-        A causal language model of transformers, of a supported architecture. It is left as it is; weights that do not
-        change are shared with the result. Of this package's decoder, whose mixing is folded first, all are copied.
+        A causal language model of transformers, of a supported architecture. It is not changed; unchanged
+        weights are shared with the result. For this package's decoder, whose mixing is folded first, all are copied.
     tokenizer
         Its tokenizer, for the calibration text.
     options
-        What to do, by default `CompressOptions` with the `fields`: ``compress(model, tokenizer, keep=0.25)``.
+        By default `CompressOptions` with the `fields`: ``compress(model, tokenizer, keep=0.25)``.
     progress
-        Called with a word, the layers done and the layers in all.
+        Called with the stage's name, the finished layers and all layers.
 
     Returns
     -------
-    The compressed model: an ordinary one, to generate with, train, or save and load by ``AutoModelForCausalLM``.
+    The compressed model: an ordinary transformers model to generate with, train, save, and load with
+    ``AutoModelForCausalLM``.
 
     Raises
     ------
     ValueError
-        The model or the budget cannot be, the text is too short, or weights or activations are not finite.
+        The model is not supported, the budget is impossible, the text is too short, or weights or activations are not
+        finite.
     TypeError
-        A field is none of `CompressOptions`, or both are given.
+        A field is unknown, or `options` and fields are given together.
     ConversionError
-        The result does not compute what it must.
+        A self-check fails.
     """
     plan = make_plan(model.config, model.dtype.itemsize, CompressOptions.of(options, fields))
     tokens = calibration_tokens(tokenizer, plan.calibration)
@@ -93,16 +96,16 @@ def run_plans(
     store: FactorStore | None = None,
     progress: Progress | None = None,
 ) -> list[Compressed]:
-    """Carry out plans in one pass over the layers, each ending in its self-checks.
+    """Carry out plans in one pass over the layers, each with its self-checks.
 
-    With a `store` (and one plan), finished layers are kept there and taken from there.
+    A `store` (with one plan) holds the factors of finished layers, from which an interrupted run continues.
 
     Raises
     ------
     ValueError
         Weights or activations are not finite, or a token is outside the vocabulary.
     ConversionError
-        The result does not compute what it must.
+        A self-check fails.
     """
     start = time.perf_counter()
     check_weights(walk.model)
@@ -119,7 +122,7 @@ def run_plans(
         for done, layers in enumerate(fit_layers(walk, tokens, targets), start=1):
             for check, of_plan, layer in zip(checks, fitted, layers, strict=True):
                 check.advance(layer)
-                of_plan.append(layer._replace(layer=None, full_rank=None))  # what is large is not needed again
+                of_plan.append(layer._replace(layer=None, full_rank=None))  # large and not needed again
                 if store and layer.factors:
                     store.put(layer.index, layer.factors)
             if progress:
@@ -142,7 +145,7 @@ def _finished(
     store: FactorStore | None,
     progress: Progress | None,
 ) -> Compressed:
-    """The compressed model, refined if the plan says so; `seconds` have gone by before."""
+    """The compressed model, refined if the plan says so; `seconds` is the time before refinement."""
     start = time.perf_counter()
     form, groups = plan.method.form, plan.method.groups
     config = latent_config(walk.model.config, plan.layout, plan.describe(), form, groups)

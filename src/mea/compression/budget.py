@@ -1,8 +1,8 @@
-"""How many numbers each layer caches per token, and how a budget becomes such ranks.
+"""Ranks of each layer for a budget of cache bytes.
 
-A layer's *ranks* are ``(r_k, r_v)``, the numbers cached per token for keys and for values; None leaves the layer as it
-was. Cache bytes are the budget and every method is compared at equal bytes, so a layout promises bytes exactly, and the
-promise is held against the cache of the real model.
+A layer's *ranks* are ``(r_k, r_v)``, the numbers cached per token for keys and for values; None leaves the layer
+uncompressed. Methods are compared at equal cache bytes, so the bytes of a layout are exact, and tests compare them with
+the cache of the real model.
 """
 
 import json
@@ -18,14 +18,14 @@ PRESETS = ("full", "half", "deep")
 
 @dataclass(frozen=True)
 class CacheShape:
-    """What an uncompressed model caches.
+    """Shape of an uncompressed model's cache.
 
     Attributes
     ----------
     num_kv_heads, head_dim
         ``h_kv`` and ``d``.
     windows
-        Per layer the sliding window in tokens, or None where a layer attends to everything.
+        Per layer the sliding window in tokens, or None for full attention.
     itemsize
         Bytes of one cached number.
     """
@@ -40,18 +40,18 @@ class CacheShape:
         """Read the shape from a Hugging Face configuration."""
         kinds = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None)
-        # Mistral has no layer types: a window is every layer's.
+        # Mistral has no layer types: its window applies to every layer.
         windows = tuple(window if kind in (None, "sliding_attention") else None for kind in kinds)
         head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         return cls(config.num_key_value_heads, head_dim, windows, itemsize)
 
     @property
     def width(self) -> int:
-        """Numbers per token and layer for the keys, and as many for the values: ``h_kv * d``."""
+        """Numbers per token and layer for the keys, and the same for the values: ``h_kv * d``."""
         return self.num_kv_heads * self.head_dim
 
     def tokens(self, layer: int, context: int) -> int:
-        """Tokens that a layer holds after `context` of them: a sliding layer drops what no later token can see."""
+        """Tokens that a layer caches after `context` tokens: a sliding layer drops what no later token can attend to."""
         window = self.windows[layer]
         return context if window is None else min(context, window - 1)
 
@@ -74,28 +74,28 @@ class Layout:
         )
 
     def keep(self, shape: CacheShape) -> float:
-        """Bytes as a fraction of the uncompressed cache's, at a length at which no window is full."""
+        """Bytes as a fraction of the uncompressed cache, while no sliding window is full."""
         return self.bytes(shape, 1) / shape.bytes(1)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What a method can give a layer more or less of.
+    """The smallest change of a layer's ranks that a method allows.
 
     Attributes
     ----------
     size
         Numbers per step.
     paired
-        A step goes to keys and values alike, so that ``r_k = r_v``, the only case in which common attention kernels
-        are fast. Otherwise (whole heads) steps alternate, and an odd one goes to the values.
+        A step adds to both ranks, so that ``r_k = r_v``: common attention kernels are fast only then. Otherwise (whole
+        heads) steps alternate, and the last of an odd number goes to the values.
     """
 
     size: int
     paired: bool = True
 
     def ranks(self, steps: int) -> tuple[int, int]:
-        """``(r_k, r_v)`` of a layer that has so many steps."""
+        """``(r_k, r_v)`` of a layer with this number of steps."""
         if self.paired:
             return self.size * steps, self.size * steps
         return self.size * (steps // 2), self.size * (steps - steps // 2)
@@ -112,7 +112,7 @@ def parse_budget(text: str) -> tuple[int, int]:
     Raises
     ------
     ValueError
-        The text is of another form.
+        The text has another form.
     """
     number = r"(\d+(?:\.\d+)?)"
     pattern = rf"\s*{number}\s*([kKmM]?)\s*(?:tokens?)?\s+in\s+{number}\s*(?:([kKmMgGtT])(i?))?[bB]\s*"
@@ -129,7 +129,7 @@ def parse_budget(text: str) -> tuple[int, int]:
 
 
 def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | None = None) -> Layout:
-    """The widest equal ranks with at most a fraction `keep` of the uncompressed bytes of `layers`, at any length.
+    """The largest equal ranks with at most a fraction `keep` of the uncompressed bytes of `layers`, at any length.
 
     Raises
     ------
@@ -137,7 +137,7 @@ def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | 
         `keep` is not a fraction, or no layout is that small.
     """
     if not 0 < keep <= 1:
-        raise ValueError(f"keep is the fraction of the cache's bytes that stays, above 0 and at most 1, not {keep}")
+        raise ValueError(f"keep is the fraction of the cache's bytes to keep, above 0 and at most 1, not {keep}")
     layers = range(len(shape.windows)) if layers is None else layers
     numbers = int(2 * shape.width * keep * len(layers) + 1e-9)
     spread = _spread(shape, numbers, [1] * len(layers), step, f"keep {keep:g}", _shortest_first(shape, layers))
@@ -148,7 +148,7 @@ def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | 
 
 
 def layout_for_bytes(shape: CacheShape, context: int, budget: int, step: Step) -> Layout:
-    """The widest equal ranks whose cache of `context` tokens takes at most `budget` bytes.
+    """The largest equal ranks whose cache of `context` tokens takes at most `budget` bytes.
 
     Raises
     ------
@@ -161,16 +161,17 @@ def layout_for_bytes(shape: CacheShape, context: int, budget: int, step: Step) -
 
 
 def _shortest_first(shape: CacheShape, layers: range) -> list[int]:
-    """Places in `layers`, sliding ones first: with more width there, long contexts keep less, not more."""
-    return sorted(range(len(layers)), key=lambda place: shape.windows[layers[place]] or math.inf)
+    """Indices into `layers`, sliding layers first: spare steps there do not add bytes at long contexts."""
+    return sorted(range(len(layers)), key=lambda index: shape.windows[layers[index]] or math.inf)
 
 
 def _spread(
     shape: CacheShape, numbers: int, weights: list[int], step: Step, what: str, order: list[int] | None = None
 ) -> list[int]:
-    """Deal steps out evenly, then more one by one from the first layer on (deep layers suffer least), while they fit.
+    """Give every layer the same number of steps, then one more step to each layer in turn while the budget allows.
 
-    `weights` are the tokens that each layer holds; `numbers` is the budget; `order` is that of the last steps.
+    `weights` are the tokens that each layer caches; `numbers` is the budget; `order` is the order of the spare steps, by
+    default from the first layer on.
     """
     least, most = (1, shape.width // step.size) if step.paired else (2, 2 * shape.width // step.size)
     cost = [weight * step.numbers for weight in weights]
@@ -203,7 +204,7 @@ def preset_layout(shape: CacheShape, name: str, step: Step, keep: float = 0.5) -
     """
     count = len(shape.windows)
     if name not in PRESETS:
-        raise ValueError(f"the layouts by name are {', '.join(PRESETS)}, not {name!r}")
+        raise ValueError(f"the named layouts are {', '.join(PRESETS)}, not {name!r}")
     # "half" was layers 12 to 35 of 48, counted from 1.
     layers = {
         "full": range(count),
@@ -219,14 +220,12 @@ def read_layout(path: Path, shape: CacheShape, step: Step) -> Layout:
     Raises
     ------
     ValueError
-        The file is not such a list, or a width is impossible for the model or the method.
+        The file is not such a list, or a rank is impossible for the model or the method.
     """
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(
-            f"no layout {str(path)!r}: those by name are {', '.join(PRESETS)}, anything else is a JSON file of ranks"
-        ) from None
+        raise ValueError(f"no layout {str(path)!r}: give {', '.join(PRESETS)} or a JSON file of ranks") from None
     except (OSError, ValueError) as error:
         raise ValueError(f"{path} is not a readable JSON file: {error}") from None
     count = len(shape.windows)

@@ -1,8 +1,8 @@
-"""The two checks that every conversion ends in, made layer by layer while the layers stream by.
+"""The two checks of every conversion, made layer by layer during the fit.
 
 1. At full rank the converted model's logits equal the original's: the architecture's forward is reproduced.
 2. At the chosen rank, decoding token by token over a cache (absorbed) equals the pass over all tokens at once
-   (materialised) in every layer: the two ways of reading agree.
+   (materialised) in every layer.
 
 Both run in fp32 on the first tokens of the calibration text, whatever the model's dtype.
 """
@@ -26,26 +26,26 @@ TOLERANCE = 1e-4
 
 
 class ConversionError(ValueError):
-    """A converted model does not compute what it must; nothing of it should be used."""
+    """A converted model fails a self-check and must not be used."""
 
 
 @torch.no_grad()
 def checked_stock_form(model: Any, tokens: Int[Tensor, "n t"]) -> Any:
-    """`mea.models.fold.stock_form`, held in fp32 to the logits of the model that it was made from.
+    """`mea.models.fold.stock_form`, with its logits compared in fp32 with the given model's.
 
     Raises
     ------
     ValueError
         As `stock_form`.
     ConversionError
-        The two models compute different things.
+        The logits differ.
     """
     stock = stock_form(model)
     if stock is model:
         return model
     ids, wide = tokens[:1, :CHECKED_TOKENS], copy.deepcopy(model).float()
-    expected, found = (each.eval()(ids, use_cache=False).logits for each in (wide, stock_form(wide)))
-    error = ((found - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
+    expected, actual = (form.eval()(ids, use_cache=False).logits for form in (wide, stock_form(wide)))
+    error = ((actual - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
     if not error <= TOLERANCE:
         raise ConversionError(
             f"with its mixing folded the model's logits differ by {error:.1e} (allowed: {TOLERANCE:.0e}); nothing was "
@@ -60,7 +60,7 @@ class SelfCheck:
     Parameters
     ----------
     walk
-        Through the original.
+        Of the original model.
     tokens
         Calibration tokens, of which the first few are used.
     """
@@ -74,7 +74,7 @@ class SelfCheck:
 
     @torch.no_grad()
     def advance(self, fitted: FittedLayer) -> None:
-        """Take all streams through one layer, and read the chosen one's in both ways."""
+        """Run all streams through one layer, and the chosen rank in both ways of reading."""
         layer, inputs = fitted.layer, self.inputs[fitted.index]
         self.original = layer(self.original, **inputs.options)
         if fitted.factors is None or fitted.full_rank is None:
@@ -93,11 +93,12 @@ class SelfCheck:
         self.cached_error = max(self.cached_error, error)
 
     def result(self) -> dict[str, float]:
-        """The largest error of the logits at full rank, relative to the largest logit where that is above 1; and the
-        largest error of cached decoding in a layer's attention output, relative to the largest of these.
+        """The errors of both checks.
 
-        The second is taken layer by layer on equal input: in a model that a coarse method has made chaotic, rounding
-        alone grows from layer to layer.
+        ``full_rank`` is the largest error of the logits, relative to the largest logit if it is above 1. ``cached`` is
+        the largest error of cached decoding in a layer's attention output, relative to the largest output. It is
+        measured layer by layer on equal input: in a coarsely compressed model rounding errors can grow from layer to
+        layer.
 
         Raises
         ------
@@ -115,14 +116,14 @@ class SelfCheck:
             if not error <= TOLERANCE:
                 raise ConversionError(
                     f"{explanations[name]} by {error:.1e} (allowed: {TOLERANCE:.0e}); nothing was saved. The model's "
-                    f"attention does something that the conversion does not know; please report the model's config"
+                    f"attention has a feature that the conversion does not support; please report the model's config"
                 )
         return errors
 
 
 @contextmanager
 def _attention_outputs(layer: Any) -> Iterator[list[Tensor]]:
-    """A list that fills with what the layer's attention gives, call by call."""
+    """A list to which every call of the layer's attention appends its output."""
     outputs: list[Tensor] = []
     handle = layer.self_attn.o_proj.register_forward_hook(lambda _module, _args, output: outputs.append(output))
     try:

@@ -1,17 +1,13 @@
-"""Finished layers of an unfinished run, from which the same run continues."""
+"""Finished layers of an interrupted run, from which the same run continues."""
 
-import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
-from jaxtyping import Int
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from mea.compression.methods.factors import Factors, LayerFactors
-from mea.compression.plan import Plan
 from mea.models.saving import not_written
 from mea.ops.cache_forms import FORMS
 from mea.records import write_atomically
@@ -25,14 +21,14 @@ class FactorStore:
     Parameters
     ----------
     folder
-        Made if it is not there.
+        Created if it does not exist.
     fingerprint
-        What the factors depend on: `fingerprint`.
+        Of everything that the factors depend on, see `mea.compression.save.fingerprint`.
 
     Raises
     ------
     ValueError
-        The folder holds another run.
+        The folder belongs to another run.
     """
 
     def __init__(self, folder: Path, fingerprint: str):
@@ -43,13 +39,13 @@ class FactorStore:
             if json.loads(settings.read_text(encoding="utf-8")) != fingerprint:
                 raise ValueError(
                     f"{folder.parent} holds an interrupted run of another model or with other settings; "
-                    f"remove that folder, or repeat its settings to go on"
+                    f"remove that folder, or give the same settings to continue"
                 )
         else:
             write_file(settings, json.dumps(fingerprint))
 
     def get(self, index: int) -> LayerFactors | None:
-        """The factors of a layer, if an earlier run came that far."""
+        """The factors of a layer, if an earlier run finished it."""
         path = self._path(index)
         if not path.is_file():
             return None
@@ -81,7 +77,7 @@ class FactorStore:
         write_file(path, save(tensors, {"form": factors.form.name, "groups": str(factors.groups)}))
 
     def get_refined(self, index: int) -> dict[str, Tensor] | None:
-        """The refined weights of a layer, if an earlier run came that far."""
+        """The refined weights of a layer, if an earlier run finished it."""
         path = self._path(index, "refined-")
         return load_file(path) if path.is_file() else None
 
@@ -93,23 +89,13 @@ class FactorStore:
         return self.folder / f"{prefix}{index:05d}.safetensors"
 
 
-def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: str) -> str:
-    """One string for all that factors depend on: configuration, weights, plan and calibration tokens.
-
-    `weights` tells the weights and their dtype from others without reading them all, see
-    `mea.models.loading.weights_fingerprint`.
-    """
-    settings = [config.to_json_string(), plan.describe(), plan.layout.ranks, tokens.tolist(), weights]
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
 def write_file(path: Path, content: str | bytes) -> None:
-    """`mea.records.write_atomically`, with an error that says how to go on.
+    """`mea.records.write_atomically`, with an error that says how to continue.
 
     Raises
     ------
     OSError
-        It could not be written.
+        The file could not be written.
     """
     try:
         write_atomically(path, content)

@@ -18,7 +18,7 @@ from mea.ops.cache_forms import FORMS, PostRope
 def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> None:
     """Make a stock attention module cache latents, in place; ``v_proj``, ``o_proj`` and the mixing are new modules.
 
-    Its weights must be there (`calibrate.offload.weights_of`); `rotary` is the model's rotary embedding.
+    Its weights must be in memory (`calibrate.offload.weights_of`); `rotary` is the model's rotary embedding.
     """
     value_weight, value_bias = attention.v_proj.weight, attention.v_proj.bias
     (key_encoder, key_decoder), (value_encoder, value_decoder), output, form, groups = factors
@@ -37,14 +37,14 @@ def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> No
 
 
 def _blocks(matrix: Float[Tensor, "_ m"], groups: int) -> Float[Tensor, "_ _"]:
-    """The blocks on the diagonal, one below the other."""
-    parts = [rows.chunk(groups, dim=1)[place] for place, rows in enumerate(matrix.chunk(groups))]
+    """The blocks on the diagonal, stacked."""
+    parts = [rows.chunk(groups, dim=1)[group] for group, rows in enumerate(matrix.chunk(groups))]
     return torch.cat(parts)
 
 
 @torch.no_grad()
 def replace_weights(attention: Any, weights: dict[str, Tensor]) -> None:
-    """Give a compressed attention new matrices by parameter name; none that it shares with another model changes."""
+    """Replace matrices of a compressed attention by parameter name; matrices shared with other models do not change."""
     for name in {name.split(".")[0] for name in weights} - {"head_mixing"}:
         (weight,) = (tensor for full, tensor in weights.items() if full.split(".")[0] == name)
         with weights_of(getattr(attention, name)):
@@ -67,7 +67,7 @@ def _with_weight(linear: Any, weight: Tensor) -> nn.Module:
 
 
 def _use_own_forward(module: nn.Module) -> None:
-    """Have the class's forward where accelerate keeps that of a class that the module had before."""
+    """Use the forward of the module's new class where accelerate has stored the old one."""
     kept = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     if kept in module.__dict__:
         setattr(module, kept, type(module).forward.__get__(module))
@@ -76,15 +76,15 @@ def _use_own_forward(module: nn.Module) -> None:
 def sharing_copy(module: nn.Module) -> Any:
     """A copy that shares the original's parameters and buffers, so that its structure can be changed freely.
 
-    Where accelerate keeps weights elsewhere, the way to them is shared as well.
+    The hooks of accelerate, which load offloaded weights, are shared as well.
     """
-    hooks = [vars(each)["_hf_hook"] for each in module.modules() if "_hf_hook" in vars(each)]
+    hooks = [vars(part)["_hf_hook"] for part in module.modules() if "_hf_hook" in vars(part)]
     shared = [*module.parameters(), *module.buffers(), *hooks]
-    return copy.deepcopy(module, {id(each): each for each in shared})
+    return copy.deepcopy(module, {id(member): member for member in shared})
 
 
 def latent_copy(layer: Any, factors: LayerFactors, rotary: Any) -> Any:
-    """A decoder layer that caches latents, sharing everything else with the given one."""
+    """A decoder layer that caches latents, sharing everything else with `layer`."""
     compressed = sharing_copy(layer)
     compress_attention(compressed.self_attn, factors, rotary)
     return compressed
@@ -93,7 +93,7 @@ def latent_copy(layer: Any, factors: LayerFactors, rotary: Any) -> Any:
 def latent_config(
     config: Any, layout: Layout, compression: dict[str, Any], form: PostRope = FORMS["post_rope"], groups: int = 1
 ) -> Any:
-    """The configuration of the compressed model: the original's, with the latents and how they came about."""
+    """The configuration of the compressed model: the original's, with the latents and the compression's settings."""
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     kept.pop("quantization_config", None)
     ranks = [None if pair is None else list(pair) for pair in layout.ranks]
@@ -105,7 +105,7 @@ def latent_config(
 
 
 def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any:
-    """The compressed model; what is not compressed is shared with the original, weights and all."""
+    """The compressed model; uncompressed modules share their weights with the original."""
     compressed = sharing_copy(model)
     stock = compressed.config
     for module in compressed.modules():
@@ -113,7 +113,7 @@ def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any
             module.config = config
     compressed.__class__ = COMPRESSED_MODELS[model.config.model_type]
     compressed._tp_plan = {}
-    # How the original's checkpoint was rearranged at loading; the compressed model's is saved as it is in memory.
+    # Describes how the original's checkpoint was rearranged at loading; the compressed model is saved as it is.
     compressed.__dict__.pop("_weight_conversions", None)
     for layer, layer_factors in zip(compressed.model.layers, factors, strict=True):
         if layer_factors is not None:

@@ -1,4 +1,4 @@
-"""What a compression will cost, before any weight is loaded."""
+"""Estimates of a compression's memory and time, before any weight is loaded."""
 
 import functools
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from mea.compression.methods.values import CG_STEPS, ROUNDS
 from mea.compression.plan import REACH, Plan
 from mea.ops.precision import peak_flops
 
-READING = 1.5  # plain reading comes so much nearer to the speed of matrix products than a fit does
+READING = 1.5  # speed of a plain forward pass relative to a fit, both as fractions of peak matrix products
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,9 @@ class Cost:
     Attributes
     ----------
     memory
-        Bytes at the peak, beyond the weights of a model that stays in memory as a whole.
+        Peak bytes, without the weights of a model that is in memory.
     seconds
-        On this machine, from the speed of its matrix products.
+        On this machine, estimated from the speed of its matrix products.
     """
 
     memory: int
@@ -30,7 +30,7 @@ class Cost:
 
 
 def estimate(config: Any, plan: Plan) -> Cost:
-    """Memory and time that a plan takes."""
+    """Memory and time of a plan."""
     width, hidden, tokens = plan.shape.width, config.hidden_size, plan.calibration.tokens
     h, d, t = config.num_attention_heads, plan.shape.head_dim, plan.calibration.window
     attention, active, feed_forward = _layer_weights(config, plan.shape)
@@ -38,7 +38,7 @@ def estimate(config: Any, plan: Plan) -> Cost:
 
     form, value_rank = plan.method.form, max((pair[1] for pair in plan.layout.ranks if pair), default=0)
     rank = form.decoder_ranks(value_rank, value_rank)[1]
-    averaged = rank if form.shared else width  # numbers of a token that are averaged
+    averaged = rank if form.shared else width  # numbers per token in attention-averaged values
     block = max(m for m in range(1, h + 1) if h % m == 0 and (m == 1 or m * averaged <= BLOCK_NUMBERS))
     moments = h // block * (block * averaged) ** 2
     forward = 2 * tokens * (attention + active + t * h * d)
@@ -52,9 +52,8 @@ def estimate(config: Any, plan: Plan) -> Cost:
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
     work = layers * (forward + averages + solving)
-    if (
-        allocation := plan.options.allocation
-    ):  # values of all ranks share one pass beside the same keys; a try is a pass, on average
+    allocation = plan.options.allocation
+    if allocation:  # values of all ranks share one pass with the same keys; a try costs one pass on average
         share = min(1.0, allocation.windows * t / tokens)
         keys = 1 + 2 * REACH
         fits = keys * (1 if allocation.equal else 2)
@@ -63,7 +62,9 @@ def estimate(config: Any, plan: Plan) -> Cost:
         work += (
             (6 + allocation.tries) * allocation.tokens * (layers * forward / tokens + 4 * hidden * config.vocab_size)
         )
-    if refinement := plan.options.refinement:  # passes forth and back through attention, and once through both models
+    if (
+        refinement := plan.options.refinement
+    ):  # forward and backward passes through attention, and one pass through both models
         part = 2 * tokens * (attention + min(t, refinement.window) * h * d)
         work += layers * (3 * refinement.passes * part + 4 * part + 4 * tokens * active)
         work += 2 * tokens * hidden * config.vocab_size * 3 * refinement.passes
@@ -72,15 +73,15 @@ def estimate(config: Any, plan: Plan) -> Cost:
 
 
 def reading_seconds(config: Any, shape: CacheShape, tokens: int, window: int) -> float:
-    """Time that the uncompressed model takes on this machine, in fp32, to read so many tokens in such windows."""
+    """Time of the uncompressed model on this machine, in fp32, for this number of tokens in such windows."""
     attention, active, _ = _layer_weights(config, shape)
-    scores = window * config.num_attention_heads * shape.head_dim // 2  # the kernel skips what causality hides, in part
+    scores = window * config.num_attention_heads * shape.head_dim // 2  # the kernel skips a part of the masked scores
     layers = config.num_hidden_layers * (attention + active + scores)
     return 2 * tokens * (layers + config.vocab_size * config.hidden_size) / (_speed() * READING)
 
 
 def _layer_weights(config: Any, shape: CacheShape) -> tuple[int, int, int]:
-    """Weights of a layer: of attention, of the feed-forward part as far as one token needs them, and of all of it."""
+    """Weights of a layer: of attention, of the feed-forward part that one token uses, and of the whole feed-forward."""
     experts = getattr(config, "num_experts", None)
     one = 3 * config.hidden_size * (getattr(config, "moe_intermediate_size", None) or config.intermediate_size)
     attention = 2 * config.hidden_size * (config.num_attention_heads * shape.head_dim + shape.width)
@@ -89,5 +90,5 @@ def _layer_weights(config: Any, shape: CacheShape) -> tuple[int, int, int]:
 
 @functools.cache
 def _speed() -> float:
-    """Operations per second of fp32 matrix products here, as the fit comes near to."""
+    """Operations per second of the fit: half of the peak of fp32 matrix products."""
     return 0.5 * peak_flops("cpu", "float32")

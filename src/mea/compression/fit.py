@@ -1,4 +1,4 @@
-"""Calibrate and factorise: one streaming pass over the layers, any number of methods and layouts at once."""
+"""Calibrate and factorise: one pass over the layers for any number of methods and layouts."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,14 +21,14 @@ ERROR_WINDOWS = 2  # calibration windows on which the error of a layer's output 
 
 
 class FittedLayer(NamedTuple):
-    """A layer of the stream, for one method and layout.
+    """A fitted layer, for one method and layout.
 
     Attributes
     ----------
     index, layer, inputs
-        The original layer, with its weights there, and what it is called with.
+        The original layer with its weights in memory, and its arguments.
     factors
-        None where the layout leaves the layer as it is.
+        None if the layout leaves the layer uncompressed.
     full_rank
         Factors of the same method at full rank, for the self-check.
     relative_output_error
@@ -44,7 +44,7 @@ class FittedLayer(NamedTuple):
 
 
 class Target(NamedTuple):
-    """What to fit: a method, a layout, and factors of layers that an earlier run has finished."""
+    """What to fit: a method, a layout, and the factors of layers that an earlier run finished."""
 
     method: Method
     layout: Layout
@@ -53,9 +53,9 @@ class Target(NamedTuple):
 
 @torch.no_grad()
 def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target]) -> Iterator[list[FittedLayer]]:
-    """Fit layer after layer; each yields one result per target.
+    """Fit layer by layer; yields one result per target for each layer.
 
-    Statistics are those of the *uncompressed* model: factors fitted on what compressed layers below hand up were worse
+    Statistics are taken from the *uncompressed* model: factors fitted on the outputs of compressed layers below were worse
     (docs/LOG.md), and this way the layers are independent of each other.
 
     Raises
@@ -66,8 +66,8 @@ def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target
     hidden = walk.embed(tokens).float()
     inputs = walk.inputs(tokens.shape[1])
     needs_scores = any(target.method.needs_scores for target in targets)
-    for index, stored in enumerate(walk.layers):
-        layer = resident(stored)
+    for index, original in enumerate(walk.layers):
+        layer = resident(original)
         passes, statistics = _calibrate(layer, hidden, inputs[index], walk.rotations[index], needs_scores)
         hidden = torch.stack([window.layer_out for window in passes])
         if not hidden.isfinite().all():
@@ -105,7 +105,7 @@ def _calibrate(
 def _calibrated(
     layer: Any, inputs: LayerInputs, passes: list[AttentionPass], statistics: LayerStatistics
 ) -> CalibratedLayer:
-    """The layer for its methods. Values of several ranks beside the same keys share one pass: the last one is kept."""
+    """The layer for its methods. Values of several ranks with the same keys share one pass: the last one is cached."""
     kept: dict[tuple[str, int], AveragedValues] = {}
 
     def average(
@@ -134,9 +134,9 @@ def _calibrated(
 
 @torch.no_grad()
 def relative_output_error(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: list[AttentionPass]) -> float:
-    """Energy of the error of the attention's output over the output's own: 0 is exact, 1 is nothing kept.
+    """Squared error of the attention's output relative to its squared norm: 0 is exact, 1 is the error of zeros.
 
-    Tokens count as in `AttentionPass.weight`.
+    Tokens are weighted by `AttentionPass.weight`.
     """
     compressed = latent_copy(layer, factors, inputs.rotary).self_attn
     options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}

@@ -1,6 +1,6 @@
 """What a compression will do, before any weight is loaded."""
 
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,129 +16,16 @@ from mea.compression.budget import (
     read_layout,
 )
 from mea.compression.calibrate.text import Calibration
-from mea.compression.methods import DEFAULT_METHOD, find_method
+from mea.compression.methods import find_method
 from mea.compression.methods.base import Method
 from mea.compression.methods.groups import in_groups
-from mea.compression.refine import Refinement
+from mea.compression.options import Allocation, CompressOptions
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
 
 DEFAULT_KEEP = 0.5
 REACH = 2  # steps to either side that an allocation may take a rank
-
-
-@dataclass(frozen=True)
-class Allocation:
-    """How ranks are chosen layer by layer (`mea.compression.allocate.search`), instead of equal ones.
-
-    Attributes
-    ----------
-    equal
-        Keys and values get the same rank within a layer: PyTorch's fast kernels on processors need it.
-    same
-        All layers get the same ranks.
-    step
-        Ranks are multiples of it; by default the method's own step.
-    text, tokens
-        What the choice is measured on; by default calibration text that the factors have not seen.
-    windows
-        Calibration windows that factors are fitted on while choosing, at most: with a few, other ranks come out best.
-    tries
-        Exchanges of ranks that are measured.
-    """
-
-    equal: bool = False
-    same: bool = False
-    step: int | None = None
-    text: str | None = None
-    tokens: int = 4096
-    windows: int = 16
-    tries: int = 64
-
-    def __post_init__(self) -> None:
-        if self.tries < 1 or self.windows < 1:
-            raise ValueError(f"an allocation takes at least 1 window and 1 try, not {self.windows} and {self.tries}")
-        if self.step is not None and self.step < 1:
-            raise ValueError(f"ranks are multiples of a positive step, not of {self.step}")
-
-
-@dataclass(frozen=True)
-class CompressOptions:
-    """Every option of a compression, from the command line to the record.
-
-    Attributes
-    ----------
-    keep
-        The fraction of the cache's bytes that stays, `DEFAULT_KEEP` if no other budget is given.
-    budget
-        Instead: bytes at a context length, such as ``"64k tokens in 2 GiB"``.
-    layout
-        Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep`, of the layers that they name), or a file of ranks.
-    method
-        A name in `mea.compression.methods.METHODS`.
-    weighting
-        Of the method ``"post_rope"``: a name in `mea.compression.methods.post_rope.WEIGHTINGS`.
-    groups
-        Of neighbouring heads, each with latents of its own: as many as ranks that share an attention layer in tensor
-        parallelism.
-    calibration
-        The text, its length, and the seed of its windows.
-    allocate
-        Choose ranks layer by layer; the layout is only where the search begins. True stands for an `Allocation`.
-    refine
-        Passes over the calibration text in which every layer is refined after the closed form, or a `Refinement`.
-    """
-
-    keep: float | None = None
-    budget: str | None = None
-    layout: str | Path | None = None
-    method: str = DEFAULT_METHOD
-    weighting: str | None = None
-    groups: int = 1
-    calibration: Calibration = field(default_factory=Calibration)
-    allocate: Allocation | bool = False
-    refine: Refinement | int = 0
-
-    def __post_init__(self) -> None:
-        if self.budget is not None and (self.keep is not None or self.layout is not None):
-            raise ValueError("give one budget: keep, bytes at a context length, or a layout")
-
-    @classmethod
-    def of(cls, options: "CompressOptions | None", fields: dict[str, Any]) -> "CompressOptions":
-        """The options that are given, or new ones with these fields.
-
-        Raises
-        ------
-        TypeError
-            Both are given, or a field is unknown.
-        """
-        if options is None:
-            return cls(**fields)
-        if fields:
-            raise TypeError(f"give options or {', '.join(fields)}, not both")
-        return options
-
-    @property
-    def allocation(self) -> Allocation | None:
-        """How ranks are chosen layer by layer, if they are."""
-        return Allocation() if self.allocate is True else self.allocate or None
-
-    @property
-    def refinement(self) -> Refinement | None:
-        """How layers are refined, if they are."""
-        return self.refine if isinstance(self.refine, Refinement) else Refinement(self.refine) if self.refine else None
-
-    def find_method(self, num_kv_heads: int) -> Method:
-        """The method for a model with so many kv heads.
-
-        Raises
-        ------
-        ValueError
-            There is no such method, or it cannot do anything for such a model.
-        """
-        name = self.method if self.weighting is None else f"{self.method}:{self.weighting}"
-        return in_groups(find_method(name, num_kv_heads), self.groups, num_kv_heads)
 
 
 @dataclass(frozen=True)
@@ -210,7 +97,7 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
     cached, config = cached_share(config), stock_config(config)
     check_supported(config)
     shape = CacheShape.of(config, itemsize)
-    method = options.find_method(shape.num_kv_heads)
+    method = _method(options, shape.num_kv_heads)
     layout = _layout(options, shape, method.step(shape.head_dim), cached)
     for ranks in layout.ranks:
         if ranks:
@@ -225,6 +112,11 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
             f"component heads, caches {plan.bytes_before(1):,}; give a smaller budget, and ranks to every layer"
         )
     return plan
+
+
+def _method(options: CompressOptions, num_kv_heads: int) -> Method:
+    name = options.method if options.weighting is None else f"{options.method}:{options.weighting}"
+    return in_groups(find_method(name, num_kv_heads), options.groups, num_kv_heads)
 
 
 def _layout(options: CompressOptions, shape: CacheShape, step: Step, cached: float) -> Layout:

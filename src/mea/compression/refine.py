@@ -15,7 +15,6 @@ positions.
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,50 +24,13 @@ from torch import Tensor
 from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, evaluating
 from mea.compression.calibrate.offload import resident
 from mea.compression.convert import replace_weights
+from mea.compression.options import Refinement
 from mea.models.lm_head import IGNORED, LMHead, distance
 from mea.ops.precision import fast_dtype
 from mea.records import Progress
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
 WARMUP = 0.1  # of the steps
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """How layers are refined.
-
-    Attributes
-    ----------
-    passes
-        Over the calibration windows, for every layer.
-    window
-        Tokens that are read in one piece, at most those of a calibration window.
-    batch
-        Windows a step.
-    lr, base_lr
-        Peak learning rates of the factors (encoders and decoders), and of the projections of queries, keys and output.
-    held_out
-        One window in so many is not trained on: a layer on which its loss did not fall stays as it was.
-    seed
-        Of the windows' order and positions.
-    """
-
-    passes: int = 1
-    window: int = 512
-    batch: int = 2
-    lr: float = 5e-4
-    base_lr: float = 2e-4
-    held_out: int = 16
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.passes < 1 or self.window < 8 or self.batch < 1 or self.held_out < 2:
-            raise ValueError(
-                "refinement takes at least 1 pass, windows of 8 tokens, 1 window a step and 1 window in 2 to train on, "
-                f"not {self.passes}, {self.window}, {self.batch} and 1 in {self.held_out}"
-            )
-        if not (self.lr > 0 and self.base_lr > 0):
-            raise ValueError(f"learning rates must be positive, not {self.lr} and {self.base_lr}")
 
 
 class RefinedLayer(NamedTuple):

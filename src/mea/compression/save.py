@@ -1,5 +1,7 @@
 """Compress a model into a folder: what is saved is complete, measured, and goes on where it was interrupted."""
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from mea.compression.api import Compressed, run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import checked_stock_form
-from mea.compression.checkpoint import FactorStore, fingerprint
+from mea.compression.checkpoint import FactorStore
 from mea.compression.cost import estimate
-from mea.compression.plan import CompressOptions, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import Plan, make_plan
 from mea.compression.refine import Refined
 from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.evaluate.speed import cache_size
@@ -92,6 +95,16 @@ def compress_to_folder(
         record["results"]["tried"] = [{"divergence": x.divergence, "ranks": list(x.layout.ranks)} for x in tried]
     save_folder(out, work, result.model, tokenizer, _card(record), "compression.json", record)
     return record
+
+
+def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: str) -> str:
+    """A hash of all that factors depend on: configuration, weights, plan and calibration tokens.
+
+    `weights` identifies the weights and their dtype without reading them all, see
+    `mea.models.loading.weights_fingerprint`.
+    """
+    settings = [config.to_json_string(), plan.describe(), plan.layout.ranks, tokens.tolist(), weights]
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
 def preview(

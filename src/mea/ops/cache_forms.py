@@ -1,6 +1,6 @@
 """Cache forms: which latents a layer caches for a token, and how attention reads them. A new form is one class here.
 
-A form carries everything in which it differs from the others; no other file asks for its name. Cached tensors have the
+A form holds everything in which it differs from the others; no other file checks its name. Cached tensors have the
 shapes of `mea.ops.latent`: ``[b, c, t, r]``. The decoders are ``[g, d, r]``, with the ranks of `decoder_ranks`.
 """
 
@@ -14,7 +14,7 @@ from mea.ops.latent import absorb, attend_rebuilt, encode, materialise, rebuilt_
 
 
 class PostRope:
-    """Latents of rotated keys, and latents of values. Decoding reads both without rebuilding keys or values.
+    """Latents of post-RoPE keys, and latents of values. Decoding reads both without rebuilding keys or values.
 
     Attributes
     ----------
@@ -23,8 +23,8 @@ class PostRope:
     pre_rope
         Keys are encoded before RoPE and have to be rotated when they are read.
     shared
-        One latent stands for keys and values; half of it is cached in the place of keys, half in that of values. So
-        both halves have the same rank, and groups of heads cannot have latents of their own.
+        One latent encodes keys and values together. Half of it is cached in the place of keys, half in the place of
+        values, so both halves have the same rank. Groups of heads cannot have separate latents.
     """
 
     name = "post_rope"
@@ -35,7 +35,7 @@ class PostRope:
         return self.name
 
     def decoder_ranks(self, key_rank: int, value_rank: int) -> tuple[int, int]:
-        """Ranks that the decoders of keys and of values read, of a layer that caches ``key_rank + value_rank``."""
+        """Input ranks of the decoders of keys and of values in a layer that caches ``key_rank + value_rank`` numbers."""
         both = key_rank + value_rank
         return (both, both) if self.shared else (key_rank, value_rank)
 
@@ -44,12 +44,12 @@ class PostRope:
         return (key_rank // 2, value_rank // 2) if self.shared else (key_rank, value_rank)
 
     def check(self, key_rank: int, value_rank: int, groups: int = 1) -> None:
-        """Refuse ranks or groups that the form cannot have.
+        """Refuse ranks or groups that the form does not support.
 
         Raises
         ------
         ValueError
-            A shared latent is not cached in equal halves, or groups are to have latents of their own.
+            A shared latent with different key and value ranks, or with groups.
         """
         if self.shared and key_rank != value_rank:
             raise ValueError(
@@ -58,7 +58,7 @@ class PostRope:
             )
         if self.shared and groups > 1:
             raise ValueError(
-                f"a {self.name} latent is of all heads' keys and values: give another method, or no groups"
+                f"a {self.name} latent combines the keys and values of all heads: give another method, or no groups"
             )
 
     def encode(
@@ -68,7 +68,7 @@ class PostRope:
         values: Float[Tensor, "b c t r_v"],
         encoder: Float[Tensor, "rows n"],
     ) -> tuple[Float[Tensor, "b c t _"], Float[Tensor, "b c t _"]]:
-        """What is cached of new tokens; `values` come encoded from the layer's ``v_proj``."""
+        """The tensors to cache for new tokens; `values` are already encoded by the layer's ``v_proj``."""
         latents = encode(keys if self.pre_rope else rotated, encoder)
         if self.shared:
             first, second = (latents + values).chunk(2, dim=-1)
@@ -98,10 +98,10 @@ class PostRope:
         scale: float,
         dropout: float,
     ) -> tuple[Float[Tensor, "b h q d"], Tensor | None]:
-        """Attention of few queries over the cache, and its weights where `attend` gives them.
+        """Attention of few queries over the cache, and its weights if `attend` returns them.
 
         `attend` maps packed queries ``[b, c, h / c * q, r]``, cached keys, values and a mask to outputs and weights:
-        the heads of a group are rows of one head's queries and share every read of their latents.
+        the heads of a group become rows of one head's queries, so that the latents are read once for all of them.
         """
         (b, h, q, _), c = queries.shape, keys.shape[1]
         packed = absorb(queries, decoders[0]).reshape(b, c, h // c * q, -1)
@@ -114,7 +114,7 @@ class PostRope:
 
 
 class PreRope(PostRope):
-    """Latents of keys before RoPE: more quality per byte, but every read rebuilds the keys and rotates them."""
+    """Latents of keys before RoPE: less error at equal bytes, but every read rebuilds the keys and rotates them."""
 
     name = "pre_rope"
     pre_rope = True
@@ -133,12 +133,12 @@ class PreRope(PostRope):
         return unmix(output, decoders[1]), weights
 
     def _parts(self, keys: Tensor, values: Tensor) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """The tensors that the decoders of keys and of values read side by side."""
+        """The parts whose concatenation the decoders of keys and of values read."""
         return ((keys, values), (keys, values)) if self.shared else ((keys,), (values,))
 
 
 class Joint(PreRope):
-    """One latent for keys before RoPE and values together: the most quality per byte."""
+    """One latent for keys before RoPE and values together: the least error at equal bytes."""
 
     name = "joint"
     shared = True

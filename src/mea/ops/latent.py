@@ -1,24 +1,24 @@
 """Attention over a compressed KV cache: one latent vector per token for the keys of all heads, one for the values.
 
-Per token a layer caches ``c_k = E_k k`` (width ``r_k``, from the *rotated* keys of all heads) and ``c_v = E_v v``
-(width ``r_v``), where ordinary attention caches ``h_kv * d`` numbers each. Decoders ``D_k[g]``, ``D_v[g]`` give back
-the keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. It is read in one of two ways, equal up to rounding:
+Per token a layer caches ``c_k = E_k k`` (rank ``r_k``, from the *post-RoPE* keys of all heads) and ``c_v = E_v v``
+(rank ``r_v``), where ordinary attention caches ``h_kv * d`` numbers each. Decoders ``D_k[g]``, ``D_v[g]`` rebuild the
+keys and values of kv head ``g``: ``k_g ≈ D_k[g] c_k``. The cache is read in one of two ways, equal up to rounding:
 
 - *absorbed* (decoding): ``q^T D_k[g] c_k = (D_k[g]^T q)^T c_k``. The query is multiplied by its group's decoder,
-  attention runs over the latents **as one kv head shared by all queries**, and the output is un-mixed by ``D_v[g]``.
-  Nothing of the size of the uncompressed cache is ever made.
+  attention runs over the latents **as one kv head shared by all queries**, and the output is multiplied by ``D_v[g]``.
+  No tensor has the size of the uncompressed cache.
 - *materialised* (prefill): rebuild keys and values, then attend as usual.
 
 The paper's virtual heads (arXiv 2601.19611, section on KV-cache compression) are the case ``D_k[g] = w_g ⊗ I_d``.
 
-Latents of keys *before* rotation keep more per byte, but keys have to be rebuilt and rotated at every read
+Latents of *pre-RoPE* keys have a smaller error at equal bytes, but keys have to be rebuilt and rotated at every read
 (`key_positions`); only values can then be read absorbed (`attend_rebuilt`).
 
-Heads may come in ``c`` groups of neighbours, each with latents of its own, as many as tensor parallelism has ranks.
-What is said above then holds within a group, and each attends as one kv head.
+Neighbouring heads may form ``c`` groups with separate latents, one group per rank of tensor parallelism. The above then
+holds within each group, and each group attends as one kv head.
 
-Tensors here are head-major, as caches and attention backends want them: ``b`` batch, ``c`` groups, ``h`` query heads,
-``g`` kv heads, ``q`` query tokens, ``t`` cached tokens, ``d`` head dimension, ``r`` latent width of a group.
+Tensors here are head-major, as in caches and attention backends: ``b`` batch, ``c`` groups, ``h`` query heads,
+``g`` kv heads, ``q`` query tokens, ``t`` cached tokens, ``d`` head dimension, ``r`` latent rank of a group.
 """
 
 import torch
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mea.ops import cpu
 
-REBUILT = 2048  # tokens whose keys are rebuilt at a time on a processor, and stay in a core's own cache
+REBUILT = 2048  # tokens whose keys are rebuilt at a time on a CPU: they fit into a core's own cache
 
 
 def absorb(queries: Float[Tensor, "b h q d"], decoder: Float[Tensor, "g d r"]) -> Float[Tensor, "b h q r"]:
@@ -61,7 +61,7 @@ def materialise(latents: Float[Tensor, "b c t r"], decoder: Float[Tensor, "g d r
 
 
 def encode(heads: Float[Tensor, "b g t d"], encoder: Float[Tensor, "rows n"]) -> Float[Tensor, "b c t r"]:
-    """The latents of all heads' vectors: what is cached, token-major. ``n = g / c * d``, ``rows = c * r``."""
+    """The latents of all heads' vectors, as they are cached. ``n = g / c * d``, ``rows = c * r``."""
     b, g, t, d = heads.shape
     c = g * d // encoder.shape[1]
     if c > 1:
@@ -76,11 +76,10 @@ def key_positions(
     past: int | Int[Tensor, ""],
     slots: int,
 ) -> Int[Tensor, "_ t"]:
-    """Positions of the tokens in a cache, of which only the new ones' are known.
+    """Positions of all tokens in a cache, given the positions of the new ones.
 
-    They are counted back from the first new token: over all slots if its position is the number of tokens before it,
-    as transformers numbers tokens by itself, otherwise over those that are not hidden, as ``generate`` numbers tokens
-    between padding.
+    They are counted back from the first new token. If its position is the number of tokens before it (the default of
+    transformers), all slots count. Otherwise only slots that are not hidden count, as in ``generate`` with padding.
 
     Parameters
     ----------
@@ -91,8 +90,8 @@ def key_positions(
     past
         Tokens that the cache has seen before them.
     slots
-        Tokens in the cache, new ones included. A static cache has empty slots behind them, a sliding one has lost some
-        at the front.
+        Tokens in the cache, new ones included. A static cache has empty slots behind them; a sliding cache has dropped
+        the first ones.
     """
     q = position_ids.shape[1]
     first = torch.as_tensor(past, device=position_ids.device).clamp(max=slots - q)
@@ -108,9 +107,10 @@ def key_positions(
 def rotate(
     keys: Float[Tensor, "b g t d"], cos: Float[Tensor, "_ t d"], sin: Float[Tensor, "_ t d"]
 ) -> Float[Tensor, "b g t d"]:
-    """Turn each pair of channels ``d / 2`` apart by its angle, as all supported architectures do (arXiv 2104.09864).
+    """Rotate each pair of channels ``d / 2`` apart by its angle, as all supported architectures do (arXiv 2104.09864).
 
-    `mea.ops.rope.rotate` for heads before tokens, in the precision of the keys; this file is shipped without that one.
+    As `mea.ops.rope.rotate`, but for heads before tokens and in the precision of the keys. Saved models contain this
+    file and not `mea.ops.rope`.
     """
     first, second = keys.chunk(2, -1)
     c, s = (x[:, None, :, : first.shape[-1]] for x in (cos, sin))
@@ -124,9 +124,9 @@ def rebuilt_scores(
     cos: Float[Tensor, "_ t d"],
     sin: Float[Tensor, "_ t d"],
 ) -> Float[Tensor, "b h q t"]:
-    """Products of queries with keys that are rebuilt from all `latents` side by side and then rotated.
+    """Products of queries with keys that are rebuilt from the concatenated `latents` and then rotated.
 
-    On a processor in blocks of `REBUILT` tokens.
+    On a CPU in blocks of `REBUILT` tokens.
     """
     (b, h, q, d), g, t = queries.shape, len(decoder), latents[0].shape[2]
     grouped = queries.reshape(b, g, h // g * q, d)
@@ -152,8 +152,8 @@ def attend_rebuilt(
 ) -> tuple[Float[Tensor, "b h q r"], Float[Tensor, "b h q t"]]:
     """Attention over latent values from `rebuilt_scores`, for few queries: outputs before `unmix`, and the weights.
 
-    Latents come in parts that stand for all of them side by side. `mask` is boolean, true where a query may look, or
-    what is added to the scores.
+    `values` are parts that are concatenated along the rank. `mask` is boolean, true where a query may attend, or a
+    tensor that is added to the scores.
     """
     scores = scores * scale
     b, h, q, t = scores.shape
@@ -171,9 +171,9 @@ def attend_rebuilt(
 def read(
     queries: Float[Tensor, "b c n r"], keys: Float[Tensor, "b c t r"], values: Float[Tensor, "b c t v"], scale: float
 ) -> Float[Tensor, "b c n v"]:
-    """Attention of all queries to all tokens of their group, by the fastest kernel there is for these latents."""
+    """Attention of all queries to all tokens of their group, by the fastest kernel for these latents."""
     if keys.shape[1] > 1:
-        own, latents, averaged = (each.flatten(0, 1)[:, None] for each in (queries, keys, values))
+        own, latents, averaged = (tensor.flatten(0, 1)[:, None] for tensor in (queries, keys, values))
         return read(own, latents, averaged, scale).view(*queries.shape[:3], -1)
     if cpu is not None and cpu.usable(queries, keys, values):
         return cpu.attend(queries, keys, values, scale)

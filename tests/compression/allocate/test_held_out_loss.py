@@ -91,7 +91,7 @@ def test_held_out_windows_are_not_those_of_the_calibration(tokenizer, calibratio
 
 
 def test_too_little_text_is_refused(tokenizer, calibration):
-    with pytest.raises(ValueError, match="beside those of the calibration, not 64,000"):
+    with pytest.raises(ValueError, match="besides those for calibration, not 64,000"):
         held_out_tokens(tokenizer, calibration, 64000, 64)
     with pytest.raises(ValueError, match="at least one window"):
         held_out_tokens(tokenizer, calibration, 32, 64)

@@ -12,7 +12,7 @@ from mea.compression.api import run_plans
 from mea.compression.budget import Layout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
-from mea.compression.plan import CompressOptions
+from mea.compression.options import CompressOptions
 from mea.evaluate.perplexity import ratio, token_losses
 from mea.models.loading import load
 from mea.records import read_record

@@ -19,7 +19,8 @@ from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.fit import FittedLayer
 from mea.compression.methods.base import Method
-from mea.compression.plan import CompressOptions, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import make_plan
 from mea.evaluate.perplexity import token_losses
 from mea.records import read_record
 
@@ -115,7 +116,7 @@ def test_a_promise_is_what_is_lost_times_what_that_matters():
     assert one.promise((16, 16), BOTH, 1) == pytest.approx(5 * (0.05 - 0.3))
 
 
-def test_widths_without_factors_are_not_offered():
+def test_ranks_without_factors_are_not_offered():
     one = candidate({(16, 16): 0.3, (24, 16): 0.2, (16, 8): 0.5})
     assert one.turned((16, 16), KEYS, 1) == (24, 16)
     assert one.turned((24, 16), VALUES, -1) == (24, 8)  # put together of two fits
@@ -160,7 +161,7 @@ def test_a_choice_goes_on_where_it_was_stopped(tokenizer, calibration, tmp_path,
 
     with pytest.raises(KeyboardInterrupt):
         chosen(uneven(), tokenizer, calibration, folder=tmp_path, progress=stopping)
-    kept = list(tmp_path.rglob("widths-*/0*.safetensors"))
+    kept = list(tmp_path.rglob("ranks-*/0*.safetensors"))
     path = tmp_path / "measured.json"
     before = len(json.loads(path.read_text())) if path.is_file() else 0
     assert kept

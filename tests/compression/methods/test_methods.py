@@ -47,7 +47,7 @@ def test_full_rank_is_exact(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in SEPARATE if name != "gauge"])  # which keeps its form instead
-def test_widths_are_as_asked_and_decoders_orthonormal(name: str) -> None:
+def test_ranks_are_as_asked_and_decoders_orthonormal(name: str) -> None:
     method = METHODS[name]
     width = 2 * D if method.whole_heads else 10
     factors = method.keys(statistics(), width)

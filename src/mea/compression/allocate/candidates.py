@@ -1,4 +1,4 @@
-"""One layer of a model at several ranks: what its factors are there, and what they promise."""
+"""One layer of a model at several ranks: its factors, and the estimated change of the divergence."""
 
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from mea.compression.plan import REACH
 from mea.records import Progress
 
 Pair = tuple[int, int]
-KEYS, VALUES, BOTH = (1, 0), (0, 1), (1, 1)  # ways of becoming wider
+KEYS, VALUES, BOTH = (1, 0), (0, 1), (1, 1)  # which of the two ranks grows
 
 
 def _moved(pair: Pair, way: Pair, by: int) -> Pair:
@@ -29,10 +29,10 @@ def _moved(pair: Pair, way: Pair, by: int) -> Pair:
 
 @dataclass
 class RankCandidates:
-    """A layer at the ranks that it may have, each up to `REACH` moves from where it starts.
+    """A layer at its possible ranks, each up to `REACH` moves from the start.
 
-    Values of other ranks were fitted beside keys of the first width, and stand beside other keys too: not quite what a
-    fit of both gives, which the chosen layout gets in the end.
+    Values of another rank are fitted with keys of the start rank, and are combined with keys of other ranks too. This is
+    an approximation: the chosen layout is fitted again with both ranks.
     """
 
     start: Pair
@@ -41,7 +41,7 @@ class RankCandidates:
     weights: dict[Pair, float] = field(default_factory=dict)  # way -> nats per share of the attention's energy
 
     def turned(self, pair: Pair, way: Pair, by: int) -> Pair | None:
-        """Ranks some moves further along a way; None where there are no factors."""
+        """Ranks after `by` moves along a way; None if there are no factors for them."""
         keys, values = _moved(pair, way, by * self.move)
         parts = ((keys, values),) if way == BOTH else ((keys, self.start[1]), (self.start[0], values))
         return (keys, values) if all(part in self.fitted for part in parts) else None
@@ -55,12 +55,12 @@ class RankCandidates:
         return values._replace(keys=keys.keys)
 
     def promise(self, pair: Pair, way: Pair, by: int) -> float:
-        """What being so much wider or narrower would add to the divergence, by the weight and by what is lost."""
+        """Estimated change of the divergence after `by` moves: the weight times the change of the output error."""
 
         def error(by: int) -> float:
-            at = self.turned(pair, way, by)
-            assert at
-            keys, values = (own if along else first for own, along, first in zip(at, way, self.start, strict=True))
+            moved = self.turned(pair, way, by)
+            assert moved
+            keys, values = (own if along else first for own, along, first in zip(moved, way, self.start, strict=True))
             return self.fitted[keys, values].relative_output_error
 
         return self.weights[way] * (error(by) - error(0))
@@ -71,50 +71,50 @@ def fit_candidates(
     tokens: Int[Tensor, "n t"],
     method: Method,
     start: list[Pair],
-    width: int,
+    most: int,
     move: int,
     ways: list[Pair],
     report: Progress,
     folder: Path | None = None,
 ) -> list[RankCandidates]:
-    """Fit every layer at all ranks of its candidate, none wider than `width`; finished layers are kept in `folder`."""
-    crosses = [_cross(pair, width, move, ways) for pair in start]
+    """Fit every layer at all ranks of its candidate, none above `most`; finished layers are kept in `folder`."""
+    crosses = [_cross(pair, most, move, ways) for pair in start]
     columns = list(zip_longest(*crosses))
-    stores = [FactorStore(folder / f"widths-{number}", str(column)) for number, column in enumerate(columns) if folder]
+    stores = [FactorStore(folder / f"ranks-{number}", str(column)) for number, column in enumerate(columns) if folder]
     known = [store.get for store in stores] or [lambda _: None] * len(columns)
     targets = [Target(method, Layout(column), get) for column, get in zip(columns, known, strict=True)]
     candidates = []
     for layers in fit_layers(walk, tokens, targets):
-        place = len(candidates)
+        index = len(candidates)
         for store, layer in zip(stores, layers, strict=False):
             if layer.factors:
-                store.put(place, layer.factors)
-        candidates.append(RankCandidates(start[place], move, dict(zip(crosses[place], layers, strict=False))))
-        report("fitting at several ranks", place + 1, len(crosses))
+                store.put(index, layer.factors)
+        candidates.append(RankCandidates(start[index], move, dict(zip(crosses[index], layers, strict=False))))
+        report("fitting at several ranks", index + 1, len(crosses))
     return candidates
 
 
-def _cross(start: Pair, width: int, move: int, ways: list[Pair]) -> list[Pair]:
-    found = [start]
+def _cross(start: Pair, most: int, move: int, ways: list[Pair]) -> list[Pair]:
+    pairs = [start]
     for way in ways:
         for by in (*range(-REACH, 0), *range(1, REACH + 1)):
             pair = _moved(start, way, by * move)
-            if min(pair) > 0 and max(pair) <= width:
-                found.append(pair)
-    return found
+            if min(pair) > 0 and max(pair) <= most:
+                pairs.append(pair)
+    return pairs
 
 
 def weigh(held_out: HeldOut, candidates: list[RankCandidates], ways: list[Pair]) -> None:
-    """Give each candidate what the divergence would fall by, per share of energy, if the layer lost less of it."""
-    own = [held_out.compressed(place, candidate.factors(candidate.start)) for place, candidate in enumerate(candidates)]
+    """Set each candidate's weights: the estimated fall of the divergence per fall of the relative output error."""
+    own = [held_out.compressed(index, candidate.factors(candidate.start)) for index, candidate in enumerate(candidates)]
     wider = [{way: candidate.turned(candidate.start, way, 1) for way in ways} for candidate in candidates]
     others: list[Mapping[Hashable, Any]] = [
-        {way: held_out.compressed(place, candidates[place].factors(pair)) for way, pair in each.items() if pair}
-        for place, each in enumerate(wider)
+        {way: held_out.compressed(index, candidates[index].factors(pair)) for way, pair in pairs.items() if pair}
+        for index, pairs in enumerate(wider)
     ]
     _, slopes = held_out.slopes(own, others)
-    for candidate, each, slope in zip(candidates, wider, slopes, strict=True):
-        for way, pair in each.items():
+    for candidate, pairs, slope in zip(candidates, wider, slopes, strict=True):
+        for way, pair in pairs.items():
             saved = max(-slope[way], 0.0) / 2 if pair else 0.0
             less = (
                 candidate.fitted[candidate.start].relative_output_error - candidate.fitted[pair].relative_output_error

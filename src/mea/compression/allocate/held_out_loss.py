@@ -1,8 +1,7 @@
-"""Held-out text on its way through a model whose layers are exchanged one for one, and what that costs.
+"""Loss and divergence on held-out text of a model in which single layers are replaced.
 
-Only the layers above a change are run again. What a small change of *any* layer would cost comes from one pass back
-through all of them: the gradient of the divergence with respect to each attention's output, times what the change does
-to that output.
+Only the layers above a change are run again. One backward pass estimates the effect of a small change of *any* layer: the
+gradient of the divergence with respect to each attention's output, times the change of that output.
 """
 
 import copy
@@ -25,20 +24,20 @@ class Scores(NamedTuple):
     """Per scored token, in nats."""
 
     loss: Float[Tensor, "n scored"]
-    divergence: Float[Tensor, "n scored"]  # of the original's distribution from this one's
+    divergence: Float[Tensor, "n scored"]  # from the original's next-token distribution
 
 
 class HeldOut:
-    """Windows of text and the model that they are read by, layer by layer.
+    """Windows of text and the model that scores them, layer by layer.
 
     Parameters
     ----------
     walk
-        Through the uncompressed model, in memory. Where it is of another dtype than `dtype`, a copy is scored.
+        Of the uncompressed model, in memory. If the model has another dtype than `dtype`, a copy is scored.
     tokens
         The windows.
     dtype
-        To compute in, by default `fast_dtype`; sums of losses are in fp32.
+        Of the computation, by default `fast_dtype`; sums of losses are in fp32.
     """
 
     def __init__(self, walk: LayerWalk, tokens: Int[Tensor, "n t"], dtype: torch.dtype | None = None):
@@ -52,28 +51,28 @@ class HeldOut:
         self.reference = self.states(self.layers)[-1]
 
     def compressed(self, index: int, factors: LayerFactors | None) -> Any:
-        """Layer `index` with factors, or as it is; what does not change is shared."""
+        """Layer `index` with factors, or the original layer without; unchanged weights are shared."""
         return self.layers[index] if factors is None else latent_copy(self.layers[index], factors, self.rotary)
 
     @torch.no_grad()
     def through(self, hidden: Float[Tensor, "n t D"], layer: Any, index: int) -> Float[Tensor, "n t D"]:
-        """All windows through one layer that stands at place `index`."""
+        """Run all windows through a layer at position `index`."""
         return torch.cat([layer(window, **self.options[index]) for window in hidden.split(1)])
 
     def above(self, hidden: Float[Tensor, "n t D"], index: int) -> Float[Tensor, "n t D"]:
-        """From what layer `index - 1` gave to the last layer's output, through uncompressed layers."""
-        for place in range(index, len(self.layers)):
-            hidden = self.through(hidden, self.layers[place], place)
+        """The last layer's output from the output of layer `index - 1`, through uncompressed layers."""
+        for number in range(index, len(self.layers)):
+            hidden = self.through(hidden, self.layers[number], number)
         return hidden
 
     def states(
         self, layers: Sequence[Any], known: Sequence[Float[Tensor, "n t D"]] = ()
     ) -> list[Float[Tensor, "n t D"]]:
-        """What each layer sees, and last what the last one gives; what the first ones see may be `known`."""
-        found = list(known) or [self.first]
-        for place in range(len(found) - 1, len(layers)):
-            found.append(self.through(found[-1], layers[place], place))
-        return found
+        """The input of each layer, then the output of the last; the inputs of the first layers may be `known`."""
+        states = list(known) or [self.first]
+        for index in range(len(states) - 1, len(layers)):
+            states.append(self.through(states[-1], layers[index], index))
+        return states
 
     @torch.no_grad()
     def score(self, last: Float[Tensor, "n t D"]) -> Scores:
@@ -88,39 +87,39 @@ class HeldOut:
     def slopes(
         self, layers: Sequence[Any], variants: Sequence[Mapping[Hashable, Any]]
     ) -> tuple[float, list[dict[Hashable, float]]]:
-        """What exchanging a layer for a variant would add to the mean divergence, to first order.
+        """The first-order change of the mean divergence when a layer is replaced by a variant.
 
         Parameters
         ----------
         layers
-            The model as it is now.
+            The layers of the current model.
         variants
-            Per layer: name -> a layer that could take its place.
+            Per layer: name -> a layer that could replace it.
 
         Returns
         -------
-        The mean divergence now, and per layer and name what the exchange would add, all else staying.
+        The mean divergence now, and per layer and name the change by this replacement alone.
         """
         states = self.states(layers)
         total, gradient = self._gradient(states[-1])
-        found: list[dict[Hashable, float]] = []
-        for place in reversed(range(len(layers))):
-            added = dict.fromkeys(variants[place], 0.0)
+        changes: list[dict[Hashable, float]] = []
+        for index in reversed(range(len(layers))):
+            added = dict.fromkeys(variants[index], 0.0)
             below = []
-            for hidden, upper in zip(states[place].split(1), gradient.split(1), strict=True):
+            for hidden, upper in zip(states[index].split(1), gradient.split(1), strict=True):
                 hidden = hidden.detach().requires_grad_()
-                with torch.enable_grad(), _attention(layers[place]) as seen:
-                    out = layers[place](hidden, **self.options[place])
+                with torch.enable_grad(), _attention(layers[index]) as seen:
+                    out = layers[index](hidden, **self.options[index])
                 lower, attention = torch.autograd.grad(out, [hidden, seen["out"]], upper)
                 below.append(lower)
-                for name, variant in variants[place].items():
+                for name, variant in variants[index].items():
                     with torch.no_grad():
-                        other = variant.self_attn(seen["in"].detach(), **self.options[place])[0]
+                        other = variant.self_attn(seen["in"].detach(), **self.options[index])[0]
                     difference = other.float() - seen["out"].detach().float()
                     added[name] += (difference * attention.float()).sum().item()
             gradient = torch.cat(below)
-            found.append(added)
-        return total, found[::-1]
+            changes.append(added)
+        return total, changes[::-1]
 
     def _gradient(self, last: Float[Tensor, "n t D"]) -> tuple[float, Float[Tensor, "n t D"]]:
         """The mean divergence and its gradient with respect to the last layer's output."""
@@ -159,7 +158,7 @@ def _cast(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 @contextmanager
 def _attention(layer: Any) -> Iterator[dict[str, Tensor]]:
-    """What the layer's attention sees and what it gives."""
+    """Records the input and the output of the layer's attention."""
     seen: dict[str, Tensor] = {}
 
     def note(_module: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:

@@ -1,13 +1,13 @@
-"""Which layers can spare their cache: one layer at a time is compressed, and the loss on held-out text measured.
+"""Sensitivity profile: compress one layer at a time, and measure the loss on held-out text.
 
-The sensitivity profile of arXiv 2601.19611, there on Pile-CC. Every layer is fitted on the uncompressed model's
-activations, so that calibration and profile are one pass; above the changed layer the rest of the model runs again,
-half of it on average.
+As in arXiv 2601.19611, which uses Pile-CC. Every layer is fitted on the uncompressed model's activations, so that
+calibration and profile share one pass. The layers above the compressed one run again, half of the model on average.
 
 Fields of a record of the kind `KIND`: ``config``: ``model``, ``method``, ``keep``, ``text``, ``tokens``, ``window``,
-the calibration's, ``layers`` in all and ``layouts`` (name -> layers that it compresses); ``results``: ``loss`` of the
-uncompressed model in nats, ``layers``, a list as far as the run came of ``added`` (nats), ``standard_error`` (paired)
-and ``relative_output_error`` of the layer's attention; ``samples``: mean losses of blocks, uncompressed and per layer.
+the calibration settings, the number of ``layers`` and ``layouts`` (name -> layers that it compresses); ``results``:
+``loss`` of the uncompressed model in nats, and ``layers``, one entry per finished layer with ``added`` (nats),
+``standard_error`` (paired) and ``relative_output_error`` of its attention; ``samples``: mean losses of blocks,
+uncompressed and per layer.
 """
 
 import math
@@ -23,7 +23,8 @@ from mea.compression.calibrate.layerwise import LayerWalk, evaluating
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.check import checked_stock_form
 from mea.compression.fit import Target, fit_layers
-from mea.compression.plan import DEFAULT_KEEP, CompressOptions, Plan, make_plan
+from mea.compression.options import CompressOptions
+from mea.compression.plan import DEFAULT_KEEP, Plan, make_plan
 from mea.evaluate.perplexity import block_means, ratio
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
@@ -44,7 +45,7 @@ def profile(
     dtype: str = "fast",
     progress: Progress | None = None,
 ) -> Record:
-    """Compress one layer at a time and write down what each costs; an interrupted run goes on from `out`.
+    """Compress one layer at a time and record the added loss; an interrupted run continues from `out`.
 
     Parameters
     ----------
@@ -53,16 +54,16 @@ def profile(
     out
         The record. It is written after every layer.
     options
-        How each layer is compressed when its turn comes: a fraction and a method.
+        How each layer is compressed: a fraction and a method.
     text, tokens, window
-        What losses are measured on; by default calibration text that the factors have not seen.
+        The held-out text; by default calibration text that the factors were not fitted on.
     dtype
-        To score in; factors are fitted in fp32.
+        Of the scored model; factors are fitted in fp32.
 
     Raises
     ------
     ValueError
-        `out` is something else than this run's record; or as `mea.compression.api.compress`.
+        `out` is not a record of this run; or as `mea.compression.api.compress`.
     """
     options, dtype = options or CompressOptions(), named_dtype(dtype)
     plan = make_plan(load_config(source), 2, options)
@@ -96,23 +97,23 @@ def _run(
     done, hidden, began = len(results["layers"]), held_out.first, time.perf_counter()
     missing = Layout(tuple(None if i < done else pair for i, pair in enumerate(plan.layout.ranks)))
     for (fitted,) in fit_layers(walk, tokens, [Target(plan.method, missing)]):
-        place = fitted.index
+        index = fitted.index
         if fitted.factors is not None:
-            compressed = held_out.compressed(place, fitted.factors)
-            last = held_out.above(held_out.through(hidden, compressed, place), place + 1)
+            compressed = held_out.compressed(index, fitted.factors)
+            last = held_out.above(held_out.through(hidden, compressed, index), index + 1)
             loss = held_out.score(last).loss
             relative = ratio(loss, plain)
             costs = {"added": math.log(relative.value), "standard_error": relative.standard_error / relative.value}
             results["layers"].append(costs | {"relative_output_error": fitted.relative_output_error})
-            samples[f"loss_layer_{place}"] = block_means(loss)
+            samples[f"loss_layer_{index}"] = block_means(loss)
             results["seconds"] += time.perf_counter() - began
             began = time.perf_counter()
             seeds = {"calibration": plan.calibration.seed}
             record = make_record(KIND, config, results=results, samples=samples, seeds=seeds)
             write_record(out, record)
-        hidden = held_out.through(hidden, held_out.layers[place], place)
+        hidden = held_out.through(hidden, held_out.layers[index], index)
         if progress:
-            progress("one layer at a time", place + 1, len(held_out.layers))
+            progress("one layer at a time", index + 1, len(held_out.layers))
     if record is None:
         raise ValueError("the model has no layer to profile")
     return record
@@ -122,7 +123,7 @@ def _config(source: str, plan: Plan, text: str | None, tokens: int, window: int,
     layouts = {}
     for name in ("full", "half", "deep"):
         ranks = preset_layout(plan.shape, name, plan.method.step(plan.shape.head_dim), 0.5).ranks
-        layouts[name] = [place for place, pair in enumerate(ranks) if pair]
+        layouts[name] = [layer for layer, pair in enumerate(ranks) if pair]
     return {
         **plan.describe(), "model": Path(source).name, "layers": len(plan.layout.ranks),
         "keep": DEFAULT_KEEP if plan.options.keep is None else plan.options.keep,
@@ -132,7 +133,7 @@ def _config(source: str, plan: Plan, text: str | None, tokens: int, window: int,
 
 
 def _begun(out: Path, config: dict[str, Any]) -> Record | None:
-    """What an interrupted run of the same settings has left."""
+    """The record of an interrupted run with the same settings, if there is one."""
     if not out.exists():
         return None
     record = read_record(out)
@@ -142,7 +143,7 @@ def _begun(out: Path, config: dict[str, Any]) -> Record | None:
 
 
 def describe_cost(source: str, tokens: int, window: int) -> str:
-    """What a profile takes, beside a calibration; no weights are read.
+    """The cost of a profile in words, without reading weights.
 
     Raises
     ------
@@ -152,6 +153,6 @@ def describe_cost(source: str, tokens: int, window: int) -> str:
     layers = stock_config(load_config(source)).num_hidden_layers
     passes = layers / 2 + 1
     return (
-        f"One calibration, as mea compress has it, and {passes:.0f} passes over {tokens // window * window:,} tokens "
-        f"({layers} layers, above each of which the model runs again)."
+        f"One calibration, as in mea compress, and {passes:.0f} passes over {tokens // window * window:,} tokens "
+        f"({layers} layers; the model runs again above each)."
     )

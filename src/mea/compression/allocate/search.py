@@ -1,13 +1,13 @@
-"""Choose ranks layer by layer: bytes move between layers as long as that makes the compressed model better.
+"""Choose ranks layer by layer: exchange ranks between layers while this improves the compressed model.
 
-What a layer would save by being wider, all else staying, is known to first order from one pass back through the
-compressed model: to second order the divergence from the original is ``e^T H e / 2`` in the errors ``e`` of all
-attention outputs, its gradient is ``H e``, and taking back ``e_w`` of one layer's error changes it by ``-e_w^T H e``
-(`HeldOut.slopes`), twice what that really saves. But errors meet further up: ranks chosen by adding up what layers
-save one by one, by such slopes or even measured, are hardly better than equal ones (docs/LOG.md). So savings only say
-what to *try*: a few ranks become a step wider and as many narrower as the budget wants, drawn with a preference for
-what promises most, and what lowers the divergence that is measured on held-out text stays. By that measure the layout
-never gets worse than the one that it began with.
+One backward pass through the compressed model estimates how much a higher rank in one layer would lower the divergence
+from the original. To second order the divergence is ``e^T H e / 2`` in the errors ``e`` of all attention outputs, its
+gradient is ``H e``, and removing ``e_w`` of one layer's error changes it by ``-e_w^T H e`` to first order
+(`HeldOut.slopes`), twice the true saving. But errors of different layers interact: ranks chosen by adding up the
+savings of single layers, estimated or measured, are hardly better than equal ranks (docs/LOG.md). So the savings only
+propose exchanges: a few ranks grow by a step, and others shrink until the budget is met, drawn at random with a
+preference for the largest estimated saving. An exchange is accepted if it lowers the divergence measured on held-out
+text. By that measure the layout is never worse than the start.
 """
 
 import json
@@ -40,9 +40,9 @@ from mea.compression.methods.base import Method
 from mea.compression.methods.factors import LayerFactors
 from mea.compression.plan import Plan
 
-Dial = tuple[tuple[int, Pair], ...]  # what turns together: layers, and whether their keys, values or both
-MOVES = 8  # h_kv * d over so many is a step of a width
-AT_ONCE = 6  # ranks that become wider in one exchange, at most
+Dial = tuple[tuple[int, Pair], ...]  # ranks that change together: layers, and whether of keys, values or both
+MOVES = 8  # a step of a rank is h_kv * d / MOVES
+AT_ONCE = 6  # ranks that grow in one exchange, at most
 
 
 class Tried(NamedTuple):
@@ -68,23 +68,23 @@ def search_ranks(
     progress: Progress | None = None,
     folder: Path | None = None,
 ) -> list[Tried]:
-    """Layouts that cost no more than the start, each better than the one before; take the last.
+    """Layouts with at most the bytes of the start, each better than the one before; the last is the result.
 
-    The first and the last one's divergences are those of a fit at just these ranks, the others' of factors that were
-    fitted for several. `equal`, `same`, `step` and `tries` are as in `Allocation`.
+    The first and the last divergence are measured with factors fitted at exactly these ranks, the others with factors
+    from `RankCandidates`. `equal`, `same`, `step` and `tries` are as in `Allocation`.
 
     Parameters
     ----------
     walk, tokens
-        To fit on.
+        The model and the calibration windows.
     held_out
-        To measure on.
+        The text that divergences are measured on.
     method, shape, start
-        How factors are found, and a layout to begin with, with ranks in every layer.
+        The method, the uncompressed cache, and the first layout, with ranks in every layer.
     seed
-        Of the exchanges that are tried.
+        Of the random exchanges.
     folder
-        Where fits and measurements are kept, from which the same choice goes on if it is interrupted.
+        Holds finished fits and measurements, from which an interrupted search continues.
     """
     report = progress or (lambda *_: None)
     ways = [BOTH] if equal else [VALUES, KEYS]
@@ -117,7 +117,7 @@ def search_ranks(
 
 
 class _Measured:
-    """Divergences of exchanges in their order: those that an interrupted search has left are not measured again."""
+    """Divergences of exchanges in order; those of an interrupted search are not measured again."""
 
     def __init__(self, held_out: HeldOut, candidates: list[RankCandidates], folder: Path | None):
         self.held_out, self.candidates = held_out, candidates
@@ -127,12 +127,12 @@ class _Measured:
         self.known = iter(self.divergences.copy())
 
     def run(self, ranks: list[Pair], before: "_Running | None" = None) -> "_Running":
-        """The compressed model at these ranks, from where it differs from an earlier one."""
+        """The compressed model at these ranks; layers below the first difference from `before` are not run again."""
         factors = [candidate.factors(pair) for candidate, pair in zip(self.candidates, ranks, strict=True)]
         return _run(self.held_out, factors, ranks, before)
 
     def run_exchange(self, best: "_Running", wanted: list[Pair]) -> "tuple[_Running, _Running]":
-        """The best model so far, run if it has to be, and the one at the ranks that are wanted."""
+        """The best model so far, run if necessary, and the model at the wanted ranks."""
         divergence = next(self.known, None)
         if divergence is not None:
             return best, _Running(wanted, [], [], divergence)
@@ -145,33 +145,33 @@ class _Measured:
 
 
 def _multiples(pair: Pair, step: int) -> Pair:
-    keys, values = (max(step, width // step * step) for width in pair)
+    keys, values = (max(step, rank // step * step) for rank in pair)
     return keys, values
 
 
 def _exchange(
     ranks: list[Pair], dials: list[Dial], candidates: list[RankCandidates], budget: int, generator: torch.Generator
 ) -> list[Pair] | None:
-    """Ranks after an exchange that is drawn at random and within the budget; None if there is none."""
+    """Ranks after a random exchange within the budget; None if it changes nothing or exceeds the budget."""
 
     def turn(pairs: list[Pair], dial: Dial, by: int) -> list[Pair] | None:
         turned = list(pairs)
-        for place, way in dial:
-            pair = candidates[place].turned(pairs[place], way, by)
+        for layer, way in dial:
+            pair = candidates[layer].turned(pairs[layer], way, by)
             if pair is None:
                 return None
-            turned[place] = pair
+            turned[layer] = pair
         return turned
 
     def drawn(by: int) -> list[Dial]:
-        """Dials that can be turned, more or less from the one that promises most."""
+        """Dials that can be turned, in noisy order of their estimated change of the divergence."""
         able = [dial for dial in dials if turn(ranks, dial, by)]
         promised = torch.tensor([sum(candidates[i].promise(ranks[i], way, by) for i, way in dial) for dial in able])
         noise = torch.randn(len(able), generator=generator) * promised.abs().mean()
         return [able[i] for i in (promised + noise).argsort().tolist()]
 
-    many = int(torch.randint(1, AT_ONCE + 1, (), generator=generator))
-    wider = drawn(1)[:many]
+    growing = int(torch.randint(1, AT_ONCE + 1, (), generator=generator))
+    wider = drawn(1)[:growing]
     now = ranks
     for dial in wider:
         now = turn(now, dial, 1) or now
@@ -184,7 +184,7 @@ def _exchange(
 
 
 class _Running(NamedTuple):
-    """A compressed model and what the held-out text is in it, layer by layer; both empty where only measured before."""
+    """A compressed model and its hidden states on the held-out text; both empty if only the divergence is known."""
 
     ranks: list[Pair]
     layers: list[Any]
@@ -195,12 +195,12 @@ class _Running(NamedTuple):
 def _run(
     held_out: HeldOut, factors: Sequence[LayerFactors | None], ranks: list[Pair], before: _Running | None = None
 ) -> _Running:
-    """Run what differs from an earlier model, and what is above it."""
+    """Run the layers from the first difference to an earlier model on."""
     earlier = before.ranks if before else [None] * len(ranks)
     same = [old == new for old, new in zip(earlier, ranks, strict=True)]
     layers = [
-        before.layers[place] if before and same[place] else held_out.compressed(place, each)
-        for place, each in enumerate(factors)
+        before.layers[index] if before and same[index] else held_out.compressed(index, layer_factors)
+        for index, layer_factors in enumerate(factors)
     ]
     states = held_out.states(layers, before.states[: same.index(False) + 1] if before else ())
     return _Running(ranks, layers, states, held_out.score(states[-1]).divergence.double().mean().item())
@@ -214,14 +214,14 @@ def allocated(
     progress: Progress | None = None,
     folder: Path | None = None,
 ) -> tuple[Plan, list[Tried]]:
-    """The plan with the ranks that were chosen, and all that was tried; a plan without an allocation as it is.
+    """The plan with the chosen ranks, and the accepted layouts; a plan without an allocation is returned unchanged.
 
-    With a `folder`, the choice and all on the way to it is kept there and taken from there.
+    A `folder` holds the state of the search, from which an interrupted search continues.
 
     Raises
     ------
     ValueError
-        There is not enough text to hold out.
+        The held-out text is too short.
     """
     allocation = plan.options.allocation
     if allocation is None:
@@ -240,5 +240,5 @@ def allocated(
                 progress=progress, folder=folder,
             )  # fmt: skip
     if path and not path.is_file():
-        write_file(path, json.dumps([(each.layout.ranks, each.divergence) for each in tried]))
+        write_file(path, json.dumps([(layout.ranks, divergence) for layout, divergence in tried]))
     return replace(plan, layout=tried[-1].layout), tried

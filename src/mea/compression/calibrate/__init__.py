@@ -1,1 +1,1 @@
-"""What the methods see of a model: calibration text, layer by layer, as second moments."""
+"""Calibration: run text through the model layer by layer and collect second moments for the methods."""

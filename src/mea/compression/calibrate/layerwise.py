@@ -1,6 +1,7 @@
 """Run a model one decoder layer at a time, so that only one layer's weights need be in memory.
 
-`LayerWalk` records once what the model's own forward hands to each layer; nothing of that is written again here.
+`LayerWalk` records once the arguments that the model's own forward passes to each layer, so no architecture's forward
+is rewritten here.
 """
 
 from collections.abc import Iterator
@@ -20,9 +21,9 @@ MOST_POSITIONS, RUN = 8192, 256
 
 
 class LayerInputs(NamedTuple):
-    """What a layer is called with besides its hidden states, for a window at positions ``0 .. t-1``, batch 1.
+    """A layer's arguments besides the hidden states, for a window at positions ``0 .. t-1``, batch 1.
 
-    And the model's rotary embedding, which made the `position_embeddings`.
+    `rotary` is the model's rotary embedding, which computed the `position_embeddings`.
     """
 
     options: dict[str, Any]
@@ -37,11 +38,11 @@ class AttentionPass(NamedTuple):
     Attributes
     ----------
     attention_in
-        What the attention saw, after the norm.
+        Input of the attention, after the norm.
     heads_out
         The outputs of all query heads, before ``W_O``.
     weight
-        What each token counts: one over the energy of the residual stream that the attention's output is added to.
+        Weight of each token: one over the energy of the residual stream that the attention's output is added to.
     layer_out
         The hidden states after the layer.
     """
@@ -53,11 +54,11 @@ class AttentionPass(NamedTuple):
 
 
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer: notes what it is called with and passes the hidden states on."""
+    """Replaces a decoder layer: records its arguments and returns the hidden states."""
 
     def __init__(self, layer: Any):
         super().__init__()
-        self.__dict__["layer"] = layer  # not a submodule: its weights may not be there
+        self.__dict__["layer"] = layer  # not a submodule: its weights may be offloaded
         self.options: dict[str, Any] = {}
         self.hidden = torch.empty(0)
         self.replacement: Tensor | None = None
@@ -75,7 +76,7 @@ class _Recorder(nn.Module):
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Have the model without dropout and the like, and back as it was afterwards."""
+    """Put the model in evaluation mode, and restore its modes afterwards."""
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -86,16 +87,16 @@ def evaluating(model: Any) -> Iterator[None]:
 
 
 def check_weights(model: Any) -> None:
-    """Refuse a damaged model before any work is put into it.
+    """Refuse a damaged model before any work.
 
     Raises
     ------
     ValueError
         A weight is NaN or infinite.
     """
-    for place, module in model.named_modules():
+    for path, module in model.named_modules():
         with align_module_device(module):
-            for name, parameter in module.named_parameters(prefix=place, recurse=False):
+            for name, parameter in module.named_parameters(prefix=path, recurse=False):
                 if not parameter.isfinite().all():
                     raise ValueError(f"the weights in {name} are not all finite; the checkpoint is damaged")
 
@@ -115,17 +116,17 @@ def _recording(model: Any, implementation: str) -> Iterator[list[_Recorder]]:
 
 
 class LayerWalk:
-    """A model taken layer by layer.
+    """Runs a model layer by layer.
 
-    The model's own forward is recorded once, with recorders in the place of the layers: what it hands to each layer
-    (masks, rotary embeddings, whatever an architecture adds) serves for all windows up to that length.
+    The model's own forward runs once, with recorders instead of layers. The recorded arguments of each layer (masks,
+    rotary embeddings, anything that an architecture adds) are used for all windows up to that length.
 
     Parameters
     ----------
     model
         Its weights may be offloaded.
     length
-        Tokens of the longest window, if it is known: longer ones later are recorded again.
+        Tokens of the longest window, if known; a longer window is recorded again.
     """
 
     def __init__(self, model: Any, length: int = 0):
@@ -134,11 +135,11 @@ class LayerWalk:
 
     @property
     def layers(self) -> list[Any]:
-        """The decoder layers, as the model has them."""
+        """The decoder layers of the model."""
         return list(self.model.model.layers)
 
     def inputs(self, length: int) -> list[LayerInputs]:
-        """Every layer's further inputs for windows of `length` tokens."""
+        """Every layer's arguments besides the hidden states, for windows of `length` tokens."""
         if not self._recorded or length > self.length:
             self.length = max(length, self.length)
             self._recorded = self._record(self.length)
@@ -146,7 +147,7 @@ class LayerWalk:
 
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t D"]:
-        """What the first layer sees: embeddings, scaled where the architecture scales them."""
+        """The input of the first layer: embeddings, scaled if the architecture scales them."""
         hidden = []
         with _recording(self.model, "sdpa") as recorders:
             for window in tokens.split(1):
@@ -173,7 +174,7 @@ class LayerWalk:
     def rotations(self) -> list[tuple[Float[Tensor, "p d"], Float[Tensor, "p d"]]]:
         """Cosines and sines of every layer's rotary embedding, over all positions that the model supports.
 
-        Beyond `MOST_POSITIONS`, runs of `RUN` neighbours at equal distances stand for all.
+        For more than `MOST_POSITIONS` positions, a sample: runs of `RUN` consecutive positions at equal distances.
         """
         length = self.model.config.max_position_embeddings
         count = min(MOST_POSITIONS, length) // RUN or 1
@@ -218,7 +219,7 @@ class LayerWalk:
         ]
 
     def _zeros(self, length: int) -> Float[Tensor, "1 t D"]:
-        """Embeddings in fp32, and so the angles."""
+        """Embeddings in fp32, so that the angles are in fp32 too."""
         return torch.zeros(1, length, self.model.config.hidden_size, device=self.model.device)
 
 
@@ -242,7 +243,7 @@ def _first_tokens(inputs: LayerInputs, length: int, recorded: int) -> LayerInput
 
 @torch.no_grad()
 def run_layer(layer: Any, hidden: Float[Tensor, "n t D"], inputs: LayerInputs) -> Iterator[AttentionPass]:
-    """Take every window through a layer, handing out what its attention saw and gave."""
+    """Run every window through a layer, and yield the inputs and outputs of its attention."""
     seen: dict[str, Tensor] = {}
 
     def note_input(_module: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -267,7 +268,7 @@ def run_layer(layer: Any, hidden: Float[Tensor, "n t D"], inputs: LayerInputs) -
 
 @torch.no_grad()
 def run_layer_cached(layer: Any, hidden: Float[Tensor, "1 t D"], inputs: LayerInputs) -> Float[Tensor, "1 t D"]:
-    """Take one window through a layer token by token over a cache: absorbed decoding if it caches latents."""
+    """Run one window through a layer token by token with a cache: absorbed decoding if it caches latents."""
     cache = DynamicCache()
     layer_idx = layer.self_attn.layer_idx
     cos, sin = inputs.position_embeddings

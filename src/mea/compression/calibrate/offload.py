@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere, brought into memory layer by layer."""
+"""Load weights that accelerate has offloaded into memory, layer by layer."""
 
 import copy
 from collections.abc import Iterator
@@ -12,18 +12,18 @@ from torch import nn
 
 
 def resident(layer: Any) -> Any:
-    """The layer in memory and fp32: itself, or a copy where its weights are offloaded to disk or of another dtype."""
+    """The layer in memory and fp32: itself, or a copy if its weights are offloaded or have another dtype."""
     if all(parameter.device.type != "meta" and parameter.dtype == torch.float32 for parameter in layer.parameters()):
         return layer
     with weights_of(layer):
-        local = copy.deepcopy(layer)  # keeps its weights when the original gives them back
+        local = copy.deepcopy(layer)  # keeps its weights when the original's are offloaded again
     return remove_hook_from_module(local, recurse=True).float()
 
 
 @contextmanager
 def weights_of(module: nn.Module) -> Iterator[None]:
-    """Have the weights of a module and of all below it in memory, also where they are offloaded."""
-    with ExitStack() as there:
-        for each in module.modules():
-            there.enter_context(align_module_device(each))
+    """Hold the weights of a module and its submodules in memory, even if they are offloaded."""
+    with ExitStack() as loaded:
+        for submodule in module.modules():
+            loaded.enter_context(align_module_device(submodule))
         yield

@@ -1,8 +1,8 @@
 """Second moments of vectors under rotary embedding, averaged over positions.
 
 With the complex view ``z_f = x_f + i x_{f+d/2}``, position ``s`` multiplies ``z_f`` by ``w_f(s) = cos + i sin``. A
-real second moment is the pair ``E[z z^H]``, ``E[z z^T]``; rotation multiplies their entries ``(f, f')`` by
-``w_f conj(w_f')`` and ``w_f w_f'``, so averaging over positions multiplies by the averages of those.
+real second moment is the pair ``E[z z^H]``, ``E[z z^T]``; RoPE multiplies their entries ``(f, f')`` by
+``w_f conj(w_f')`` and ``w_f w_f'``, so averaging over positions multiplies by the averages of these factors.
 """
 
 import torch
@@ -15,7 +15,8 @@ def average_over_positions(
 ) -> Float[Tensor, "*g n n"]:
     """Average ``E[(R_s x)(R_s x)^T]`` over the positions whose `cos` and `sin` are given.
 
-    `moment` is of stacked heads (``n`` a multiple of ``d``), half-split layout. Scales in `cos` and `sin` are kept.
+    `moment` is the second moment of stacked heads (``n`` is a multiple of ``d``) in half-split layout. A scale in `cos`
+    and `sin` stays in the result.
     """
     d = cos.shape[-1]
     phase = torch.complex(cos[:, : d // 2].double(), sin[:, : d // 2].double())
@@ -24,7 +25,7 @@ def average_over_positions(
 
 
 def average_over_phases(moment: Float[Tensor, "*g n n"], head_dim: int) -> Float[Tensor, "*g n n"]:
-    """Average over independent uniform phases of the frequencies: the limit of ever more positions."""
+    """Average over independent uniform phases of the frequencies: the limit of infinitely many positions."""
     same = torch.eye(head_dim // 2, dtype=torch.complex128)
     return _scale(moment, same, torch.zeros_like(same))
 

@@ -1,15 +1,14 @@
-"""What errors in attention scores do: moments of keys and queries that count by it.
+"""Second moments of keys and queries, weighted by the effect of score errors on the attention output.
 
 To first order an error ``e`` in the score of query ``i`` and key ``j`` changes a head's output by
-``a_ij (v_j - o_i) e``, with the attention map ``a``, the value ``v_j`` and the output ``o_i`` that it is averaged into.
-So it changes what ``W_O`` hands on by ``c_ij e^2`` in square,
+``a_ij (v_j - o_i) e``, with the attention map ``a``, the value ``v_j`` and the head's output ``o_i``. The squared change
+of the output of ``W_O`` is ``c_ij e^2``,
 
     c_ij = a_ij^2 |W_O (v_j - o_i)|^2.
 
-Errors of different scores are taken to be independent. Keys then count by the sum of ``c_ij`` over queries and heads,
-queries by the sum over keys: a token that many look at, such as the first of a text, counts for more than one that
-nobody looks at. That first token is at position 0 wherever a text is read from its beginning, and is not averaged over
-positions.
+Errors of different scores are assumed independent. The weight of a key is the sum of ``c_ij`` over queries and heads, the
+weight of a query the sum over keys: a token with much attention, such as the first of a text, has a larger weight than
+a token with none. The first token is always at position 0, so its moment is separate and is not averaged over positions.
 """
 
 import sys
@@ -42,7 +41,7 @@ class ScoreMomentsSum:
         self.queries = torch.zeros(n // d, d, d, dtype=torch.float64)
 
     def add(self, window: AttentionPass) -> None:
-        """Take in a window; of its queries one in `EVERY`."""
+        """Add a window, with one query in `EVERY`."""
         projected = project(self.attention, window.attention_in)
         queries, keys, _ = projected
         queries = queries.unflatten(0, (len(keys), -1))[:, :, EVERY - 1 :: EVERY]
@@ -72,5 +71,5 @@ class ScoreMomentsSum:
         return maps.square() * away.clamp_min(0) * scale.T.unflatten(0, (g, -1))[..., None]
 
     def result(self) -> ScoreMoments:
-        """The moments so far; only proportions within keys and within queries mean anything."""
+        """The moments so far; only ratios within keys and within queries are meaningful."""
         return ScoreMoments(self.keys, self.first, self.queries)

@@ -1,8 +1,7 @@
-"""What the methods see of a layer: its weights, second moments of its activations, and attention-averaged values.
+"""Statistics of a layer for the methods: weights, second moments of activations, and attention-averaged values.
 
-Everything is summed over tokens while they stream by; memory does not grow with their number, only the hidden states
-of the calibration windows do. Symbols: ``h`` query heads, ``g`` kv heads, ``d`` head dimension, ``n = g * d``,
-``p`` positions, ``D`` model width, ``t`` tokens of a window.
+Sums run over tokens window by window, so their memory does not grow with the number of tokens. Symbols: ``h`` query heads, ``g`` kv heads, ``d`` head dimension, ``n = g * d``,
+``p`` positions, ``D`` hidden size, ``t`` tokens of a window.
 """
 
 import sys
@@ -17,12 +16,12 @@ from mea.compression.calibrate.layerwise import LayerInputs
 from mea.models.latent_attention import NormedProjection
 from mea.ops.cache_forms import FORMS, PostRope
 
-EVERY = 2  # one query in so many is averaged for: neighbours attend alike, and cost as much as more text
-BLOCK_NUMBERS = 4096  # a block of query heads with all kv heads' values: 64 MiB of second moments
+EVERY = 2  # one query in EVERY is used: neighbouring queries attend to similar tokens
+BLOCK_NUMBERS = 4096  # rows of the second moment of a block of query heads, at most: 64 MiB
 
 
 class Projected(NamedTuple):
-    """Queries, keys and values of one window; the first two after their norm and before rotation."""
+    """Queries, keys and values of one window; the first two after their norm and before RoPE."""
 
     queries: Float[Tensor, "h t d"]
     keys: Float[Tensor, "g t d"]
@@ -30,14 +29,14 @@ class Projected(NamedTuple):
 
 
 class ScoreMoments(NamedTuple):
-    """Second moments before rotation, in which each score counts by its sensitivity (`calibrate.score_sensitivity`).
+    """Second moments before RoPE, weighted by the sensitivity of scores (`calibrate.score_sensitivity`).
 
     Attributes
     ----------
     keys
-        Of keys of all heads stacked, but for the first of each window, fp64.
+        Of the stacked keys of all heads, without the first token of each window, fp64.
     first
-        Of these first ones, which are at position 0 always, in the same unit.
+        Of the keys of first tokens, which are always at position 0, in the same unit.
     queries
         Summed over the query heads of each group, fp64.
     """
@@ -49,22 +48,22 @@ class ScoreMoments(NamedTuple):
 
 @dataclass(frozen=True)
 class LayerStatistics:
-    """One layer, as the methods see it.
+    """Statistics of one layer.
 
     Attributes
     ----------
     keys, values, cross
-        ``E[k k^T]``, ``E[v v^T]`` and ``E[k v^T]`` of the stacked heads, fp64; keys before rotation.
+        ``E[k k^T]``, ``E[v v^T]`` and ``E[k v^T]`` of the stacked heads, fp64; keys before RoPE.
     queries
-        ``E[q q^T]`` before rotation, summed over the query heads of each group, fp64.
+        ``E[q q^T]`` before RoPE, summed over the query heads of each group, fp64.
     cos, sin
         The rotary embedding at the positions that the model supports.
     key_weight, value_weight
-        ``[W | b]`` of the projections; key rows are multiplied by the gain of the key norm, where there is one.
+        ``[W | b]`` of the projections; key rows are multiplied by the gain of the key norm, if there is one.
     output
-        What ``W_O`` makes of errors in the values: ``W_i^T W_i``, summed over the query heads of each group.
+        Metric of errors in the values: ``W_i^T W_i``, summed over the query heads of each group.
     scores
-        Moments weighted by score sensitivity, only where a method asks for them.
+        Moments weighted by score sensitivity, if a method needs them.
     """
 
     keys: Float[Tensor, "n n"]
@@ -94,7 +93,8 @@ class AveragedValues(NamedTuple):
 
     For a shared latent, ``v`` here is the latent, of ``n`` numbers.
 
-    Query heads come in ``c`` blocks of ``m = h / c``; products between blocks are not kept. One block is exact.
+    Query heads form ``c`` blocks of ``m = h / c``; products between blocks are not kept. With one block nothing is left
+    out.
 
     Attributes
     ----------
@@ -115,7 +115,7 @@ class AveragedValues(NamedTuple):
 
 
 def project(attention: Any, x: Float[Tensor, "t D"]) -> Projected:
-    """What an attention module makes of its input, before rotation."""
+    """Queries, keys and values of an attention module, before RoPE."""
     shape = (x.shape[0], -1, attention.head_dim)
     queries, keys, values = (f(x).view(shape) for f in (attention.q_proj, attention.k_proj, attention.v_proj))
     if hasattr(attention, "q_norm"):
@@ -135,7 +135,7 @@ class StatisticsSum:
         self.queries = torch.zeros(n // d, d, d, dtype=torch.float64)
 
     def add(self, x: Float[Tensor, "t D"]) -> None:
-        """Take in a window's attention input."""
+        """Add a window's attention input."""
         queries, keys, values = project(self.attention, x)
         g, t, d = keys.shape
         keys, values = (heads.transpose(0, 1).reshape(t, g * d) for heads in (keys, values))
@@ -151,11 +151,11 @@ class StatisticsSum:
         attention, n = self.attention, self.tokens
         gain = torch.ones(attention.head_dim)
         if hasattr(attention, "k_norm"):
-            # Norms differ in how they store a gain (Gemma: minus one): a constant vector of size one shows it.
+            # Norms differ in how they store a gain (Gemma: minus one): applied to ones, every norm returns its gain.
             gain = attention.k_norm(torch.ones(attention.head_dim, dtype=attention.k_proj.weight.dtype))
         key_weight = with_bias(attention.k_proj) * gain.repeat(self.queries.shape[0])[:, None]
         g, d, _ = self.queries.shape
-        output = attention.o_proj.weight.double().unflatten(1, (g, -1, d))  # heads of a group stand together
+        output = attention.o_proj.weight.double().unflatten(1, (g, -1, d))  # heads of a group are adjacent
         return LayerStatistics(
             self.keys / n, self.queries / n, self.values / n, cos, sin,
             key_weight, with_bias(attention.v_proj), self.cross / n, torch.einsum("Dgma,Dgmb->gab", output, output),
@@ -169,7 +169,7 @@ def with_bias(linear: nn.Linear) -> Float[Tensor, "n _"]:
 
 
 def head_scale(attention: Any, heads: Float[Tensor, "t _"]) -> Float[Tensor, "t h 1"]:
-    """What a head norm before ``W_O`` multiplies each token's heads by, their outputs being `heads`; 1 without one."""
+    """Factor of a head norm before ``W_O`` for each token and head with outputs `heads`; 1 without a norm."""
     outputs = heads.unflatten(1, (-1, attention.head_dim))
     if not isinstance(attention.o_proj, NormedProjection):
         return torch.ones_like(outputs[..., :1])
@@ -177,22 +177,22 @@ def head_scale(attention: Any, heads: Float[Tensor, "t _"]) -> Float[Tensor, "t 
 
 
 class AveragedValuesSum:
-    """Adds up `AveragedValues` over windows, under the attention maps that the compressed keys give.
+    """Adds up `AveragedValues` over windows, with the attention maps of the compressed keys.
 
     Parameters
     ----------
     attention, inputs
         The original module, and the mask and rotary embedding of a window.
     key_projection
-        Decoder times encoder of the compressed keys; of a shared latent, the decoder of keys.
+        Decoder times encoder of the compressed keys; for a shared latent, the decoder of keys.
     form
-        Of the cache.
+        Cache form.
     encoder
-        Of a shared latent: from the keys and values of all heads, stacked.
+        Encoder of a shared latent, from the stacked keys and values of all heads.
     most
-        A block takes as many query heads as keep its ``m * n`` at or below this.
+        Largest ``m * n`` of a block with more than one query head.
     groups
-        No block has query heads of two groups.
+        Groups of heads; each block has query heads of one group only.
     """
 
     def __init__(
@@ -217,9 +217,9 @@ class AveragedValuesSum:
         self.energy = 0.0
 
     def add(self, x: Float[Tensor, "t D"], heads: Float[Tensor, "t _"], weight: Float[Tensor, " t"]) -> None:
-        """Take in a window: the attention's input, its true heads' outputs, and what each token counts.
+        """Add a window: the attention's input, its uncompressed heads' outputs, and the weight of each token.
 
-        Keys and values are those of all tokens, queries those of one token in `EVERY`.
+        Uses the keys and values of all tokens, and the queries of one token in `EVERY`.
         """
         modelling = sys.modules[type(self.attention).__module__]
         queries, keys, values = project(self.attention, x)

@@ -1,4 +1,4 @@
-"""Calibration text: which, how much, and what of it is held out."""
+"""The choice of calibration windows and of held-out text."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,11 +19,11 @@ class Calibration:
     text
         A packaged text's name or a file.
     tokens, window
-        How much of it, in windows of how many tokens.
+        Tokens of the text, and tokens of one window.
     seed
         Chooses the windows.
     copy_fraction
-        Share of the windows in which a part is read a second time, see `mea.text.repeat_spans`.
+        Share of the windows with repeated spans, see `mea.text.repeat_spans`.
     """
 
     text: str = "calibration"
@@ -41,28 +41,27 @@ class Calibration:
             )
 
     def order(self, windows: int) -> Int[Tensor, " n"]:
-        """Numbers of the text's windows: factors are fitted on the first ones, the rest may be held out."""
+        """Indices of the text's windows in random order: factors are fitted on the first, the rest may be held out."""
         return torch.randperm(windows, generator=torch.Generator().manual_seed(self.seed))
 
 
 def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, "n t"]:
-    """Windows of the calibration text, chosen by the seed from all that it has.
+    """Windows of the calibration text, drawn at random with the seed.
 
-    Each opens with the token that the tokenizer puts before every text, if it has one: what is kept of that token in
-    the cache is read by all that follow, and a model may be useless without it. In as many as
-    `Calibration.copy_fraction` says a part is read again.
+    Each begins with the token that the tokenizer puts before every text, if it has one: all later tokens attend to it,
+    and a model may fail without it. A fraction `Calibration.copy_fraction` of the windows has repeated spans.
 
     Raises
     ------
     ValueError
-        The text is shorter than what is asked for.
+        The text has fewer windows than asked for.
     """
     ids = encode_text(tokenizer, load_text(calibration.text))
     rows, wanted = windows(ids, calibration.window, start_token(tokenizer)), calibration.tokens // calibration.window
     if len(rows) < wanted:
         raise ValueError(
             f"{calibration.text} has {len(ids):,} tokens, {len(rows)} calibration windows of {calibration.window}; "
-            f"{wanted} are asked for: give a longer text or fewer tokens"
+            f"the calibration needs {wanted}: give a longer text or fewer tokens"
         )
     chosen = rows[calibration.order(len(rows))[:wanted].sort().values]
     return repeat_spans(chosen, calibration.copy_fraction, calibration.seed)
@@ -71,12 +70,12 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
 def held_out_tokens(
     tokenizer: Any, calibration: Calibration, count: int, window: int, text: str | None = None
 ) -> Int[Tensor, "n t"]:
-    """Windows of text that factors were not fitted on: of `text`, or of the calibration text's rest.
+    """Windows of text that factors were not fitted on: of `text`, or of the rest of the calibration text.
 
     Raises
     ------
     ValueError
-        There is not so much of it.
+        The text is too short.
     """
     wanted, start = count // window, start_token(tokenizer)
     if wanted < 1:
@@ -85,11 +84,11 @@ def held_out_tokens(
     if text is None:
         used, rows = calibration.tokens // calibration.window, windows(ids, calibration.window, start)
         ids = rows[calibration.order(len(rows))[used:], start is not None :].flatten()
-    found = windows(ids, window, start)[:wanted]
-    if len(found) < wanted:
-        beside = "" if text else " beside those of the calibration"
+    rows = windows(ids, window, start)[:wanted]
+    if len(rows) < wanted:
+        besides = "" if text else " besides those for calibration"
         raise ValueError(
-            f"{text or calibration.text} has {len(ids):,} tokens{beside}, not {wanted * window:,}: "
-            "calibrate on fewer, or name another text to hold out"
+            f"{text or calibration.text} has {len(ids):,} tokens{besides}, not {wanted * window:,}: "
+            "calibrate on fewer tokens, or give another held-out text"
         )
-    return found
+    return rows

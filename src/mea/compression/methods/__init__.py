@@ -24,14 +24,14 @@ RENAMED = {
 
 
 def find_method(name: str, num_kv_heads: int) -> Method:
-    """The method of that name, for a model with so many kv heads.
+    """The method of that name, for a model with this number of kv heads.
 
-    A weighting other than the default stands behind a colon: ``"post_rope:uniform"``.
+    A weighting other than the default follows a colon: ``"post_rope:uniform"``.
 
     Raises
     ------
     ValueError
-        There is no such method, or it cannot do anything for such a model.
+        There is no such method, or it needs more than one kv head.
     """
     if name in RENAMED:
         raise ValueError(f"the method {name!r} is now {RENAMED[name]}")
@@ -40,5 +40,5 @@ def find_method(name: str, num_kv_heads: int) -> Method:
     method = METHODS[name.removesuffix(f":{DEFAULT_WEIGHTING}")]
     if method.whole_heads and num_kv_heads == 1:
         finer = ", ".join(other.label for other in METHODS.values() if not other.whole_heads)
-        raise ValueError(f"{name!r} mixes whole heads and the model has one kv head only; use {finer}")
+        raise ValueError(f"{name!r} mixes whole heads, and the model has only one kv head: give {finer}")
     return method

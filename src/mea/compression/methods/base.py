@@ -1,4 +1,4 @@
-"""What a factorisation method is: all methods write the same cache and differ in how they find the factors."""
+"""The interface of factorisation methods: they differ in how they fit the factors."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from mea.ops.cache_forms import FORMS, PostRope
 
 Factorise = Callable[[LayerStatistics, int], Factors]
 FitAveraged = Callable[[AveragedValues, int, int], tuple[Factors, Float[Tensor, "D _"]]]
-RANK_STEP = 8  # attention kernels want ranks that are multiples of 8
+RANK_STEP = 8  # attention kernels are fast for multiples of 8
 
 
 class Average(Protocol):
@@ -38,7 +38,7 @@ class CalibratedLayer(NamedTuple):
     statistics
         Weights and second moments.
     average
-        Makes attention-averaged values under given compressed keys, with a further pass over the calibration windows.
+        Computes attention-averaged values under given compressed keys, with a further pass over the calibration windows.
     error
         The relative error of the attention's output with given factors, on a few calibration windows.
     """
@@ -50,28 +50,28 @@ class CalibratedLayer(NamedTuple):
 
 @dataclass(frozen=True)
 class Method:
-    """How factors are found. A new method is one file that makes one of these, and one line in `mea.names.METHODS`.
+    """How factors are fitted. A new method is one file that defines a `Method`, and one line in `mea.names.METHODS`.
 
     Attributes
     ----------
     name
         On the command line and in records.
     keys, values
-        From statistics and a rank to factors; no `values` means attention-averaged ones.
+        Functions from statistics and a rank to factors; without `values`, attention-averaged values are fitted.
     whole_heads
         Ranks are whole component heads, as in arXiv 2601.19611: one scalar per pair of heads.
     averaged
-        From attention-averaged values, the number of kv heads and a rank to factors and the ``W_O`` fitted to them.
+        Function from attention-averaged values, the number of kv heads and a rank to factors and a fitted ``W_O``.
     form
         The cache form that it writes.
     needs_scores
         `keys` reads `LayerStatistics.scores`.
     groups
-        Of heads, each with latents of its own (`mea.compression.methods.groups.in_groups`).
+        Number of groups of heads with separate latents (`mea.compression.methods.groups.in_groups`).
     full_rank_values
-        Stands in for attention-averaged values at full rank, where every choice is exact.
+        Used instead of attention-averaged values at full rank, where any basis is exact.
     weighting
-        How much each score counts, for the method that has a choice (`mea.compression.methods.post_rope`).
+        Weight of each attention score, for the method with this option (`mea.compression.methods.post_rope`).
     """
 
     name: str
@@ -91,7 +91,7 @@ class Method:
         return self.name if self.weighting in (None, "mean") else f"{self.name}:{self.weighting}"
 
     def step(self, head_dim: int) -> Step:
-        """The steps in which a layer's ranks grow, every group's alike."""
+        """The step in which a layer's ranks grow, the same for every group."""
         return Step(head_dim * self.groups, paired=False) if self.whole_heads else Step(RANK_STEP * self.groups)
 
     def fit(self, layer: CalibratedLayer, ranks: tuple[int, int]) -> LayerFactors:

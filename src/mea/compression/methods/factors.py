@@ -17,7 +17,7 @@ class Factors(NamedTuple):
     encoder
         ``[r, n]``, with ``n = h_kv * d``.
     decoder
-        ``[n, r]``, orthonormal columns: latents are as large as what they stand for, in any dtype.
+        ``[n, r]``, with orthonormal columns: latents have the norm of the approximated vectors, which suits low precision.
     """
 
     encoder: Float[Tensor, "r n"]
@@ -30,7 +30,7 @@ class Factors(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """What `weighted_subspace` keeps the most of: keys' second moment, and a metric per head of the errors in them."""
+    """Arguments of `weighted_subspace`: the second moment of keys, and a metric of their errors per head."""
 
     keys: Float[Tensor, "n n"]
     metric: Float[Tensor, "g d d"]
@@ -39,8 +39,8 @@ class Moments(NamedTuple):
 class LayerFactors(NamedTuple):
     """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
 
-    Encoders of a shared latent add up to the one latent that both decoders read (`mea.ops.cache_forms`). With `groups`,
-    encoders and decoders have as many blocks and are zero elsewhere.
+    With a shared latent, the outputs of both encoders are added, and both decoders read the sum (`mea.ops.cache_forms`).
+    With `groups`, encoders and decoders are block-diagonal with one block per group.
     """
 
     keys: Factors
@@ -72,7 +72,7 @@ def weighted_subspace(
 
 
 def _root(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Tensor, "d d"]]:
-    """Square root of a second moment and its inverse; directions never seen count a billionth of the strongest."""
+    """Square root of a second moment and its inverse; eigenvalues are at least 1e-9 of the largest."""
     values, vectors = torch.linalg.eigh(moment)
     top = values[-1].item()
     values = values.clamp_min(1e-9 * top if top > 0 else 1.0).sqrt()

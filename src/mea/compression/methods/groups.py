@@ -1,7 +1,7 @@
-"""Groups of neighbouring heads with latents of their own, so that each can stay on one rank of tensor parallelism.
+"""Groups of neighbouring heads with separate latents, so that each group can stay on one rank of tensor parallelism.
 
-Any method with latents of keys and values apart does this group by group: it sees one group's heads as if the layer had
-no others. What the groups' heads add to the layer's output adds up, as in ``W_O`` split by rows.
+Any method with separate latents for keys and values is applied to each group as if the layer had no other heads. The
+layer's output is the sum over groups, as for ``W_O`` split by rows.
 """
 
 from dataclasses import replace
@@ -15,12 +15,12 @@ from mea.compression.methods.factors import Factors
 
 
 def in_groups(method: Method, groups: int, num_kv_heads: int) -> Method:
-    """The same method for so many groups of heads, each with an equal share of the ranks.
+    """The same method for this number of groups of heads, each with an equal share of the ranks.
 
     Raises
     ------
     ValueError
-        The heads do not come out even, or the method's latents cannot be divided.
+        The number of heads is no multiple of `groups`, or the method's latents cannot be divided.
     """
     if groups == 1:
         return method
@@ -29,13 +29,13 @@ def in_groups(method: Method, groups: int, num_kv_heads: int) -> Method:
     method.form.check(groups, groups, groups)
     if method.whole_heads and num_kv_heads == groups:
         raise ValueError(
-            f"{method.name!r} mixes whole heads, of which {groups} groups have one each: give fewer groups"
+            f"{method.name!r} mixes whole heads, and each of the {groups} groups would have one head: give fewer groups"
         )
 
     def averaged(moments: AveragedValues, num_kv_heads: int, rank: int) -> tuple[Factors, Tensor]:
         parts = [
-            method.averaged(_averaged_of(moments, place, groups), num_kv_heads // groups, rank // groups)
-            for place in range(groups)
+            method.averaged(_averaged_of(moments, group, groups), num_kv_heads // groups, rank // groups)
+            for group in range(groups)
         ]
         return side_by_side([factors for factors, _ in parts]), torch.cat([output for _, output in parts], dim=1)
 
@@ -53,7 +53,7 @@ def by_group(factorise: Factorise, groups: int) -> Factorise:
     """From a layer's statistics to the factors of all groups, block by block."""
 
     def grouped(statistics: LayerStatistics, rank: int) -> Factors:
-        return side_by_side([factorise(_part(statistics, place, groups), rank // groups) for place in range(groups)])
+        return side_by_side([factorise(_part(statistics, group, groups), rank // groups) for group in range(groups)])
 
     return factorise if groups == 1 else grouped
 
@@ -63,12 +63,12 @@ def side_by_side(parts: list[Factors]) -> Factors:
     return Factors(torch.block_diag(*(part.encoder for part in parts)), torch.block_diag(*(p.decoder for p in parts)))
 
 
-def _part(statistics: LayerStatistics, place: int, groups: int) -> LayerStatistics:
+def _part(statistics: LayerStatistics, group: int, groups: int) -> LayerStatistics:
     def heads(stacked: Tensor) -> Tensor:
-        return stacked.chunk(groups)[place]
+        return stacked.chunk(groups)[group]
 
     def square(moment: Tensor) -> Tensor:
-        return heads(moment).chunk(groups, dim=1)[place]
+        return heads(moment).chunk(groups, dim=1)[group]
 
     scores = statistics.scores
     return replace(
@@ -79,12 +79,12 @@ def _part(statistics: LayerStatistics, place: int, groups: int) -> LayerStatisti
     )
 
 
-def _averaged_of(moments: AveragedValues, place: int, groups: int) -> AveragedValues:
-    """Of one group's query heads, which have blocks of their own, and its values."""
+def _averaged_of(moments: AveragedValues, group: int, groups: int) -> AveragedValues:
+    """The moments of one group: of its query heads, whose blocks are separate, and of its values."""
 
     def own(of_blocks: Tensor, *dims: int) -> Tensor:
         for dim in (0, *dims):
-            of_blocks = of_blocks.chunk(groups, dim=dim)[place]
+            of_blocks = of_blocks.chunk(groups, dim=dim)[group]
         return of_blocks
 
     return AveragedValues(own(moments.gram, 2, 4), own(moments.target, 2), moments.energy, own(moments.output_weight))

@@ -1,14 +1,14 @@
 """One latent for keys before RoPE and values together, as in multi-head latent attention (arXiv 2405.04434).
 
-Both are linear in the layer's input, so what they share is stored once. With ``z = [k; v]`` the factors
+Both are linear in the layer's input, so their common part is cached once. With ``z = [k; v]`` the factors
 minimise
 
     balance * E |k - k̂|^2_Q / E |k|^2_Q  +  E |v - v̂|^2_O / E |v|^2_O,
 
-where the queries measure errors of keys (as in `pre_rope`) and ``W_O`` measures errors of values. What an error of a
-score costs depends on how sharp attention is: of several balances, the method takes the one with the smallest error of
-the layer's attention output. The encoder then stays; the values' decoder and ``W_O`` are fitted to attention-averaged
-latents.
+where the metric of key errors is the second moment of queries (as in `pre_rope`) and the metric of value errors comes
+from ``W_O``. The effect of a score error depends on how sharp attention is, so the method tries several balances and
+takes the one with the smallest error of the layer's attention output. The encoder is then fixed; the values' decoder
+and ``W_O`` are fitted to attention-averaged latents.
 """
 
 import torch
@@ -26,7 +26,7 @@ BALANCES = (0.5, 1.5, 4.0, 12.0, 32.0, 100.0)
 
 
 def keys(statistics: LayerStatistics, rank: int, balance: float = 1.0) -> Factors:
-    """Factors of the stacked ``z``, of twice as many numbers as keys have; `rank` is that of the one latent."""
+    """Factors of the stacked ``z`` of keys and values; `rank` is the rank of the shared latent."""
     metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
     moment = torch.cat(
         [
@@ -40,13 +40,13 @@ def keys(statistics: LayerStatistics, rank: int, balance: float = 1.0) -> Factor
     )
     weights = torch.cat([metric * balance / key_energy, statistics.output / value_energy])
     encoder, decoder = weighted_subspace(moment, weights, rank)
-    # Not orthonormal in z itself: rounded latents would lose values, which can be much smaller than keys.
+    # Not orthonormal in z: values can be much smaller than keys, and rounding the latents would lose them.
     size = torch.linalg.matrix_norm(decoder) / rank**0.5
     return Factors(size * encoder, decoder / size)
 
 
 def split(factors: Factors) -> tuple[Factors, Factors]:
-    """The parts that keys and values have in the factors of both; their encoders add up to the one latent."""
+    """The factors of keys and of values; the outputs of their encoders add up to the shared latent."""
     encoder, decoder = factors
     n = len(decoder) // 2
     return Factors(encoder[:, :n], decoder[:n]), Factors(encoder[:, n:], decoder[n:])
@@ -62,7 +62,7 @@ def values(averaged: AveragedValues, factors: Factors, num_kv_heads: int) -> tup
 
 
 class JointMethod(Method):
-    """Keys and values in one latent; `Method.keys` factorises both stacked, `values` and `averaged` do not count."""
+    """Keys and values in one latent; `Method.keys` factorises both stacked, `values` and `averaged` are not used."""
 
     def fit(self, layer: CalibratedLayer, ranks: tuple[int, int]) -> LayerFactors:
         statistics = layer.statistics

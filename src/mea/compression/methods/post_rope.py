@@ -1,20 +1,20 @@
-"""Latents of rotated keys: the best linear map over all positions that the model supports.
+"""Latents of post-RoPE keys: the best linear map over all positions that the model supports.
 
-The second moments of rotated keys and queries are averaged over every supported position. Fast frequencies turn so
-often that nothing remains between them; slow ones hardly turn and are pooled with each other. Moments taken at the
-short positions of the calibration windows look better there and fail beyond them (docs/LOG.md).
+The second moments of post-RoPE keys and queries are averaged over every supported position. This removes correlations
+between fast frequencies; slow frequencies hardly rotate and stay correlated. Moments taken only at the short positions
+of the calibration windows have a smaller error there and fail beyond them (docs/LOG.md).
 
-Weightings say how much each attention score counts in these moments (`WEIGHTINGS`: the share of the second kind):
+The weighting sets the weight of each attention score in these moments (`WEIGHTINGS`: the share of the sensitivity):
 
-- ``"uniform"``: every score counts alike.
-- ``"sensitivity"``: a score counts by what an error in it does to the attention output, to first order
-  (`mea.compression.calibrate.score_sensitivity`). The first token of a text is at position 0 always, and is not
+- ``"uniform"``: all scores have equal weight.
+- ``"sensitivity"``: the weight is the first-order effect of a score error on the attention output
+  (`mea.compression.calibrate.score_sensitivity`). The first token of a text is always at position 0, so it is not
   averaged over positions.
-- ``"mean"``, the default: both in equal parts, each scaled to a trace of one. Sensitivities hold for the attention of
-  the calibration text. A key that nobody looks at there counts for nothing, so its scores may come out so wrong that
-  another text looks at it.
+- ``"mean"``, the default: the mean of both, each scaled to a trace of one. Sensitivities are measured with the attention
+  of the calibration text. A key without attention there would have weight zero, and the error of its scores could become
+  so large that other texts attend to it.
 - ``"frequency"``: uniform, and averaged over independent phases of the frequencies instead of positions, the limit of
-  ever more positions. What remains is a complex mixing of heads per rotary frequency, exact under RoPE.
+  infinitely many positions. The result is a complex mixing of heads per rotary frequency, which commutes with RoPE.
 """
 
 from functools import partial
@@ -30,12 +30,12 @@ WEIGHTINGS: dict[str, float | None] = {"mean": 0.5, "uniform": 0.0, "sensitivity
 
 
 def keys(statistics: LayerStatistics, rank: int, *, weighting: str) -> Factors:
-    """Factors of rotated keys; `rank` is even with ``"frequency"``: two numbers per complex component."""
+    """Factors of post-RoPE keys; `rank` is even with ``"frequency"``: two numbers per complex component."""
     return orthonormal(*weighted_subspace(*moments(statistics, weighting), rank))
 
 
 def moments(statistics: LayerStatistics, weighting: str) -> Moments:
-    """Of rotated keys and queries."""
+    """Second moments of post-RoPE keys and queries."""
     share = WEIGHTINGS[weighting]
     if share is None:
         d = statistics.head_dim

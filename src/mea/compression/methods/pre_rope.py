@@ -1,8 +1,8 @@
-"""Latent keys before RoPE, as in Palu (arXiv 2407.21118): of all linear maps of unrotated keys, the best.
+"""Latent keys before RoPE, as in Palu (arXiv 2407.21118): the linear map with the least score error.
 
-Before rotation the keys of all heads and frequencies can be pooled, so that the same bytes keep more; but keys have to
-be rebuilt and rotated at every read. An error of a key is rotated with it: what it costs is measured by the queries as
-they are turned against it, averaged over all distances that the model supports.
+Before RoPE the keys of all heads and frequencies are correlated, so the error at equal bytes is smaller; but keys have
+to be rebuilt and rotated at every read. A key's error is rotated with the key: its metric is the second moment of
+queries rotated relative to the key, averaged over all distances that the model supports.
 """
 
 from mea.compression.calibrate.rope_moments import average_over_positions
@@ -13,7 +13,7 @@ from mea.ops.cache_forms import FORMS
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
-    """Factors of keys before rotation."""
+    """Factors of keys before RoPE."""
     metric = average_over_positions(statistics.queries, statistics.cos, statistics.sin)
     return orthonormal(*weighted_subspace(statistics.keys, metric, rank))
 

@@ -1,6 +1,6 @@
-"""Latent values that lose least of what reaches the output: attention-weighted averages of values, after ``W_O``.
+"""Latent values with the least error of attention-weighted averages of values after ``W_O``.
 
-Values see no position, but no single token's value is ever read alone. With ``u_i = A_i v`` (all kv heads' values under
+Attention reads only averages of values, never a single token's value. With ``u_i = A_i v`` (all kv heads' values under
 query head i's attention map) the factors minimise
 
     E | y - sum_i W_i D_g(i) E u_i |^2,        y = sum_i W_i A_i v_g(i)  from the uncompressed attention,
@@ -8,18 +8,18 @@ query head i's attention map) the factors minimise
 over the encoder E ``[r, n]``, each kv head's decoder D_g ``[d, r]`` and the output projection ``W_i``, by alternating
 least squares: each is linear given the others and is solved, the first two by conjugate gradients, on second moments
 alone. Tokens are weighted by the inverse energy of the residual stream that the output is added to: the next norm
-divides by it, and without the weight a few tokens with huge activations (attention sinks) would be all that counts.
-Values are not centred, for the same sinks' sake.
+divides by it, and without this weight a few tokens with huge activations (attention sinks) would dominate the
+objective. Values are not centred, also because of these tokens.
 
 Where a head norm stands between the average and ``W_O`` (MEA), ``y = sum_i W_i n(o_i)`` with ``o_i = A_i v_g(i)`` and
-``n(o) = o / rho(o)``, ``rho(o) = sqrt(mean(o^2) + eps)``: no longer linear in the factors. With ``rho`` kept at its
-uncompressed value it is, and the objective is the one above with ``u_i / rho(o_i)`` in the place of ``u_i``: every head
-of every token is weighted by its inverse RMS, so that heads count by their direction, as the norm has it, and not by
-their size. What is neglected is of first order only along ``o_i`` itself: for small eps ``n(o + e) - n(o)`` is
-``(I - n n^T / d) e / rho + O(e^2)``, an error along ``o_i`` that the norm takes out and this objective still counts.
+``n(o) = o / rho(o)``, ``rho(o) = sqrt(mean(o^2) + eps)``: this is not linear in the factors. With ``rho`` fixed at its
+uncompressed value it is, and the objective is the one above with ``u_i / rho(o_i)`` instead of ``u_i``: every head of
+every token is weighted by its inverse RMS, because the norm removes the size of a head's output. The neglected term is
+of first order only along ``o_i`` itself: for small eps ``n(o + e) - n(o)`` is
+``(I - n n^T / d) e / rho + O(e^2)``: the norm removes an error along ``o_i``, and this objective counts it.
 
-In a model with many heads their products are kept within blocks of query heads only (`AveragedValues`), each block
-having its own target: the moments of all pairs would not fit.
+In a model with many heads, moments are kept only within blocks of query heads (`AveragedValues`), and each block has
+its own target: the moments of all pairs would not fit into memory.
 """
 
 from collections.abc import Callable
@@ -36,19 +36,19 @@ RIDGE = 1e-2
 CG_STEPS = 15
 
 
-def fit_values(averaged: AveragedValues, num_kv_heads: int, width: int) -> tuple[Factors, Float[Tensor, "D _"]]:
+def fit_values(averaged: AveragedValues, num_kv_heads: int, rank: int) -> tuple[Factors, Float[Tensor, "D _"]]:
     """Factors of values, and the output projection fitted to them, from attention-averaged moments.
 
-    Starts at the best subspace when every query head is taken by itself, below full rank.
+    The start is the best subspace if products of different query heads are ignored.
     """
     moment, metric = single_heads(averaged, num_kv_heads)
-    encoder, decoder = weighted_subspace(moment, metric, width)
-    encoder, decoder, output = alternate(averaged, encoder, decoder.view(num_kv_heads, -1, width))
-    return orthonormal(encoder, decoder.reshape(-1, width)), output
+    encoder, decoder = weighted_subspace(moment, metric, rank)
+    encoder, decoder, output = alternate(averaged, encoder, decoder.view(num_kv_heads, -1, rank))
+    return orthonormal(encoder, decoder.reshape(-1, rank)), output
 
 
 def single_heads(averaged: AveragedValues, num_kv_heads: int) -> tuple[Float[Tensor, "n n"], Float[Tensor, "g d d"]]:
-    """Without products of different query heads: the values' moment, and what ``W_O`` makes of their errors."""
+    """Without products of different query heads: the second moment of values, and the metric of their errors."""
     output = averaged.output_weight
     d = output.shape[-1]
     moment = torch.einsum("cinim->nm", averaged.gram)
@@ -67,7 +67,7 @@ def alternate(
     fit_decoder: DecoderStep | None = None,
     fit_encoder: EncoderStep | None = None,
 ) -> tuple[Float[Tensor, "r n"], Float[Tensor, "g d r"], Float[Tensor, "D _"]]:
-    """Rounds of least squares from a start, with any steps for the factors; the output projection comes last."""
+    """Rounds of least squares from a start: decoder, encoder, then the output projection."""
     output = averaged.output_weight
     fit_decoder, fit_encoder = fit_decoder or _fit_decoder, fit_encoder or _fit_encoder
     encoder, decoder = encoder.float(), decoder.float()
@@ -79,10 +79,10 @@ def alternate(
     return encoder.double(), decoder.double(), averaged.output_weight.permute(2, 0, 1, 3).reshape(width, -1)
 
 
-def covariance_values(statistics: LayerStatistics, width: int) -> Factors:
-    """The subspace that keeps most of single tokens' values, whatever attention makes of them."""
+def covariance_values(statistics: LayerStatistics, rank: int) -> Factors:
+    """The principal subspace of single tokens' values, without regard to attention."""
     identity = torch.eye(statistics.head_dim, dtype=torch.float64).expand(statistics.num_kv_heads, -1, -1)
-    return orthonormal(*weighted_subspace(statistics.values, identity, width))
+    return orthonormal(*weighted_subspace(statistics.values, identity, rank))
 
 
 def _per_query_head(decoder: Float[Tensor, "g d r"], c: int, m: int) -> Float[Tensor, "c m d r"]:
@@ -143,7 +143,7 @@ def _fit_output(
     decoder: Float[Tensor, "g d r"],
     original: Float[Tensor, "c m D d"],
 ) -> Float[Tensor, "c m D d"]:
-    """``W_O`` by ridge regression from the heads' compressed outputs, drawn towards the original."""
+    """``W_O`` by ridge regression from the heads' compressed outputs, regularised towards the original."""
     c, m, width, d = original.shape
     heads = torch.einsum("ciar,rn->cian", _per_query_head(decoder, c, m), encoder)
     gram = torch.einsum("cian,cinjm->ciajm", heads, averaged.gram)

@@ -1,15 +1,15 @@
-"""Virtual heads of heads in their best coordinates: the scalar mixing of arXiv 2601.19611 with more freedom.
+"""The scalar mixing of arXiv 2601.19611 after a change of basis in each head.
 
-The paper mixes heads with one scalar per pair, as they come. But a value head may be multiplied by any invertible
+The paper mixes heads with one scalar per pair, in the given bases. But a value head may be multiplied by any invertible
 matrix (undone in ``W_O``), and a key head by any complex number per rotary frequency (undone in ``W_Q``), without
-attention noticing: same architecture, same speed. In these coordinates heads have more in common. With ``G_g`` the
-coordinates, ``w`` the scalars and ``c_j`` component heads that may be any linear function of the heads,
+changing attention: same architecture, same speed. In suitable bases the heads are more similar. With ``G_g`` the change
+of basis, ``w`` the scalars and ``c_j`` component heads that may be any linear function of the heads,
 
     x_g ≈ G_g sum_j w_gj c_j,
 
 fitted by alternating least squares, every step in closed form: on second moments weighted by the queries' (keys) or
 ``W_O``'s (values) energy from several starts; values then once more on attention-averaged moments, with ``W_O``. With
-one component, or one less than there are heads, every choice of subspace can be written so: the scalars lose nothing.
+one component, or one less than the number of heads, this form can express every subspace.
 """
 
 import torch
@@ -24,14 +24,14 @@ from mea.compression.methods.baselines.gqa_procrustes import align, grouping
 from mea.compression.methods.factors import Factors
 from mea.compression.methods.values import alternate, conjugate_gradients, decoder_equations, single_heads
 
-STARTS = 6  # at random, besides two that are made of alike heads
+STARTS = 6  # random ones, besides two that are made of similar heads
 FIRST_ROUNDS, ROUNDS = 10, 50
-FLOOR = 1e-9  # of the largest energy: what was hardly ever seen
+FLOOR = 1e-9  # smallest energy, relative to the largest
 RTOL = 1e-3  # of the largest singular value: a direction in which decoders are smaller would be read out of rounding
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
-    """Factors of rotated keys."""
+    """Factors of post-RoPE keys."""
     d = statistics.head_dim
     energy = average_over_phases(statistics.queries, d).diagonal(dim1=1, dim2=2)
     weight = energy.clamp_min(FLOOR * energy.max().item() or 1.0).sqrt()  # g d, equal for both channels of a frequency
@@ -59,9 +59,9 @@ def values(averaged: AveragedValues, num_kv_heads: int, rank: int) -> tuple[Fact
 def fit_gauge(
     moment: Num[Tensor, "b g a g a"], components: int
 ) -> tuple[Num[Tensor, "b g a a"], Float[Tensor, "g h_c"]]:
-    """Coordinates of heads, and scalars, that lose least of heads with this moment when every error counts alike."""
+    """Bases of heads, and scalars, with the least squared error for heads with this second moment."""
     fitted = [_rounds(moment, *start, FIRST_ROUNDS) for start in _starts(moment, components)]
-    best = max(fitted, key=lambda each: _kept(moment, *each))
+    best = max(fitted, key=lambda fit: _kept(moment, *fit))
     return _rounds(moment, *best, ROUNDS)
 
 
@@ -71,8 +71,8 @@ def _starts(moment: Num[Tensor, "b g a g a"], components: int) -> list[tuple[Ten
     if components == g:  # as they are, the heads lose nothing
         return [(plain, torch.eye(g, dtype=torch.float64))]
     alike, member = plain.clone(), torch.zeros(g, components, dtype=torch.float64)
-    for place, group in enumerate(grouping(moment, components)):
-        alike[:, group], member[group, place] = align(moment, group).mH, 1.0
+    for component, group in enumerate(grouping(moment, components)):
+        alike[:, group], member[group, component] = align(moment, group).mH, 1.0
     together = align(moment, list(range(g)))
     products = torch.einsum("bgea,bgahc,bhec->gh", together, moment, together.conj()).real
     starts = [(alike, member), (together.mH, linalg.eigh(products)[1][:, -components:])]
@@ -82,7 +82,7 @@ def _starts(moment: Num[Tensor, "b g a g a"], components: int) -> list[tuple[Ten
         zero_sum = linalg.qr(torch.eye(g, dtype=torch.float64)[:, 1:] - 1 / g).Q
         starts.append((linalg.pinv(lost.mH), zero_sum))
     random = torch.randn(STARTS, g, components, dtype=torch.float64, generator=generator)
-    return starts + [(plain, linalg.qr(each).Q) for each in random]
+    return starts + [(plain, linalg.qr(scalars).Q) for scalars in random]
 
 
 def _spread(maps: Num[Tensor, "b g a a"], scalars: Float[Tensor, "g h_c"]) -> Num[Tensor, "b n r"]:
@@ -106,7 +106,7 @@ def _kept(moment: Num[Tensor, "b g a g a"], maps: Tensor, scalars: Tensor) -> fl
 def _rounds(
     moment: Num[Tensor, "b g a g a"], maps: Num[Tensor, "b g a a"], scalars: Float[Tensor, "g h_c"], rounds: int
 ) -> tuple[Num[Tensor, "b g a a"], Float[Tensor, "g h_c"]]:
-    """Encoder, coordinates and scalars in turn, each the best given the others."""
+    """Encoder, bases and scalars in turn, each the best given the others."""
     b, g, a = moment.shape[:3]
     whole = moment.reshape(b, g * a, g * a)
     for _ in range(rounds):
@@ -124,7 +124,7 @@ def _rounds(
 
 
 def _decoder(maps: Float[Tensor, "g d d"], scalars: Float[Tensor, "g h_c"]) -> Float[Tensor, "n r"]:
-    """``D_g = [w_g1 G_g, ..., w_gc G_g]``, in coordinates of the components in which it is nearly orthonormal."""
+    """``D_g = [w_g1 G_g, ..., w_gc G_g]``, in a basis of the components in which it is nearly orthonormal."""
     scalars = linalg.qr(scalars).Q
     size = torch.einsum("gj,gae,gaf->ef", scalars.square(), maps, maps) / scalars.shape[1]
     energies, vectors = linalg.eigh(size)

@@ -1,4 +1,4 @@
-"""Heads in other coordinates: maps of single heads that attention does not notice, and moments cut up for them.
+"""Changes of basis of single heads that leave attention unchanged, and second moments in blocks for them.
 
 A value head may be multiplied by any invertible matrix, undone in ``W_O``. A key head may, at every rotary frequency,
 be multiplied by any complex number: it commutes with RoPE and is undone in the queries. Both are *blocks*: a key head
@@ -16,7 +16,7 @@ from mea.compression.calibrate.rope_moments import average_over_phases
 
 
 def key_blocks(moment: Float[Tensor, "n n"], head_dim: int) -> Num[Tensor, "b g a g a"]:
-    """``E[z z^H]`` between heads at every frequency, from the second moment of unrotated keys."""
+    """``E[z z^H]`` between heads at every frequency, from the second moment of pre-RoPE keys."""
     g, f = moment.shape[0] // head_dim, head_dim // 2
     parts = average_over_phases(moment, head_dim).view(g, 2, f, g, 2, f).diagonal(dim1=2, dim2=5)  # g re/im g re/im f
     complex_moment = torch.complex(parts[:, 0, :, 0] + parts[:, 1, :, 1], parts[:, 1, :, 0] - parts[:, 0, :, 1])
@@ -30,7 +30,7 @@ def value_blocks(moment: Float[Tensor, "n n"], head_dim: int) -> Num[Tensor, "b 
 
 
 def head_matrices(maps: Num[Tensor, "b g a a"]) -> Float[Tensor, "g d d"]:
-    """The real matrix of each head's map: a complex number turns and scales the two channels of its frequency."""
+    """The real matrix of each head's map: a complex number rotates and scales the two channels of its frequency."""
     if not maps.is_complex():
         return maps[0]
     numbers = maps[:, :, 0, 0].T

@@ -1,8 +1,8 @@
 """Grouped-query attention by mean pooling (arXiv 2305.13245): neighbouring heads are replaced by their mean.
 
-What is usually done before a model is trained on with fewer kv heads. Groups of unequal size are allowed, so that 3
-heads can become 2. Pooling weights and pooling what they give is the same; with a norm on the keys, the pooling comes
-after it.
+The usual start for training a model further with fewer kv heads. Groups may have unequal sizes, so that 3 heads can
+become 2. Pooling weights and pooling activations are the same; with a norm on the keys, the pooling comes after the
+norm.
 """
 
 import torch
@@ -15,7 +15,7 @@ from mea.compression.methods.factors import Factors, from_head_mixing
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
-    """Factors of rotated keys."""
+    """Factors of post-RoPE keys."""
     return _pool(statistics, rank)
 
 
@@ -25,7 +25,7 @@ def values(statistics: LayerStatistics, rank: int) -> Factors:
 
 
 def neighbours(heads: int, groups: int) -> Int[Tensor, " g"]:
-    """The group of each head: equal runs, as nearly as it comes out."""
+    """The group of each head: consecutive heads, in groups whose sizes differ by at most one."""
     return torch.arange(heads) * groups // heads
 
 

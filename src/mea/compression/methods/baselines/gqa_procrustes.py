@@ -1,9 +1,9 @@
-"""Grouped-query attention after Procrustes alignment (arXiv 2412.20677): like heads are turned alike, then pooled.
+"""Grouped-query attention after Procrustes alignment (arXiv 2412.20677): similar heads are aligned, then pooled.
 
-Value heads are turned by orthogonal matrices and key heads by a phase per rotary frequency, the only orthogonal maps
-that RoPE lets through; both are undone when reading, so that only the pooling loses anything. The heads that are most
-alike after alignment share a group. As in the paper, alignment is over activations and every token counts alike; the
-training of the grouped model that follows there is not part of this.
+Value heads are multiplied by orthogonal matrices and key heads by a phase per rotary frequency, the only orthogonal
+maps that commute with RoPE. Both are undone when the cache is read, so that only the pooling causes an error. The heads
+that are most similar after alignment form a group. As in the paper, alignment uses activations and all tokens have equal
+weight. The paper then trains the grouped model; this method does not.
 """
 
 from jaxtyping import Num
@@ -18,7 +18,7 @@ ROUNDS = 20
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
-    """Factors of rotated keys."""
+    """Factors of post-RoPE keys."""
     return _pool(key_blocks(statistics.keys, statistics.head_dim), rank // statistics.head_dim)
 
 
@@ -28,7 +28,7 @@ def values(statistics: LayerStatistics, rank: int) -> Factors:
 
 
 def grouping(moment: Num[Tensor, "b g a g a"], count: int) -> list[list[int]]:
-    """`count` groups of heads, by joining the two groups that are nearest on average, again and again.
+    """`count` groups of heads, by repeatedly joining the two groups with the smallest mean distance.
 
     The distance of two heads is the energy of their difference after the best alignment.
     """
@@ -47,11 +47,11 @@ def align(moment: Num[Tensor, "b g a g a"], group: list[int]) -> Num[Tensor, "b 
     """Orthogonal (unitary) maps of the group's heads that bring them nearest to their common mean."""
     maps = eye(moment.shape[2], dtype=moment.dtype).expand(len(moment), len(group), -1, -1).clone()
     for _ in range(ROUNDS if len(group) > 1 else 0):
-        for place, head in enumerate(group):
-            others = [i for i in range(len(group)) if i != place]
+        for member, head in enumerate(group):
+            others = [i for i in range(len(group)) if i != member]
             cross = moment[:, head][:, :, [group[i] for i in others]].movedim(2, 1)  # b other a a
             left, _, right = linalg.svd((cross @ maps[:, others].mH).sum(1))
-            maps[:, place] = right.mH @ left.mH
+            maps[:, member] = right.mH @ left.mH
     return maps
 
 
@@ -59,8 +59,8 @@ def _pool(moment: Num[Tensor, "b g a g a"], count: int) -> Factors:
     b, g, a = moment.shape[:3]
     d = b * a * (2 if moment.is_complex() else 1)
     decoder = zeros(g, d, count, d, dtype=moment.real.dtype)
-    for place, group in enumerate(grouping(moment, count)):
-        decoder[group, :, place] = head_matrices(align(moment, group)).transpose(1, 2) / len(group) ** 0.5
+    for component, group in enumerate(grouping(moment, count)):
+        decoder[group, :, component] = head_matrices(align(moment, group)).transpose(1, 2) / len(group) ** 0.5
     decoder = decoder.reshape(g * d, count * d)
     return Factors(decoder.T, decoder)
 

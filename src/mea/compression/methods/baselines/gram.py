@@ -1,7 +1,7 @@
-"""Virtual heads from real activations: the scalar mixing that loses least of the keys and values themselves.
+"""Virtual heads from activations: the scalar mixing with the least squared error of keys and values.
 
 Minimises ``E_x sum_g |k_g - k̂_g|^2`` over scalar head mixings, where the paper's `svd` minimises the error of the
-weights: the top eigenvectors of the ``h_kv x h_kv`` matrix ``E <k_g, k_g'>``, which rotation does not change.
+weights: the top eigenvectors of the ``h_kv x h_kv`` matrix ``E <k_g, k_g'>``, which RoPE does not change.
 """
 
 from jaxtyping import Float
@@ -13,7 +13,7 @@ from mea.compression.methods.factors import Factors, from_head_mixing
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
-    """Factors of rotated keys."""
+    """Factors of post-RoPE keys."""
     return _factorise(statistics.keys, statistics.head_dim, rank)
 
 

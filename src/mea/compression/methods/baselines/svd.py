@@ -2,9 +2,9 @@
 
 ``W_K`` is reshaped to ``[d * D, h_kv]``, a column per head; its top ``h_c`` left singular vectors are the component
 heads' weights, singular values and right vectors the mixing matrix ``W_lc``. Since ``U = W V / S``, the component heads
-are themselves combinations of the original ones, so that the same subspace of heads is kept by encoding with ``V^T``
-and decoding with ``V``. A bias is a further input channel. With a norm on the keys, the norm's gain is counted to the
-weights and the mixing comes after the norm: across it the paper's factors would not be exact at any rank.
+are themselves combinations of the original ones, so encoding with ``V^T`` and decoding with ``V`` keeps the same
+subspace of heads. A bias is a further input channel. With a norm on the keys, the norm's gain is multiplied into the
+weights and the mixing comes after the norm: before the norm, the paper's factors would not be exact at any rank.
 """
 
 from jaxtyping import Float
@@ -16,7 +16,7 @@ from mea.compression.methods.factors import Factors, from_head_mixing
 
 
 def keys(statistics: LayerStatistics, rank: int) -> Factors:
-    """Factors of rotated keys; RoPE is the same for all heads, so the mixing of unrotated keys serves."""
+    """Factors of post-RoPE keys; RoPE is the same for all heads, so the mixing of pre-RoPE keys applies."""
     return _factorise(statistics.key_weight, statistics.head_dim, rank)
 
 
