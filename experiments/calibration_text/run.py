@@ -17,7 +17,7 @@ import torch
 from mea.compression.api import run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
-from mea.compression.check import checked_stock_form
+from mea.compression.convert import checked_stock_form
 from mea.compression.options import CompressOptions
 from mea.compression.plan import make_plan
 from mea.evaluate.perplexity import block_means, perplexity, ratio, token_losses

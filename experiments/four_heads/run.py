@@ -14,7 +14,7 @@ import torch
 from mea.compression.api import run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
-from mea.compression.check import TOLERANCE
+from mea.compression.convert import TOLERANCE
 from mea.compression.methods import METHODS
 from mea.compression.options import CompressOptions
 from mea.compression.plan import make_plan

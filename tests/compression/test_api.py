@@ -15,7 +15,7 @@ from mea.compression.api import Compressed, run_plans
 from mea.compression.budget import CacheShape
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.check import TOLERANCE
+from mea.compression.convert import TOLERANCE
 from mea.compression.methods import METHODS
 from mea.compression.options import CompressOptions
 from mea.compression.plan import make_plan

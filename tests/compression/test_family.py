@@ -18,8 +18,7 @@ from mea.compression.api import run_plans
 from mea.compression.calibrate.layerwise import LayerWalk, run_layer
 from mea.compression.calibrate.statistics import AveragedValuesSum
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.check import TOLERANCE, checked_stock_form
-from mea.compression.convert import sharing_copy
+from mea.compression.convert import TOLERANCE, checked_stock_form, sharing_copy
 from mea.compression.save import compress_to_folder
 from mea.evaluate.speed import cache_size
 from mea.models.config import MeaConfig

@@ -21,7 +21,7 @@ from mea.compression.api import Compressed, run_plans
 from mea.compression.budget import CacheShape
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
-from mea.compression.check import checked_stock_form
+from mea.compression.convert import checked_stock_form
 from mea.compression.cost import estimate, reading_seconds
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan

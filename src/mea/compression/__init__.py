@@ -2,7 +2,7 @@
 
 from mea.compression.api import Compressed, compress
 from mea.compression.calibrate.text import Calibration
-from mea.compression.check import ConversionError
+from mea.compression.convert import ConversionError
 from mea.compression.options import Allocation, CompressOptions, Refinement
 from mea.compression.save import compress_to_folder, preview
 

@@ -10,9 +10,9 @@ from torch import Tensor
 from mea.compression.allocate.search import allocated
 from mea.compression.calibrate.layerwise import LayerWalk, check_weights, evaluating
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.check import SelfCheck, checked_stock_form
+from mea.compression.check import SelfCheck
 from mea.compression.checkpoint import FactorStore
-from mea.compression.convert import assemble, latent_config
+from mea.compression.convert import assemble, checked_stock_form, latent_config
 from mea.compression.fit import FittedLayer, Target, fit_layers
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan

@@ -7,7 +7,6 @@
 Both run in fp32 on the first tokens of the calibration text, whatever the model's dtype.
 """
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,41 +16,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.calibrate.layerwise import LayerWalk, run_layer_cached
-from mea.compression.convert import latent_copy
+from mea.compression.convert import CHECKED_TOKENS, TOLERANCE, ConversionError, latent_copy
 from mea.compression.fit import FittedLayer
-from mea.models.fold import stock_form
-
-CHECKED_TOKENS = 24
-TOLERANCE = 1e-4
-
-
-class ConversionError(ValueError):
-    """A converted model fails a self-check and must not be used."""
-
-
-@torch.no_grad()
-def checked_stock_form(model: Any, tokens: Int[Tensor, "n t"]) -> Any:
-    """`mea.models.fold.stock_form`, with its logits compared in fp32 with the given model's.
-
-    Raises
-    ------
-    ValueError
-        As `stock_form`.
-    ConversionError
-        The logits differ.
-    """
-    stock = stock_form(model)
-    if stock is model:
-        return model
-    ids, wide = tokens[:1, :CHECKED_TOKENS], copy.deepcopy(model).float()
-    expected, actual = (form.eval()(ids, use_cache=False).logits for form in (wide, stock_form(wide)))
-    error = ((actual - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
-    if not error <= TOLERANCE:
-        raise ConversionError(
-            f"with its mixing folded the model's logits differ by {error:.1e} (allowed: {TOLERANCE:.0e}); nothing was "
-            "saved. Please report the model's config"
-        )
-    return stock
 
 
 class SelfCheck:

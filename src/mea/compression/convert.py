@@ -4,14 +4,47 @@ import copy
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from mea.compression.budget import Layout
 from mea.compression.calibrate.offload import weights_of
 from mea.compression.methods.factors import LayerFactors
+from mea.models.fold import stock_form
 from mea.models.latent_attention import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedProjection, to_latent_attention
 from mea.ops.cache_forms import FORMS, PostRope
+
+CHECKED_TOKENS = 24
+TOLERANCE = 1e-4
+
+
+class ConversionError(ValueError):
+    """A converted model fails a self-check and must not be used."""
+
+
+@torch.no_grad()
+def checked_stock_form(model: Any, tokens: Int[Tensor, "n t"]) -> Any:
+    """`mea.models.fold.stock_form`, with its logits compared in fp32 with the given model's.
+
+    Raises
+    ------
+    ValueError
+        As `stock_form`.
+    ConversionError
+        The logits differ.
+    """
+    stock = stock_form(model)
+    if stock is model:
+        return model
+    ids, wide = tokens[:1, :CHECKED_TOKENS], copy.deepcopy(model).float()
+    expected, actual = (form.eval()(ids, use_cache=False).logits for form in (wide, stock_form(wide)))
+    error = ((actual - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item()
+    if not error <= TOLERANCE:
+        raise ConversionError(
+            f"with its mixing folded the model's logits differ by {error:.1e} (allowed: {TOLERANCE:.0e}); nothing was "
+            "saved. Please report the model's config"
+        )
+    return stock
 
 
 @torch.no_grad()

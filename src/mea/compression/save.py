@@ -13,8 +13,8 @@ from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.check import checked_stock_form
 from mea.compression.checkpoint import FactorStore
+from mea.compression.convert import checked_stock_form
 from mea.compression.cost import estimate
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan

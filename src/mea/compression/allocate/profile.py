@@ -21,7 +21,7 @@ from mea.compression.allocate.held_out_loss import HeldOut
 from mea.compression.budget import Layout, preset_layout
 from mea.compression.calibrate.layerwise import LayerWalk, evaluating
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
-from mea.compression.check import checked_stock_form
+from mea.compression.convert import checked_stock_form
 from mea.compression.fit import Target, fit_layers
 from mea.compression.options import CompressOptions
 from mea.compression.plan import DEFAULT_KEEP, Plan, make_plan
