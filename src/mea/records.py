@@ -54,7 +54,7 @@ Record = dict[str, Any]
 
 @runtime_checkable
 class Progress(Protocol):
-    """Told how far long work has come: a word for what is being done, the steps done, and the steps in all."""
+    """Reports progress: the name of the stage, the finished steps, and all steps."""
 
     def __call__(self, what: str, done: int, total: int, /) -> None: ...
 
@@ -67,7 +67,7 @@ def make_record(
     samples: Mapping[str, Any] | None = None,
     seeds: Mapping[str, int] | None = None,
 ) -> Record:
-    """A record of something that was just measured in this process.
+    """A record of a measurement made in this process.
 
     Raises
     ------
@@ -87,16 +87,18 @@ def make_record(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
     _validate(record, "the record")
-    return json.loads(json.dumps(record))  # as a reader will get it: lists for tuples, nothing shared with the caller
+    return json.loads(
+        json.dumps(record)
+    )  # as a reader gets it: lists instead of tuples, nothing shared with the caller
 
 
 def write_record(path: str | Path, record: Record) -> Path:
-    """Write one record; the file is there complete or not at all.
+    """Write one record atomically.
 
     Raises
     ------
     ValueError
-        It is not a valid record.
+        The record is not valid.
     """
     _validate(record, "the record")
     text = json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
@@ -105,12 +107,12 @@ def write_record(path: str | Path, record: Record) -> Path:
 
 
 def write_atomically(path: str | Path, content: str | bytes) -> Path:
-    """Write a file that is there complete or not at all, readable for everybody; its folder must exist.
+    """Write a file atomically, readable for everybody; its folder must exist.
 
     Raises
     ------
     OSError
-        It could not be written; nothing half written is left.
+        The file could not be written; no incomplete file is left.
     """
     path = Path(path)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".partial", dir=path.parent)
@@ -118,7 +120,7 @@ def write_atomically(path: str | Path, content: str | bytes) -> Path:
         with os.fdopen(handle, "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            os.fsync(file.fileno())  # else the name could outlive the content when the machine loses power
+            os.fsync(file.fileno())  # else a power failure could leave a file without content
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -162,8 +164,8 @@ def read_records(folder: str | Path, kind: str | None = None) -> list[Record]:
 
 
 def machine() -> dict[str, Any]:
-    """What the measurement ran on; None for what this system does not tell."""
-    torch = sys.modules.get("torch")  # who has not imported it has not used it
+    """The hardware of the measurement; None for unknown values."""
+    torch = sys.modules.get("torch")  # a process that has not imported it has not used it
     accelerator = torch.cuda.get_device_name() if torch and torch.cuda.is_available() else None
     return {
         "processor": _processor(),
@@ -177,7 +179,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that matter to results, as far as they are installed."""
+    """Versions of Python and of the installed packages that affect results."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -186,7 +188,7 @@ def versions() -> dict[str, str]:
 
 
 def commit() -> str | None:
-    """The commit of the checkout this very file belongs to; None if it is installed elsewhere."""
+    """The commit of the checkout that contains this file; None for an installed package."""
     here = Path(__file__)
 
     def git(*arguments: str) -> str:
@@ -218,7 +220,7 @@ def _memory() -> int | None:
 
 
 def _without_places(value: Any) -> Any:
-    """The same configuration with absolute paths cut down to their last part."""
+    """The configuration with absolute paths shortened to their last part."""
     if isinstance(value, Mapping):
         return {key: _without_places(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

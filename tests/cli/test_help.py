@@ -104,7 +104,7 @@ def test_old_option_names_are_answered_with_the_new_ones(command, old):
     result = CliRunner().invoke(app, [command, "a", old, "1"], env={"COLUMNS": "80"})
     assert result.exit_code == 2
     new = RENAMED[command][old]
-    assert f"{old} is gone: give {new}" in " ".join(result.stderr.replace("│", " ").split())
+    assert f"{old} was renamed: give {new}" in " ".join(result.stderr.replace("│", " ").split())
     options = {option for x in TYPER.commands[command].params for option in x.opts}  # type: ignore[attr-defined]
     assert new.split()[0] in options
     assert old not in options

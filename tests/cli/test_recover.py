@@ -43,7 +43,7 @@ def test_a_compressed_folder_is_trained_into_one_that_loads(models_, text, tmp_p
     assert not (tmp_path / "out.partial").exists()
 
     assert "not an empty folder" in mea(*arguments).stderr
-    assert "--rate is gone: give --lr" in mea(*arguments, "--rate", 1e-3).stderr
+    assert "--rate was renamed: give --lr" in mea(*arguments, "--rate", 1e-3).stderr
     assert "--stage distill --lr 3e-4" in mea(*arguments, "--stage", "near").stderr
     shutil.rmtree(tmp_path / "out")
     arguments[1] = models_["a"]

@@ -132,7 +132,7 @@ def test_an_interrupted_run_of_other_settings_is_refused(
     changes: dict[str, Any], saved: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     interrupt(saved, tmp_path / "out", calibration)
-    with pytest.raises(ValueError, match=r"out\.partial holds an interrupted run .* remove that folder, or repeat"):
+    with pytest.raises(ValueError, match=r"out\.partial holds an interrupted run .* remove that folder, or give"):
         compress_to_folder(str(saved), tmp_path / "out", **arguments(calibration, **changes))
     assert len(list((tmp_path / "out.partial" / "layers").glob("*.safetensors"))) == 1
 
@@ -175,7 +175,7 @@ def test_disk_full_while_saving(limit: int, saved: Path, calibration: Calibratio
     full = in_a_process(LIMITED, saved, out, calibration.text, limit)
     assert full.returncode == 7, full.stderr
     assert "could not be written" in full.stdout
-    assert "make room and start again" in full.stdout
+    assert "free disk space and repeat" in full.stdout
     assert not out.exists()
     left = sorted(path.name for path in (tmp_path / "out.partial").rglob("*") if path.is_file())
     expected = [f"{layer:05d}.safetensors" for layer in range(3)] if limit == 100_000 else []

@@ -99,7 +99,7 @@ def test_batches_can_be_reordered_repeated_and_chosen():
     layer.batch_select_indices(torch.tensor([0, 3]))
     for x, y in zip(read, layer.update(*(x[:, :, :0] for x in states)), strict=True):
         assert torch.equal(y, x[[1, 0]])
-    with pytest.raises(NotImplementedError, match="taken back"):
+    with pytest.raises(NotImplementedError, match="cannot remove tokens"):
         layer.crop(-1)
     layer.reset()
     assert layer.get_seq_length() == 0

@@ -1,4 +1,4 @@
-"""One ``nn.Module`` per attention method, one file each, one signature: usable alone, or by name through `by_name`."""
+"""One ``nn.Module`` per attention method, one file each, one signature: used alone, or by name with `by_name`."""
 
 from mea.attention.base import Attention, KVCache
 from mea.attention.differential import DifferentialAttention, DifferentialAttentionV2
@@ -36,7 +36,7 @@ def by_name(name: str) -> type[Attention]:
     Raises
     ------
     ValueError
-        If there is none; the message names the nearest.
+        There is no such method; the message suggests a similar name.
     """
     if name not in METHODS:
         hint = did_you_mean(name, METHODS)

@@ -1,8 +1,8 @@
-"""Softmax attention by three backends, each chosen by name and none replaced silently by another.
+"""Softmax attention with three backends, chosen by name, without silent fallbacks.
 
 ``eager`` is `mea.ops.reference.attend` itself and materialises the scores; ``sdpa`` is PyTorch's fused attention;
-``flex`` is FlexAttention, which skips masked blocks and wants `torch.compile` around it (on a CPU, forward only).
-Tensors are head-major here, as the fused kernels and Hugging Face's caches want them.
+``flex`` is FlexAttention, which skips masked blocks and needs `torch.compile` to be fast (on a CPU, forward only).
+Tensors are head-major here, as in the fused kernels and Hugging Face's caches.
 """
 
 import math
@@ -19,7 +19,7 @@ from mea.ops.masks import attention_mask
 
 Backend = Literal["eager", "sdpa", "flex"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
-SHORT_ROW = 256  # tokens up to which plain products beat the backward pass of PyTorch's fused kernel on a CPU
+SHORT_ROW = 256  # up to so many tokens, plain products are faster in training than PyTorch's fused CPU kernel
 AttentionMask = Bool[Tensor, "#b 1 t s"] | BlockMask
 
 
@@ -39,7 +39,7 @@ def attend(
     Parameters
     ----------
     mask
-        True where a query may look (a `BlockMask` for ``flex``). It replaces `causal` and `window`: build it with
+        True where a query may attend (a `BlockMask` for ``flex``). It replaces `causal` and `window`: build it with
         `mea.ops.masks.attention_mask` or `block_mask`. If None, the queries are the last ``t`` of the ``s`` tokens.
     scale
         Factor of the scores, ``1 / sqrt(d)`` if None.
@@ -47,7 +47,7 @@ def attend(
     Raises
     ------
     TypeError
-        If the kind of mask is not the backend's.
+        The mask has the wrong type for the backend.
     """
     t, s = q.shape[2], k.shape[2]
     if mask is not None and isinstance(mask, BlockMask) != (backend == "flex"):
@@ -56,7 +56,7 @@ def attend(
         block = block_mask(t, s, causal=causal, window=window, device=q.device) if mask is None else mask
         return flex_attention(q, k, v, block_mask=block, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # pyright: ignore
 
-    # A single query sees everything before it, and a window that spans all keys hides nothing: no mask at all.
+    # No mask is needed for a single causal query, or for a window that spans all keys.
     narrow = window is not None and window < s
     causal_flag = mask is None and causal and t == s and t > 1 and not narrow
     if mask is None and (narrow or (causal and 1 < t < s)):
@@ -73,12 +73,12 @@ def attend(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
     h, h_kv, d, e = q.shape[1], k.shape[1], q.shape[3], v.shape[3]
     if d < e:
-        # The fused CPU and CUDA kernels want one width: zero channels add nothing to a dot product.
+        # The fused CPU and CUDA kernels need equal head dimensions: zero channels do not change a dot product.
         q, k = F.pad(q, (0, e - d)), F.pad(k, (0, e - d))
     elif d > e:
         v = F.pad(v, (0, d - e))
     if q.shape[2] == 1 and h > h_kv:
-        # Decoding: the queries of a group become tokens of one head, so that each key is read once (4x faster on CPU).
+        # Decoding: the queries of a group become tokens of one head, so that each key is read once: 4x faster on CPU.
         packed = q.unflatten(1, (h_kv, h // h_kv)).squeeze(3)
         out = F.scaled_dot_product_attention(packed, k, v, attn_mask=mask, scale=scale)
         return out.flatten(1, 2)[:, :, None, :e]
@@ -90,14 +90,16 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, sc
 
 
 def _short_rows(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    """Causal attention by plain products, the queries of a group as rows of one matrix.
+    """Causal attention by plain products, with the queries of a group as rows of one matrix.
 
-    Training on short rows in bfloat16, a step of a small model takes two thirds of the time that it takes with the
-    fused kernel (a processor that multiplies bfloat16); in fp32 it would take 1.4 times that time (AVX2).
+    On short rows in bfloat16, a training step of a small model takes two thirds of the time with the fused kernel (on a
+    CPU with bfloat16 products). In fp32 it would take 1.4 times as long as the fused kernel (AVX2).
     """
     h, h_kv, t = q.shape[1], k.shape[1], q.shape[2]
     scores = (q * scale).unflatten(1, (h_kv, -1)).flatten(2, 3) @ k.mT
-    hidden = torch.full((t, t), -math.inf, dtype=scores.dtype).triu(1)  # added: unlike a fill it has no backward pass
+    hidden = torch.full((t, t), -math.inf, dtype=scores.dtype).triu(
+        1
+    )  # added, because a masked fill has a backward pass
     maps = (scores.unflatten(2, (h // h_kv, t)) + hidden).softmax(-1).to(v.dtype)
     return (maps.flatten(2, 3) @ v).unflatten(2, (h // h_kv, t)).flatten(1, 2)
 
@@ -112,7 +114,7 @@ def block_mask(
     documents: Int[Tensor, "b s"] | None = None,
     device: torch.device | str = "cpu",
 ) -> BlockMask:
-    """Build what `mea.ops.masks.attention_mask` builds, as the block-sparse mask of FlexAttention."""
+    """As `mea.ops.masks.attention_mask`, as the block-sparse mask of FlexAttention."""
     keys = queries if keys is None else keys
     offset = keys - queries
 

@@ -1,4 +1,4 @@
-"""Plumbing that every attention module shares: projections, rotation, the cache and the call of a backend."""
+"""Base class of the attention modules: projections, RoPE, cache and backend."""
 
 from typing import Protocol, TypedDict, runtime_checkable
 
@@ -14,10 +14,10 @@ from mea.ops.rope import RopeConfig, Rotary, frequencies, rotary, rotate
 
 @runtime_checkable
 class Cache(Protocol):
-    """What a module asks of a cache; Hugging Face's and `KVCache` have it. Tensors are ``[b, heads, s, width]``."""
+    """Interface of caches, which Hugging Face's and `KVCache` implement. Tensors are ``[b, heads, s, width]``."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Append the new tokens' keys and values to layer `layer_idx`, and return all there are."""
+        """Append the new tokens' keys and values to layer `layer_idx`, and return those of all tokens."""
         ...
 
     def get_seq_length(self, layer_idx: int) -> int:
@@ -59,7 +59,7 @@ class AttentionOptions(TypedDict, total=False):
 
 
 class Attention(nn.Module):
-    """Base of the attention modules: not used alone.
+    """Base class of the attention modules.
 
     Parameters
     ----------
@@ -70,9 +70,9 @@ class Attention(nn.Module):
     rope
         Rotary embedding of queries and keys, or None for no position embedding.
     qk_norm
-        RMSNorm of each query and key head before the rotation, gain shared by the heads (arXiv 2302.05442, Qwen3).
+        RMSNorm of each query and key head before RoPE, with a gain shared by the heads (arXiv 2302.05442, Qwen3).
     causal, window
-        The mask where the caller gives none: no look ahead; the last `window` tokens in sight, the query's included.
+        The mask if the caller gives none: causal, and the last `window` tokens including the query's own.
     bias
         Biases on all four projections.
     backend
@@ -80,12 +80,12 @@ class Attention(nn.Module):
     eps
         Of every norm.
     head_norm_init
-        What the gain of the norm after attention starts at, where there is one. At 1 a head's output is at the start
-        many times as large as an average of values without the norm.
+        Initial gain of the norm after attention, if there is one. At 1 a head's output is initially many times as large
+        as without the norm.
     layer_index
-        Which layer of a cache is this module's; Differential V1 also takes its lambda_init from it.
+        Index of this module's layer in a cache; it also sets lambda_init of Differential V1.
     projections
-        Heads that the query, key and value projections make, where a method has other numbers than ``h, h_kv, h_kv``.
+        Heads of the query, key and value projections, if they differ from ``h, h_kv, h_kv``.
     """
 
     backends: tuple[Backend, ...] = backends.BACKENDS
@@ -115,7 +115,9 @@ class Attention(nn.Module):
         if head_dim is None and hidden_size % num_heads:
             raise ValueError(f"give head_dim: hidden_size {hidden_size} is no multiple of num_heads {num_heads}")
         if window is not None and window < 1:
-            raise ValueError(f"window counts the tokens in sight, the query's own included: at least 1, not {window}")
+            raise ValueError(
+                f"window is the number of visible tokens including the query's own: at least 1, not {window}"
+            )
         check_name("backend", backend, self.backends)
         d = hidden_size // num_heads if head_dim is None else head_dim
         self.hidden_size, self.num_heads, self.num_kv_heads, self.head_dim = hidden_size, num_heads, num_kv_heads, d
@@ -133,7 +135,7 @@ class Attention(nn.Module):
         self.k_norm = HeadNorm(k, d, "shared_gain", eps) if qk_norm else nn.Identity()
 
     def heads(self, x: Float[Tensor, "b t width"]) -> Float[Tensor, "b t heads d"]:
-        """Cut a projection into heads."""
+        """Split a projection into heads."""
         return x.unflatten(-1, (-1, self.head_dim))
 
     def rotate(
@@ -143,7 +145,7 @@ class Attention(nn.Module):
         positions: Int[Tensor, "#b t"] | Rotary | None,
         cache: Cache | None,
     ) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b t h_k d"]]:
-        """Apply the rotary embedding, if there is one. Without `positions` tokens count on from the cache's."""
+        """Apply RoPE, if there is one. Without `positions` they continue from the length of the cache."""
         if self.rope is None:
             return q, k
         if positions is None:
@@ -155,7 +157,7 @@ class Attention(nn.Module):
     def rotary(self, positions: Int[Tensor, "#b t"], dtype: torch.dtype) -> Rotary:
         """Angles at `positions`, in fp32 or in `dtype` if that is wider.
 
-        The frequencies are no buffer: ``module.bfloat16()`` would round them, and loading on the meta device lose them.
+        The frequencies are not a buffer: ``module.bfloat16()`` would round them, and the meta device would lose them.
         """
         assert self.rope is not None
         theta = frequencies(self.head_dim, self.rope, device=positions.device)

@@ -1,6 +1,6 @@
 """Differential attention: two attention maps subtracted. Version 1 (arXiv 2410.05258), and its authors' version 2.
 
-Both call stock softmax attention and subtract its outputs, which equals subtracting the maps: no score matrix is made.
+Both call standard softmax attention and subtract its outputs, which equals subtracting the maps without building them.
 """
 
 from typing import Unpack
@@ -17,7 +17,7 @@ from mea.ops.rope import Rotary
 
 
 class DifferentialAttention(Attention):
-    """Version 1: pairs of heads, a learnt lambda per layer, values of double width, a norm per pair.
+    """Version 1: pairs of heads, a learnt lambda per layer, values of twice the dimension, a norm per pair.
 
     Parameters
     ----------
@@ -28,8 +28,8 @@ class DifferentialAttention(Attention):
 
     Notes
     -----
-    Head ``2 m`` of the queries meets head ``2 g`` of the keys and ``2 m + 1`` meets ``2 g + 1``, ``g`` being the group
-    of pair ``m``, as in the paper's formulas and its fused implementation.
+    Query head ``2 m`` reads key head ``2 g`` and ``2 m + 1`` reads ``2 g + 1``, where ``g`` is the group of pair ``m``,
+    as in the paper's formulas and its fused implementation.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class DifferentialAttention(Attention):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw the four vectors of lambda as the paper does."""
+        """Initialise the four vectors of lambda as in the paper."""
         for vector in (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2):
             nn.init.normal_(vector, std=0.1)
 
@@ -73,10 +73,10 @@ class DifferentialAttention(Attention):
         return self.output(self.head_norm(out) * (1.0 - self.lambda_init))
 
     def _read_doubles(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> tuple[Tensor, Tensor]:
-        """What the first and the second map of every pair read, in one call.
+        """The outputs of the first and the second map of every pair, in one call.
 
-        Heads are (pair group g, pair in group i, which map j); a kernel wants those that read one key head (g, j) side
-        by side, and each key head needs its pair's double value.
+        Heads are (pair group g, pair in group i, map j). A kernel needs the query heads of one key head (g, j) to be
+        adjacent, and each key head needs its pair's value of twice the dimension.
         """
         pairs = self.num_kv_heads // 2
         q = q.unflatten(2, (pairs, -1, 2)).transpose(3, 4).flatten(2, 4)
@@ -85,14 +85,14 @@ class DifferentialAttention(Attention):
         return first.flatten(2, 3), second.flatten(2, 3)
 
     def _read_halves(self, q: Tensor, k: Tensor, v: Tensor, mask: AttentionMask | None) -> list[Tensor]:
-        """The same in four calls on views: for a single query it is the copying of the cache that would cost."""
+        """The same in four calls on views: for a single query, copying the cache would take most of the time."""
         return [
             torch.cat([self.attend(q[:, :, j::2], k[:, j::2], v[:, e::2], mask) for e in (0, 1)], dim=-1)
             for j in (0, 1)
         ]
 
     def lam(self) -> Float[Tensor, ""]:
-        """The present value of lambda, in fp32 or wider."""
+        """The current value of lambda, in fp32 or higher precision."""
         vectors = (self.lambda_q1, self.lambda_k1, self.lambda_q2, self.lambda_k2)
         wide = torch.promote_types(self.lambda_q1.dtype, torch.float32)
         return reference.differential_lambda(*(x.to(wide) for x in vectors), layer=self.layer_index)
@@ -104,8 +104,8 @@ class DifferentialAttentionV2(Attention):
     Parameters
     ----------
     hidden_size, num_heads, num_kv_heads, options
-        As in `Attention`: `num_heads` heads come out, from ``2 num_heads`` query heads. The query projection is twice
-        as wide as a plain Transformer's.
+        As in `Attention`. There are ``2 num_heads`` query heads for `num_heads` outputs, so the query projection is
+        twice as wide as a plain Transformer's.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """Grouped-query attention (arXiv 2305.13245), with an optional norm of each head's output.
 
 Multi-head attention is ``num_kv_heads = num_heads``, multi-query attention ``num_kv_heads = 1``. With a head norm it is
-the paper's "+GroupNorm" baseline, and what a square `MultiheadExplicitAttention` folds to.
+the "+GroupNorm" baseline of arXiv 2601.19611, and the folded form of a square `MultiheadExplicitAttention`.
 """
 
 from typing import Unpack
@@ -54,9 +54,9 @@ class GroupedQueryAttention(Attention):
         x
             Hidden states of the new tokens.
         mask
-            True where a query may look; None for this module's own `causal` and `window`.
+            True where a query may attend; None for this module's own `causal` and `window`.
         positions
-            Of the new tokens, or their angles; None to count on from the cache.
+            Of the new tokens, or their angles; None to continue from the length of the cache.
         cache
             Holds the past tokens; the new ones are appended.
         """

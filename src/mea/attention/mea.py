@@ -23,9 +23,9 @@ Fold = Literal["auto", "always", "never"]
 
 
 def folding_is_cheaper(tokens: int, width: int, components: int, heads: int) -> bool:
-    """Whether to mix the rows of a projection from `width` channels, and not the activations of so many tokens.
+    """Whether mixing the rows of a projection from `width` channels is cheaper than mixing `tokens` activations.
 
-    Multiplications per channel of a head, the projection itself included; both orders give the same result.
+    Counts multiplications per channel of a head, including the projection; both orders give the same result.
     """
     mix_weights = width * components * heads + tokens * width * heads
     mix_activations = tokens * width * components + tokens * components * heads
@@ -38,22 +38,22 @@ class MultiheadExplicitAttention(Attention):
     Parameters
     ----------
     hidden_size, num_heads, num_kv_heads, options
-        As in `Attention`. With `qk_norm` the keys are normalised after a square mixing (which then still folds into the
-        weights), and before one that has fewer components (so that what is cached are components).
+        As in `Attention`. With `qk_norm` the keys are normalised after a square mixing, which then still folds into the
+        weights. With fewer components they are normalised before the mixing, so that the cache holds components.
     num_component_heads
-        ``h_c``, the paper's h', at most ``h_kv`` (and that if None). With fewer, a cache holds the components, as one
-        head of width ``h_c d``: that much less memory than ``h_kv d``.
+        ``h_c``, the paper's h', at most ``h_kv``; None means ``h_kv``. With fewer, a cache holds the components, as one
+        head of dimension ``h_c d`` instead of ``h_kv d`` numbers.
     mix
-        Which of keys and values are mixed. What is not mixed has ``h_kv`` heads.
+        Whether keys, values or both are mixed. Without mixing there are ``h_kv`` heads.
     head_norm
         ``"off"``, ``"no_gain"``, ``"shared_gain"`` (the paper's) or ``"per_head_gain"``.
     init
-        Of the mixing, by name: see `HeadMixing`.
+        Initialisation of the mixing, see `HeadMixing`.
     key_mixing
         ``"scalar"``, one number per pair of heads (the paper's), or ``"frequency"``, a complex one for each frequency.
     fold
         Mix activations (``"never"``), or the rows of ``W_K`` and ``W_V`` at each step (``"always"``): the same result.
-        ``"auto"`` takes what costs fewer multiplications at the number of tokens at hand.
+        ``"auto"`` takes the order with fewer multiplications for the given number of tokens.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class MultiheadExplicitAttention(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None,
         cache: Cache,
     ) -> Float[Tensor, "b t h d"]:
-        """Cache rotated components; recombine them when many queries read, else take the mixing to the one query."""
+        """Cache components after RoPE. Many queries read recombined heads; a single query is mixed instead."""
         k = self.k_norm(self.heads(self.k_proj(x)))
         q, k = self.rotate(q, k, positions, cache)
         k, v = k.flatten(2)[:, :, None], self.v_proj(x)[:, :, None]
@@ -133,14 +133,14 @@ class MultiheadExplicitAttention(Attention):
     def _recombined(
         self, latent: Float[Tensor, "b 1 s r"], mixing: HeadMixing | FrequencyMixing | None
     ) -> Float[Tensor, "b h_kv s d"]:
-        """All key or value heads from what the cache holds of them."""
+        """All key or value heads from the cached components."""
         components = self.heads(latent[:, 0])
         return (components if mixing is None else mixing(components)).transpose(1, 2)
 
     def _mixed(
         self, x: Float[Tensor, "b t D"], proj: nn.Linear, mixing: HeadMixing | FrequencyMixing | None
     ) -> Float[Tensor, "b t h_kv d"]:
-        """Project and mix, in the order that is cheaper or asked for."""
+        """Project and mix, in the order set by `fold`."""
         if mixing is None:
             return self.heads(proj(x))
         tokens = x.shape[0] * x.shape[1]
@@ -157,8 +157,8 @@ class MultiheadExplicitAttention(Attention):
         Raises
         ------
         ValueError
-            With fewer component than key/value heads: folding would give up the smaller cache, unless `expand` allows
-            it. Never with a norm of component keys, which stands between ``W_K`` and the mixing.
+            There are fewer component than key/value heads, and `expand` does not allow the larger cache of the result.
+            Or component keys have a norm, which is between ``W_K`` and the mixing.
         """
         normed = self.key_mixing is not None and not isinstance(self.k_norm, nn.Identity)
         if self.compressed and (normed or not expand):

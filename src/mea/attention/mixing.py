@@ -1,8 +1,8 @@
 """Learnable head-level linear combinations (HLC, arXiv 2601.19611) and the norm that follows attention.
 
-A mixing turns ``h_c`` component heads into ``h_kv`` heads. Because it acts on heads alone, the same matrix can be
-applied to activations, folded into the projection before it, or, on reading, carried over to the queries and the
-output: a method each, and the three agree exactly.
+A mixing turns ``h_c`` component heads into ``h_kv`` heads. Because it is linear over heads, the same matrix can be
+applied to activations, folded into the projection before it, or, during decoding, applied to the queries and the
+output. Each has a method, and the three agree up to rounding.
 """
 
 from typing import Literal, get_args
@@ -18,7 +18,7 @@ from mea.ops.rope import join_pairs, split_pairs
 
 MixingInit = Literal["identity", "identity_noise", "orthogonal", "scaled_random"]
 HeadNormGain = Literal["off", "no_gain", "shared_gain", "per_head_gain"]
-NOISE = 0.02  # standard deviation that "identity_noise" adds, the one usual for projections
+NOISE = 0.02  # standard deviation of "identity_noise", as usual for projections
 
 
 def check_name(kind: str, name: str, allowed: tuple[str, ...]) -> None:
@@ -29,13 +29,13 @@ def check_name(kind: str, name: str, allowed: tuple[str, ...]) -> None:
 
 
 def block_copy(components: int, heads: int) -> Float[Tensor, "h_c h_kv"]:
-    """The identity where it is square; with fewer components, each is copied to a block of neighbouring heads."""
+    """The identity if square; with fewer components, each is copied to a block of neighbouring heads."""
     source = torch.arange(heads) * components // heads
     return F.one_hot(source, components).mT.float()
 
 
 class HeadMixing(nn.Module):
-    """One scalar per pair of heads: ``HLC(W_lc, T)`` of the paper, ``weight`` being its ``W_lc`` of ``[h_c, h_kv]``.
+    """One scalar per pair of heads: ``HLC(W_lc, T)`` of the paper, with its ``W_lc`` as ``weight`` ``[h_c, h_kv]``.
 
     Parameters
     ----------
@@ -75,18 +75,18 @@ class HeadMixing(nn.Module):
         return (self.weight.mT @ weight.reshape(self.components, -1)).view(-1, weight.shape[1])
 
     def absorb(self, q: Float[Tensor, "b t h d"]) -> Float[Tensor, "b t h r"]:
-        """Carry the mixing of keys over to the queries: their products with all components as one key of width r."""
+        """Apply the mixing of keys to the queries, whose products with the concatenated components are the scores."""
         grouped = q.unflatten(2, (self.heads, -1))
         return torch.einsum("btgid,cg->btgicd", grouped, self.weight).flatten(-2).flatten(2, 3)
 
     def unmix(self, out: Float[Tensor, "b t h r"]) -> Float[Tensor, "b t h d"]:
-        """Carry the mixing of values over to the output: `out` was read from all components as one value of width r."""
+        """Apply the mixing of values to `out`, the weighted sum of the concatenated components."""
         grouped = out.unflatten(3, (self.components, -1)).unflatten(2, (self.heads, -1))
         return torch.einsum("btgicd,cg->btgid", grouped, self.weight).flatten(2, 3)
 
 
 class FrequencyMixing(nn.Module):
-    """One complex number per pair of heads and channel pair, for keys: what commutes with RoPE at its most general.
+    """One complex number per pair of heads and channel pair, for keys: the most general mixing that commutes with RoPE.
 
     ``weight`` holds real and imaginary parts, ``[d / 2, h_c, h_kv, 2]``; the arithmetic is real, so that bf16 works.
 

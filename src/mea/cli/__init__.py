@@ -1,7 +1,7 @@
 """The command line: one file per subcommand, no logic.
 
-A subcommand is a function with typer's annotations and two examples, registered below. What it needs it imports when it
-runs: torch and transformers take seconds, and ``--help`` must not wait for them.
+A subcommand is a function with typer's annotations and two examples, registered below. It imports torch and
+transformers only when it runs: these imports take seconds, and ``--help`` must not wait for them.
 """
 
 from typing import Annotated
@@ -46,7 +46,7 @@ for panel, commands in COMMANDS.items():
 
 
 def print_version(wanted: bool) -> bool:
-    """Print the version and leave."""
+    """Print the version and exit."""
     if wanted:
         typer.echo(f"mea {mea.__version__}")
         raise typer.Exit
@@ -59,4 +59,4 @@ def main(
         bool, typer.Option("--version", help="Print the version.", callback=print_version, is_eager=True)
     ] = False,
 ) -> None:
-    """Keeps subcommands subcommands, however few there are."""
+    """Required by typer to keep subcommand names, even with a single subcommand."""

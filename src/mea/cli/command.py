@@ -1,4 +1,4 @@
-"""What a subcommand does beside typer's own: it answers an option's old name with the new one."""
+"""A typer command that answers an option's old name with the new name."""
 
 from typing import Any
 
@@ -29,10 +29,10 @@ class Command(TyperCommand):
         for argument in args:
             old = argument.partition("=")[0]
             if new := RENAMED.get(str(self.name), {}).get(old):
-                ctx.fail(f"{old} is gone: give {new}")
+                ctx.fail(f"{old} was renamed: give {new}")
         return super().parse_args(ctx, args)
 
 
 def epilog(examples: tuple[str, ...]) -> str:
-    """Examples as typer shows them below a command's options."""
+    """Format examples for the end of a command's help."""
     return "\n\n".join(["Examples:", *(f"  {example}" for example in examples)])

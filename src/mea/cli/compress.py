@@ -37,7 +37,7 @@ def compress(
         bool,
         typer.Option(
             "--allocate",
-            help="Choose ranks layer by layer, by what they cost on held-out text.",
+            help="Choose the rank of each layer by its effect on held-out text.",
             rich_help_panel=shared.BUDGET,
         ),
     ] = False,
@@ -76,7 +76,7 @@ def compress(
     groups: Annotated[
         int,
         typer.Option(
-            help="Groups of neighbouring heads with latents of their own, for tensor parallelism.",
+            help="Groups of neighbouring heads with separate latents, for tensor parallelism.",
             rich_help_panel=shared.ADVANCED,
         ),
     ] = 1,
@@ -88,14 +88,14 @@ def compress(
     ] = 4096,
     dtype: shared.Dtype = "auto",
     seed: shared.Seed = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done and what it costs.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, its memory and its time.")] = False,
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
     from mea.compression import Allocation, Calibration, CompressOptions, compress_to_folder, preview
     from mea.report.sections.compression import compression_table, plan_table
 
     if not allocate and (equal or same or step is not None):
-        raise ValueError("--equal, --same and --step say how to allocate ranks: give --allocate too")
+        raise ValueError("--equal, --same and --step are options of --allocate: give --allocate too")
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, seed, copy_fraction)
     options = CompressOptions(
         keep, budget, layout, method, weighting, groups, calibration,
@@ -112,7 +112,7 @@ def compress(
 
 
 def summary(plan: dict[str, Any]) -> str:
-    """One line on what a compression will do, from `mea.compression.preview`."""
+    """The plan of a compression in one line, from `mea.compression.preview`."""
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token"]
     return (
         f"{plan['method']}: keep {after / before:.0%} of the cache, {before:,} -> {after:,} bytes per token; "

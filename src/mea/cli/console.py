@@ -1,4 +1,4 @@
-"""What all subcommands share: where they print, errors as one line, progress on stderr."""
+"""Shared by all subcommands: consoles, errors as one line, progress on stderr."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -13,14 +13,14 @@ from rich.markup import escape
 from mea.records import Progress
 
 output, errors = Console(), Console(stderr=True)
-USER_ERROR = 2  # exit code of what the user can put right
-LINE_SECONDS = 15.0  # between two lines on progress where stderr is no terminal
+USER_ERROR = 2  # exit code of errors that the user can fix
+LINE_SECONDS = 15.0  # between two lines of progress if stderr is no terminal
 
 
 def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Print what the user can put right as one line, and leave with code 2; anything else is a defect and shows itself.
+    """Print errors that the user can fix as one line and exit with code 2; other errors show their traceback.
 
-    Such errors are ValueError and OSError, and ImportError for an extra that is not installed.
+    The user can fix ValueError and OSError, and ImportError for an extra that is not installed.
     """
 
     @wraps(command)
@@ -39,9 +39,9 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """What is told how far work has come: it shows one bar for each stage, or a line from time to time in a log.
+    """A function that shows progress: one bar for each stage, or a line every `LINE_SECONDS` if stderr is a log.
 
-    What stands in brackets after a stage's name may change from call to call.
+    Text in brackets after a stage's name may change from call to call.
     """
     with _bars() if errors.is_terminal else _lines() as report:
         yield report
@@ -67,7 +67,7 @@ def _bars() -> Iterator[Progress]:
 
 @contextmanager
 def _lines() -> Iterator[Progress]:
-    """A line for each stage when it begins and every `LINE_SECONDS` after, from a thread: steps may take minutes."""
+    """A line when a stage begins, then one every `LINE_SECONDS` from a thread, because steps may take minutes."""
     stage, ended = ["", 0, 0], threading.Event()
 
     def show() -> None:

@@ -20,11 +20,15 @@ def demo(
     ] = Path("build/demo"),
     model: Annotated[
         str | None,
-        typer.Option(help="Another model than SmolLM2-135M from its package.", rich_help_panel=shared.WHAT),
+        typer.Option(help="A model instead of the packaged SmolLM2-135M.", rich_help_panel=shared.WHAT),
     ] = None,
     refined: Annotated[
         bool,
-        typer.Option("--refined", help="Also the default method with --refine 2: slow.", rich_help_panel=shared.METHOD),
+        typer.Option(
+            "--refined",
+            help="Also measure the default method with --refine 2, which takes longer.",
+            rich_help_panel=shared.METHOD,
+        ),
     ] = False,
 ) -> None:
     """Compress a small model to half of its cache with every method, and report quality and speed."""

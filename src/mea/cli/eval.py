@@ -59,12 +59,12 @@ def evaluate(
     label: Annotated[
         str | None,
         typer.Option(
-            help="Name of the model in records; by default that of its folder.", rich_help_panel=shared.ADVANCED
+            help="Name of the model in records; by default its folder's name.", rich_help_panel=shared.ADVANCED
         ),
     ] = None,
     batch_tokens: Annotated[
         int | None,
-        typer.Option(help="Tokens of a batch; found while running by default.", rich_help_panel=shared.ADVANCED),
+        typer.Option(help="Tokens of a batch; by default determined while running.", rich_help_panel=shared.ADVANCED),
     ] = None,
     dtype: shared.Dtype = "auto",
 ) -> None:
@@ -74,10 +74,10 @@ def evaluate(
     tasks, folder = tuple(task or ()), None if data is None else str(data)
     long_only = {"--lengths": lengths, "--cache-bits": cache_bits, "--seed": seed or None}
     if suite == LONG_CONTEXT:
-        refuse({"--data": data, "--batch-tokens": batch_tokens}, f"has no meaning for the suite {LONG_CONTEXT}")
+        refuse({"--data": data, "--batch-tokens": batch_tokens}, f"is no option of the suite {LONG_CONTEXT}")
         long_context(model, against, tasks, lengths, cache_bits, seed, limit, dtype, label, out)
         return
-    refuse(long_only, f"goes with --suite {LONG_CONTEXT} only")
+    refuse(long_only, f"is an option of --suite {LONG_CONTEXT} only")
 
     from mea.evaluate.harness.run import HarnessTasks, describe
     from mea.evaluate.runner import evaluate as run
@@ -104,7 +104,7 @@ def long_context(
     label: str | None,
     out: Path,
 ) -> None:
-    """The suite that is not the harness's."""
+    """Run the suite long-context, which is not part of lm-evaluation-harness."""
     from mea.evaluate.long_context import LongContext
     from mea.evaluate.runner import evaluate as run
     from mea.report.sections.long_context import context_tables
@@ -122,11 +122,11 @@ def numbers(text: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise ValueError(f"lengths are numbers of tokens with commas between, as in 512,1024, not {text!r}") from None
+        raise ValueError(f"lengths are numbers of tokens separated by commas, as in 512,1024, not {text!r}") from None
 
 
 def refuse(options: dict[str, object], why: str) -> None:
-    """Refuse options that were given and mean nothing here."""
+    """Refuse given options that do not apply."""
     for name, value in options.items():
         if value is not None:
             raise ValueError(f"{name} {why}")

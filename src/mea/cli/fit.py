@@ -20,12 +20,12 @@ def fit(
         Path | None, typer.Option(help="Write the record of the fit to this file.", rich_help_panel=shared.WHAT)
     ] = None,
     skip: Annotated[
-        float, typer.Option(help="First share of the tokens, which is not fitted.", rich_help_panel=shared.WHAT)
+        float, typer.Option(help="Fraction of the tokens at the start that is not fitted.", rich_help_panel=shared.WHAT)
     ] = 0.1,
     held: Annotated[
         float,
         typer.Option(
-            help="First share of the tokens, from which the loss at the rest is predicted.", rich_help_panel=shared.WHAT
+            help="Fraction of the tokens from which the loss at the end is predicted.", rich_help_panel=shared.WHAT
         ),
     ] = 0.5,
     horizon: Annotated[
@@ -35,7 +35,7 @@ def fit(
     draws: Annotated[int, typer.Option(help="Bootstrap replicates.", rich_help_panel=shared.ADVANCED)] = 4000,
     seed: shared.Seed = 0,
 ) -> None:
-    """Fit loss against tokens over a sweep: best rates, stability, differences, and whether the fit predicts."""
+    """Fit the loss of a sweep: scaling laws, best learning rates, stability, differences, prediction errors."""
     from mea.records import write_record
     from mea.report.render.terminal import TerminalTable
     from mea.report.sections.scaling_fit import fit_parts

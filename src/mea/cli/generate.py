@@ -17,22 +17,27 @@ def generate(
     model: shared.Model,
     prompt: Annotated[str, typer.Option(help="Text to continue.", show_default=False, rich_help_panel=shared.WHAT)],
     against: shared.Against = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Tokens at most.", rich_help_panel=shared.WHAT)] = 128,
+    max_new_tokens: Annotated[
+        int, typer.Option(help="Largest number of new tokens.", rich_help_panel=shared.WHAT)
+    ] = 128,
     chat: Annotated[
         bool, typer.Option("--chat", help="Use the model's chat template.", rich_help_panel=shared.WHAT)
     ] = False,
     temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token.", rich_help_panel="Sampling")
+        float,
+        typer.Option(help="Sampling temperature; 0 always takes the most likely token.", rich_help_panel="Sampling"),
     ] = 0.0,
     top_p: Annotated[
         float,
-        typer.Option(help="Draw from the likeliest tokens of this total probability.", rich_help_panel="Sampling"),
+        typer.Option(
+            help="Sample from the most likely tokens with this total probability.", rich_help_panel="Sampling"
+        ),
     ] = 1.0,
-    seed: Annotated[int, typer.Option(help="Seed of the draws.", rich_help_panel="Sampling")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel="Sampling")] = 0,
     dtype: shared.Dtype = "auto",
     cache_bits: shared.CacheBits = None,
 ) -> None:
-    """Continue a prompt; the text appears as it is made."""
+    """Continue a prompt, and print the text token by token."""
     from mea.evaluate.generation import continue_prompt
     from mea.models.loading import load
 

@@ -1,4 +1,4 @@
-"""Options that several commands share: one name, one meaning and one help text each, and the panels that group them."""
+"""Options that several commands share, with one name, meaning and help text each, and the panels of the help."""
 
 from typing import Annotated
 
@@ -9,7 +9,7 @@ from mea.names import CACHE_BITS, DTYPES, METHODS, TEXTS, listed
 WHAT, BUDGET, METHOD, CALIBRATION = "What", "Budget", "Method", "Calibration"
 MEASUREMENT, TRAINING, ADVANCED = "Measurement", "Training", "Advanced"
 
-# Defaults of mea.compression.Calibration, which a test holds them to: importing it takes seconds.
+# Defaults of mea.compression.Calibration, repeated because importing it takes seconds; a test compares them.
 CALIBRATION_TEXT, CALIBRATION_TOKENS, CALIBRATION_WINDOW, COPY_FRACTION = "calibration", 16384, 1024, 0.5
 WINDOW = 1024
 
@@ -18,7 +18,7 @@ METHOD_HELP = f"{listed(METHODS)}."
 METHOD_OR_WEIGHTING_HELP = f"{listed(METHODS)}, or post_rope:WEIGHTING."
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.", show_default=False)]
-Against = Annotated[str | None, typer.Option(help="Another model, to compare with.", rich_help_panel=WHAT)]
+Against = Annotated[str | None, typer.Option(help="Model to compare with.", rich_help_panel=WHAT)]
 Text = Annotated[str, typer.Option(help=f"Text to score: {TEXT_HELP}", rich_help_panel=MEASUREMENT)]
 Window = Annotated[
     int, typer.Option(help="Tokens of one window of the text; windows do not overlap.", rich_help_panel=MEASUREMENT)
@@ -30,8 +30,8 @@ CacheBits = Annotated[
 Dtype = Annotated[
     str,
     typer.Option(
-        help=f"{listed(DTYPES)}; auto is the weights' own, fast is bfloat16 where the machine multiplies it, else "
-        "float32.",
+        help=f"{listed(DTYPES)}; auto is the dtype of the weights, fast is bfloat16 if the machine has fast bfloat16 "
+        "products, else float32.",
         rich_help_panel=ADVANCED,
     ),
 ]
@@ -46,7 +46,7 @@ CalibrationWindow = Annotated[
 CopyFraction = Annotated[
     float,
     typer.Option(
-        help="Share of the windows in which spans are repeated, so that the factors keep what finds earlier tokens.",
+        help="Fraction of the windows with repeated spans, which preserve recall of earlier tokens.",
         rich_help_panel=CALIBRATION,
     ),
 ]

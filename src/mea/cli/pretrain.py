@@ -26,7 +26,7 @@ def pretrain(
         ),
     ] = None,
     record: Annotated[
-        Path | None, typer.Option(help="Record to write, if not in OUT.", rich_help_panel=shared.WHAT)
+        Path | None, typer.Option(help="Record to write, by default in OUT.", rich_help_panel=shared.WHAT)
     ] = None,
     cache: Annotated[
         Path, typer.Option(help="Folder of tokenised text, shared by runs.", rich_help_panel=shared.ADVANCED)
@@ -42,5 +42,5 @@ def pretrain(
         made = run(settings, out, cache=cache, record=record, start_from=start_from, progress=report)
     if message := divergence_message(made):
         raise ValueError(message)
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one speaks
+    if os.environ.get("RANK", "0") == "0":  # only one of torchrun's processes prints
         output.print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")

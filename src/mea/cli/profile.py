@@ -20,7 +20,7 @@ def profile(
     record: Annotated[Path, typer.Argument(help="Record to write, a .json file; an interrupted run continues there.")],
     keep: Annotated[
         float,
-        typer.Option(help="Fraction of its cache's bytes that the one layer keeps.", rich_help_panel=shared.BUDGET),
+        typer.Option(help="Fraction of its cache that the compressed layer keeps.", rich_help_panel=shared.BUDGET),
     ] = 0.5,
     method: Annotated[
         str, typer.Option(help=shared.METHOD_OR_WEIGHTING_HELP, rich_help_panel=shared.METHOD)
@@ -32,10 +32,10 @@ def profile(
     text: Annotated[
         str | None,
         typer.Option(
-            help="Text to score; by default what calibration leaves of its text.", rich_help_panel=shared.MEASUREMENT
+            help="Text to score; by default the rest of the calibration text.", rich_help_panel=shared.MEASUREMENT
         ),
     ] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens of it.", rich_help_panel=shared.MEASUREMENT)] = 4096,
+    tokens: Annotated[int, typer.Option(help="Tokens of the scored text.", rich_help_panel=shared.MEASUREMENT)] = 4096,
     window: shared.Window = shared.WINDOW,
     dtype: shared.Dtype = "fast",
 ) -> None:
@@ -53,4 +53,4 @@ def profile(
             text=text, tokens=tokens, window=window, dtype=dtype, progress=report,
         )  # fmt: skip
     output.print(profile_table(measured))
-    output.print(f"mea report {record} --out profile.html draws it.", soft_wrap=True, highlight=False)
+    output.print(f"mea report {record} --out profile.html plots it.", soft_wrap=True, highlight=False)

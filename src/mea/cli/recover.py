@@ -17,7 +17,7 @@ EXAMPLES = (
 
 
 def recover(
-    model: Annotated[str, typer.Argument(help="What mea compress wrote.")],
+    model: Annotated[str, typer.Argument(help="Folder that mea compress wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
     text: Annotated[
         list[str],
@@ -29,7 +29,7 @@ def recover(
     ],
     original: Annotated[
         str | None,
-        typer.Option(help="The uncompressed model; the stage cpt needs none.", rich_help_panel=shared.WHAT),
+        typer.Option(help="The uncompressed model; not needed for the stage cpt.", rich_help_panel=shared.WHAT),
     ] = None,
     stage: Annotated[
         str, typer.Option(help=f"{listed(STAGES)}; several joined by +.", rich_help_panel=shared.WHAT)
@@ -60,32 +60,37 @@ def recover(
     copy_fraction: Annotated[
         float | None,
         typer.Option(
-            help="Share of the windows in which spans are repeated; in distillation 0.5 by default.",
+            help="Fraction of the windows with repeated spans; in distillation 0.5 by default.",
             rich_help_panel=shared.TRAINING,
         ),
     ] = None,
     held_out: Annotated[
         int | None,
-        typer.Option(help="Tokens of the texts that choose the best state.", rich_help_panel=shared.TRAINING),
+        typer.Option(help="Held-out tokens, which select the saved state.", rich_help_panel=shared.TRAINING),
     ] = None,
     micro_batch: Annotated[
-        int | None, typer.Option(help="Windows at a time in one process.", rich_help_panel=shared.ADVANCED)
+        int | None, typer.Option(help="Windows per forward pass in one process.", rich_help_panel=shared.ADVANCED)
     ] = None,
     precision: Annotated[
         str | None,
         typer.Option(
-            help="Of products: bfloat16 or float32; by default the faster one here.", rich_help_panel=shared.ADVANCED
+            help="Dtype of matrix products: bfloat16 or float32; by default the faster one.",
+            rich_help_panel=shared.ADVANCED,
         ),
     ] = None,
     shard: Annotated[
         bool,
-        typer.Option("--shard", help="Under torchrun: FSDP2 instead of copies.", rich_help_panel=shared.ADVANCED),
+        typer.Option(
+            "--shard",
+            help="With torchrun: shard the model (FSDP2) instead of copying it.",
+            rich_help_panel=shared.ADVANCED,
+        ),
     ] = False,
     measure: Annotated[
         int,
         typer.Option(help="WikiText-2 test tokens for the model card; 0: none.", rich_help_panel=shared.ADVANCED),
     ] = 4096,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be done.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
 ) -> None:
     """Train a compressed model for a short time to regain quality; an interrupted run continues."""
     from mea.train.recovery.save import recover_to_folder, recovery_seconds
@@ -97,7 +102,7 @@ def recover(
         "precision": precision,
     }  # fmt: skip
     stages = [recovery(name, **changes) for name in stage.split("+")]
-    speaks = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one
+    speaks = os.environ.get("RANK", "0") == "0"  # only one of torchrun's processes prints
     if speaks:
         for name, settings in zip(stage.split("+"), stages, strict=True):
             done = settings.steps * settings.step_tokens

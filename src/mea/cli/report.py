@@ -24,7 +24,7 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="CSV file of all tables.", rich_help_panel=shared.WHAT)] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=shared.WHAT)] = "",
 ) -> None:
-    """Make one page of records: pretraining, compression, tasks, long contexts."""
+    """Write one page from records: pretraining, compression, tasks, long contexts."""
     from mea.report import as_csv, find_records, make_sections, write_markdown, write_report, write_text
     from mea.report.render.html import check_packages
 
@@ -32,12 +32,12 @@ def report(
         raise ValueError("nothing to write: give --out, --markdown or --csv")
     check_packages()
     say = functools.partial(errors.print, soft_wrap=True, highlight=False, markup=False)
-    found = find_records(records, lambda message: say(f"left out: {message}"))
-    sections = make_sections(found)
+    loaded = find_records(records, lambda message: say(f"left out: {message}"))
+    sections = make_sections(loaded)
     written = []
     if out:
         command = " ".join(["mea report", *map(_shown, records), "--out", _shown(out)])
-        written.append(write_report(found, out, title=title, regenerate=command, sections=sections))
+        written.append(write_report(loaded, out, title=title, regenerate=command, sections=sections))
     if markdown:
         written.append(write_markdown(sections, markdown))
     if csv:
@@ -47,5 +47,5 @@ def report(
 
 
 def _shown(path: Path) -> str:
-    """A path for other readers: of an absolute one the last part."""
+    """A path without local folders: the last part of an absolute path."""
     return path.name if path.is_absolute() else str(path)

@@ -27,10 +27,12 @@ def sweep(
         Path, typer.Option(help="Folder of tokenised text and unfinished runs.", rich_help_panel=shared.WHAT)
     ] = Path("build/pretraining"),
     minutes: Annotated[
-        float | None, typer.Option(help="Start no run after this time.", rich_help_panel=shared.WHAT)
+        float | None, typer.Option(help="Start no new run after this many minutes.", rich_help_panel=shared.WHAT)
     ] = None,
-    workers: Annotated[int, typer.Option(help="Runs at a time.", rich_help_panel=shared.ADVANCED)] = 1,
-    attempts: Annotated[int, typer.Option(help="Attempts at a run that crashes.", rich_help_panel=shared.ADVANCED)] = 3,
+    workers: Annotated[int, typer.Option(help="Parallel runs.", rich_help_panel=shared.ADVANCED)] = 1,
+    attempts: Annotated[
+        int, typer.Option(help="Attempts at a run before it counts as failed.", rich_help_panel=shared.ADVANCED)
+    ] = 3,
     ray: Annotated[
         bool,
         typer.Option(

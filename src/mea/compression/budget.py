@@ -51,7 +51,7 @@ class CacheShape:
         return self.num_kv_heads * self.head_dim
 
     def tokens(self, layer: int, context: int) -> int:
-        """Tokens that a layer caches after `context` tokens: a sliding layer drops what no later token can attend to."""
+        """Tokens that a layer caches after `context` tokens: a sliding layer drops tokens outside its window."""
         window = self.windows[layer]
         return context if window is None else min(context, window - 1)
 
@@ -170,8 +170,8 @@ def _spread(
 ) -> list[int]:
     """Give every layer the same number of steps, then one more step to each layer in turn while the budget allows.
 
-    `weights` are the tokens that each layer caches; `numbers` is the budget; `order` is the order of the spare steps, by
-    default from the first layer on.
+    `weights` are the tokens that each layer caches; `numbers` is the budget; `order` is the order of the spare steps,
+    by default from the first layer on.
     """
     least, most = (1, shape.width // step.size) if step.paired else (2, 2 * shape.width // step.size)
     cost = [weight * step.numbers for weight in weights]

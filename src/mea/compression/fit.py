@@ -55,8 +55,8 @@ class Target(NamedTuple):
 def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target]) -> Iterator[list[FittedLayer]]:
     """Fit layer by layer; yields one result per target for each layer.
 
-    Statistics are taken from the *uncompressed* model: factors fitted on the outputs of compressed layers below were worse
-    (docs/LOG.md), and this way the layers are independent of each other.
+    Statistics are taken from the *uncompressed* model: factors fitted on the outputs of compressed layers below were
+    worse (docs/LOG.md), and this way the layers are independent of each other.
 
     Raises
     ------

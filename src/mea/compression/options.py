@@ -10,22 +10,22 @@ from mea.names import DEFAULT_METHOD
 
 @dataclass(frozen=True)
 class Allocation:
-    """How ranks are chosen layer by layer (`mea.compression.allocate.search`), instead of equal ones.
+    """How ranks are chosen layer by layer (`mea.compression.allocate.search`) instead of equal ranks.
 
     Attributes
     ----------
     equal
-        Keys and values get the same rank within a layer: PyTorch's fast kernels on processors need it.
+        Keys and values get the same rank within a layer, which PyTorch's fast CPU kernels need.
     same
         All layers get the same ranks.
     step
         Ranks are multiples of it; by default the method's own step.
     text, tokens
-        What the choice is measured on; by default calibration text that the factors have not seen.
+        Held-out text and its tokens; by default calibration text that the factors were not fitted on.
     windows
-        Calibration windows that factors are fitted on while choosing, at most: with a few, other ranks come out best.
+        Calibration windows for the fits of the search, at most: with only a few windows, other ranks are chosen.
     tries
-        Exchanges of ranks that are measured.
+        Number of rank exchanges to measure.
     """
 
     equal: bool = False
@@ -50,17 +50,17 @@ class Refinement:
     Attributes
     ----------
     passes
-        Over the calibration windows, for every layer.
+        Passes over the calibration windows for every layer.
     window
-        Tokens that are read in one piece, at most those of a calibration window.
+        Tokens of one training window, at most a calibration window.
     batch
         Windows a step.
     lr, base_lr
         Peak learning rates of the factors (encoders and decoders), and of the projections of queries, keys and output.
     held_out
-        One window in so many is not trained on: a layer on which its loss did not fall stays as it was.
+        One window in `held_out` is not trained on. A layer whose loss on these windows does not fall keeps its weights.
     seed
-        Of the windows' order and positions.
+        Of the order and the positions of the windows.
     """
 
     passes: int = 1
@@ -74,7 +74,7 @@ class Refinement:
     def __post_init__(self) -> None:
         if self.passes < 1 or self.window < 8 or self.batch < 1 or self.held_out < 2:
             raise ValueError(
-                "refinement takes at least 1 pass, windows of 8 tokens, 1 window a step and 1 window in 2 to train on, "
+                "refinement needs at least 1 pass, windows of 8 tokens, a batch of 1 window and 1 held-out window in 2, "
                 f"not {self.passes}, {self.window}, {self.batch} and 1 in {self.held_out}"
             )
         if not (self.lr > 0 and self.base_lr > 0):
@@ -88,24 +88,23 @@ class CompressOptions:
     Attributes
     ----------
     keep
-        The fraction of the cache's bytes that stays, `DEFAULT_KEEP` if no other budget is given.
+        The fraction of the cache's bytes to keep, `DEFAULT_KEEP` if no other budget is given.
     budget
         Instead: bytes at a context length, such as ``"64k tokens in 2 GiB"``.
     layout
-        Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep`, of the layers that they name), or a file of ranks.
+        Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep` for the compressed layers), or a file of ranks.
     method
         A name in `mea.compression.methods.METHODS`.
     weighting
         Of the method ``"post_rope"``: a name in `mea.compression.methods.post_rope.WEIGHTINGS`.
     groups
-        Of neighbouring heads, each with latents of its own: as many as ranks that share an attention layer in tensor
-        parallelism.
+        Groups of neighbouring heads with separate latents: as many as the ranks of tensor parallelism.
     calibration
         The text, its length, and the seed of its windows.
     allocate
-        Choose ranks layer by layer; the layout is only where the search begins. True stands for an `Allocation`.
+        Choose ranks layer by layer; the layout is the start of the search. True means ``Allocation()``.
     refine
-        Passes over the calibration text in which every layer is refined after the closed form, or a `Refinement`.
+        Passes over the calibration text that refine every layer after the closed-form fit, or a `Refinement`.
     """
 
     keep: float | None = None
@@ -124,7 +123,7 @@ class CompressOptions:
 
     @classmethod
     def of(cls, options: "CompressOptions | None", fields: dict[str, Any]) -> "CompressOptions":
-        """The options that are given, or new ones with these fields.
+        """The given options, or new options with these fields.
 
         Raises
         ------
@@ -139,10 +138,10 @@ class CompressOptions:
 
     @property
     def allocation(self) -> Allocation | None:
-        """How ranks are chosen layer by layer, if they are."""
+        """The settings of the rank search, or None for equal ranks."""
         return Allocation() if self.allocate is True else self.allocate or None
 
     @property
     def refinement(self) -> Refinement | None:
-        """How layers are refined, if they are."""
+        """The settings of the refinement, or None."""
         return self.refine if isinstance(self.refine, Refinement) else Refinement(self.refine) if self.refine else None

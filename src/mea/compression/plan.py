@@ -1,4 +1,4 @@
-"""What a compression will do, before any weight is loaded."""
+"""Options and plan of a compression, decided before any weight is loaded."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -25,19 +25,19 @@ from mea.models.fold import stock_config
 from mea.models.loading import check_supported
 
 DEFAULT_KEEP = 0.5
-REACH = 2  # steps to either side that an allocation may take a rank
+REACH = 2  # steps above and below the start that an allocation tries for each rank
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Options, and what they come to for one model.
+    """Options, and the method and ranks that follow for one model.
 
     Attributes
     ----------
     layout
-        Ranks per layer; where they are allocated, those that the search begins with or has chosen.
+        Ranks per layer; with an allocation, the start of the search or its result.
     cached
-        What the given model caches, as a fraction of `shape`: below 1 for this package's models with fewer component
+        Cache of the given model as a fraction of `shape`: below 1 for this package's models with fewer component heads
         than key/value heads.
     """
 
@@ -57,7 +57,7 @@ class Plan:
         return round(self.shape.bytes(context) * self.cached)
 
     def describe(self) -> dict[str, Any]:
-        """What is written into the compressed model's configuration and the record."""
+        """The entries for the compressed model's configuration and the record."""
         calibration, method = self.calibration, self.method
         allocation, refinement = self.options.allocation, self.options.refinement
         return {
@@ -81,17 +81,17 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
     Parameters
     ----------
     config
-        Of the model, from transformers or of this package.
+        Configuration of the model, from transformers or this package.
     itemsize
         Bytes of a cached number.
     options
-        What is asked for; by default half of the bytes.
+        By default half of the bytes with the default method.
 
     Raises
     ------
     ValueError
-        The model is not supported, no layout meets the budget, the heads do not make such groups, or the calibration
-        windows are longer than the model's context.
+        The model is not supported, no layout meets the budget, the heads cannot be divided into the groups, or the
+        calibration windows are longer than the model's context.
     """
     options = options or CompressOptions()
     cached, config = cached_share(config), stock_config(config)
@@ -108,8 +108,8 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
     plan = Plan(options, method, layout, shape, cached)
     if cached < 1 and layout.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(
-            f"the result would cache {layout.bytes(shape, 1):,} bytes per token and the model, with its fewer "
-            f"component heads, caches {plan.bytes_before(1):,}; give a smaller budget, and ranks to every layer"
+            f"the result would cache {layout.bytes(shape, 1):,} bytes per token, and the model with its fewer "
+            f"component heads caches {plan.bytes_before(1):,}; give a smaller budget, and ranks for every layer"
         )
     return plan
 
@@ -141,20 +141,24 @@ def _search_start(layout: Layout, allocation: Allocation, shape: CacheShape, ste
     Raises
     ------
     ValueError
-        The layout or the options do not go with an allocation.
+        The layout or the options cannot be combined with an allocation.
     """
     if any(pair is None for pair in layout.ranks):
-        raise ValueError("allocate chooses the ranks of all layers: give keep or budget instead of a layout of some")
+        raise ValueError(
+            "allocate chooses the ranks of all layers: give keep or budget instead of a layout of some layers"
+        )
     if absolute and any(shape.windows):
         raise ValueError(
-            "bytes at a context length cannot be allocated in a model with sliding windows, where what a layer's rank "
-            "costs depends on its window: give keep"
+            "bytes at a context length cannot be allocated in a model with sliding windows, because the bytes of a "
+            "rank depend on its layer's window: give keep"
         )
     if allocation.step is not None and allocation.step % step.size:
         raise ValueError(
-            f"the method's ranks are multiples of {step.size}, and so must be those of step {allocation.step}"
+            f"the method's ranks are multiples of {step.size}: step must be a multiple of it, not {allocation.step}"
         )
     if allocation.equal and not step.paired and any(pair and pair[0] != pair[1] for pair in layout.ranks):
-        raise ValueError("as many key as value heads do not come out at this budget: give a keep for which they do")
+        raise ValueError(
+            "this budget gives an odd number of key and value heads, which equal cannot split: give another keep"
+        )
     least = min(pair for pair in layout.ranks if pair)
     return replace(layout, ranks=(least,) * len(layout.ranks)) if allocation.same else layout

@@ -1,15 +1,15 @@
-"""Refinement: layer by layer, compressed attention learns to hand on what the original layer hands on.
+"""Refinement: train the compressed attention of each layer to reproduce the original layer's output.
 
-The closed form fits a layer to the original's activations. What reaches it in use comes from compressed layers below,
-whose errors add up. Here each layer, from the first to the last, reads what the refined layers below really give it,
-and its attention's weights (factors and the four projections) are trained for a few passes over the calibration windows
-so that its output comes near the *original's* hidden states after that layer: block-wise reconstruction, as it is done
-for quantised models (arXiv 2102.05426, 2308.13137). No gradient runs through more than one layer.
+The closed-form fit uses the original's activations. The inputs of a compressed layer, however, come from compressed
+layers below, whose errors accumulate. Refinement goes through the layers from first to last. Each layer reads the
+outputs of the refined layers below, and its attention's weights (factors and the four projections) are trained for a
+few passes over the calibration windows so that its output approaches the *original's* hidden states after that layer.
+This is block-wise reconstruction, as for quantised models (arXiv 2102.05426, 2308.13137). No gradient runs through more
+than one layer.
 
-The target is the residual stream after the whole layer: with the one before the feed-forward part in its place, which
-would take half of the time, little is gained (docs/LOG.md). Latents of rotated keys have to be right at every position,
-not only at those of short windows: so windows begin anywhere that the model supports, as often in each octave of
-positions.
+The target is the residual stream after the whole layer. The residual stream before the feed-forward part would take
+half of the time, but gains little (docs/LOG.md). Latents of post-RoPE keys must be accurate at every position, not only
+at the positions of short windows. So windows start at positions drawn log-uniformly up to the model's limit.
 """
 
 import copy
@@ -34,7 +34,7 @@ WARMUP = 0.1  # of the steps
 
 
 class RefinedLayer(NamedTuple):
-    """Loss of a layer on the held-out windows, before and after: the relative squared error of its output per token."""
+    """Loss of a layer on the held-out windows before and after: relative squared error of its output per token."""
 
     before: float
     after: float
@@ -46,10 +46,10 @@ class Refined(NamedTuple):
     Attributes
     ----------
     layers
-        For every layer its losses; None where it caches what it did before, or was refined by an earlier run.
+        The losses of every layer; None for an uncompressed layer or one that an earlier run refined.
     divergence
-        From the original's next-token distribution, nats per token, when the last layer was trained for it; None where
-        it was not.
+        Divergence from the original's next-token distribution in nats per token, before and after training the last
+        layer on it; None if it was not trained on it.
     """
 
     layers: tuple[RefinedLayer | None, ...]
@@ -75,18 +75,18 @@ def refine_layers(
     Parameters
     ----------
     walk
-        Through the original; nothing of it changes.
+        Of the original model, which does not change.
     compressed
-        What `mea.compression.convert.assemble` made of it. Trained weights replace those it shares with the original.
+        Result of `mea.compression.convert.assemble`. Trained weights replace the weights shared with the original.
     tokens
         Calibration windows.
     known, keep
-        Weights of layers that an earlier run has refined, and where to keep new ones.
+        Functions that return the weights of a layer refined by an earlier run, and that store new ones.
 
     Raises
     ------
     ValueError
-        There are fewer than three windows, or the model's logits are of no kind that `mea.models.lm_head` knows.
+        There are fewer than three windows, or `mea.models.lm_head` does not support the model's logits.
     """
     rows = tokens if tokens.shape[1] % settings.window else tokens.reshape(-1, settings.window)
     if len(rows) < 3:
@@ -95,14 +95,14 @@ def refine_layers(
     positions = spread_positions(rows.shape[0], rows.shape[1], walk.model.config.max_position_embeddings, generator)
     losses: list[RefinedLayer | None] = []
     divergence = None
-    LMHead(walk.model)  # refuses what it does not know, before any work
+    LMHead(walk.model)  # refuses an unsupported head before any work
     with evaluating(walk.model), evaluating(compressed), torch.no_grad():
         inputs, turns = walk.inputs(rows.shape[1]), walk.position_embeddings(positions)
         original = walk.embed(rows).float()
         ours = original
-        for index, (stored, changed) in enumerate(zip(walk.layers, compressed.model.layers, strict=True)):
+        for index, (reference, changed) in enumerate(zip(walk.layers, compressed.model.layers, strict=True)):
             reading = _Reading(inputs[index], turns[index], positions)
-            target = reading.all(resident(stored), original)
+            target = reading.all(resident(reference), original)
             layer, weights, loss = resident(changed), known(index), None
             if hasattr(changed.self_attn, "head_mixing"):
                 layer = copy.deepcopy(layer)
@@ -124,7 +124,7 @@ def refine_layers(
 
 
 def spread_positions(windows: int, length: int, most: int, generator: torch.Generator) -> Int[Tensor, "windows length"]:
-    """Positions below `most`: of each window consecutive ones, its start at 0 or log-uniform, alike for each octave."""
+    """Consecutive positions below `most` for each window; starts are 0 or log-uniform, equally often per octave."""
     octaves = math.log2(max(1, most // length))
     powers = torch.rand(windows, generator=generator) * (octaves + 1) - 1  # below 0: at the beginning
     starts = torch.where(powers < 0, 0.0, length * 2**powers).long().clamp_max(max(0, most - length))
@@ -132,7 +132,7 @@ def spread_positions(windows: int, length: int, most: int, generator: torch.Gene
 
 
 class _Reading:
-    """Windows' way through one layer, each at its own positions."""
+    """Runs windows through one layer, each at its own positions."""
 
     def __init__(
         self,
@@ -145,26 +145,26 @@ class _Reading:
         self.turns = turns
 
     def __call__(self, layer: Any, hidden: Float[Tensor, "b t D"], which: Tensor | slice) -> Float[Tensor, "b t D"]:
-        """Some windows, given by number."""
+        """Run the windows with the indices `which`."""
         options = self.options | {"position_embeddings": (self.turns[0][which], self.turns[1][which])}
-        if "position_ids" in options:  # latents of unrotated keys are rotated by them
+        if "position_ids" in options:  # needed to rotate pre-RoPE keys
             options["position_ids"] = self.positions[which].to(hidden.device)
         with _fast_products(hidden.device):
             return layer(hidden, **options).float()
 
     @torch.no_grad()
     def all(self, layer: Any, hidden: Float[Tensor, "n t D"]) -> Float[Tensor, "n t D"]:
-        """All windows, one by one."""
+        """Run all windows, one by one."""
         return torch.cat([self(layer, hidden[i : i + 1], slice(i, i + 1)) for i in range(len(hidden))])
 
 
 def _fast_products(device: torch.device) -> torch.autocast:
-    """Products in bfloat16 where the device multiplies it faster."""
+    """Autocast to bfloat16 if the device multiplies it faster."""
     return torch.autocast(device.type, torch.bfloat16, enabled=fast_dtype(device) == torch.bfloat16)
 
 
 def _trained(attention: Any) -> dict[str, Tensor]:
-    """The matrices that are trained: factors and projections."""
+    """The trained matrices: factors and projections."""
     names = ("head_mixing", *PROJECTIONS)
     return {n: p for n, p in attention.named_parameters() if n.split(".")[0] in names and p.dim() > 1}
 
@@ -185,9 +185,9 @@ class _Errors:
 
 
 class _Divergences(_Errors):
-    """Divergence per token of the next-token distribution behind the last layer, for some windows.
+    """Divergence per token of the next-token distribution after the last layer, for some windows.
 
-    What comes behind that layer is the original's in both models.
+    Final norm and LM head are the original's in both models.
     """
 
     def __init__(self, layer: Any, reading: _Reading, hidden: Tensor, target: Tensor, model: Any):
@@ -205,8 +205,10 @@ class _Divergences(_Errors):
 
 
 def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
-    """Train one layer's attention in place; on held-out windows it is never worse than it was."""
-    generator = torch.Generator().manual_seed(settings.seed + number)  # of the layer's own: a run may begin with any
+    """Train one layer's attention in place; its loss on held-out windows does not rise."""
+    generator = torch.Generator().manual_seed(
+        settings.seed + number
+    )  # one per layer: a continued run may start at any layer
     windows = torch.arange(len(loss))
     chosen = windows % settings.held_out == settings.held_out - 1
     chosen[-1] = True
@@ -237,7 +239,7 @@ def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
                 schedule.step()
     loss.layer.requires_grad_(False)
     after = score()
-    if not after < before:  # also where it is no number
+    if not after < before:  # also if it is NaN
         for name, parameter in trained.items():
             parameter.copy_(start[name])
         after = before
@@ -245,5 +247,5 @@ def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
 
 
 def _lr_factor(step: int, steps: int) -> float:
-    """Up in a line, down in a cosine."""
+    """Linear warm-up, then a cosine decay."""
     return min(1.0, (step + 1) / max(1.0, WARMUP * steps)) * 0.5 * (1 + math.cos(math.pi * step / steps))

@@ -1,4 +1,4 @@
-"""Compress a model into a folder: what is saved is complete, measured, and goes on where it was interrupted."""
+"""Compress a model into a folder: complete, measured, and resumable after an interruption."""
 
 import hashlib
 import json
@@ -43,8 +43,8 @@ def compress_to_folder(
 ) -> dict[str, Any]:
     """Load, compress, check, measure and save.
 
-    The folder appears when everything in it is complete. An interrupted run started again with the same arguments goes
-    on after the last finished layer, which it finds in ``<out>.partial``.
+    The folder appears when it is complete. Finished layers are kept in ``<out>.partial``: the same call continues an
+    interrupted run.
 
     Parameters
     ----------
@@ -53,11 +53,11 @@ def compress_to_folder(
     out
         A folder that does not exist or is empty.
     options
-        What to do, by default `CompressOptions` with the `fields`.
+        By default `CompressOptions` with the `fields`.
     dtype
-        Of the weights and the cache, ``"auto"`` for the model's own.
+        Dtype of the weights and the cache, ``"auto"`` for the model's own.
     measure_tokens
-        How much of the WikiText-2 test text the perplexities in the model card are measured on; 0 for none.
+        Tokens of the WikiText-2 test text for the perplexities in the model card; 0 for none.
 
     Returns
     -------
@@ -66,24 +66,24 @@ def compress_to_folder(
     Raises
     ------
     ValueError
-        For anything that the user can put right; before the weights are loaded wherever it can be known by then.
+        An argument, the model or the text is unsuitable; raised before the weights are loaded if possible.
     OSError
-        The result could not be written; nothing half written is left.
+        The result could not be written; no incomplete file is left.
     """
     out = Path(out)
     check_output(out)
-    given = load_config(source)
-    config = stock_config(given)
-    plan = make_plan(given, resolve_dtype(given, dtype).itemsize, CompressOptions.of(options, fields))
+    source_config = load_config(source)
+    config = stock_config(source_config)
+    plan = make_plan(source_config, resolve_dtype(source_config, dtype).itemsize, CompressOptions.of(options, fields))
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, plan.calibration)
-    # Before the work, because more tokens than there are are refused.
+    # Before the work: an error if the text has fewer tokens.
     measured = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
     work = out.with_name(out.name + ".partial")
-    weights = f"{resolve_dtype(given, dtype)} {weights_fingerprint(source)}"
+    weights = f"{resolve_dtype(source_config, dtype)} {weights_fingerprint(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
-    # What has to be folded first has to be in memory.
-    model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is given else None)
+    # A model that is folded first must be in memory.
+    model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is source_config else None)
     before = cache_size(model, min(CACHE_TOKENS, config.max_position_embeddings)).bytes_per_token
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
@@ -110,18 +110,18 @@ def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: st
 def preview(
     source: str, options: CompressOptions | None = None, *, dtype: str = "auto", **fields: Any
 ) -> dict[str, Any]:
-    """What `compress_to_folder` would do with these arguments and what it costs; no weights are read.
+    """The plan and cost of `compress_to_folder` with these arguments, without reading weights.
 
-    Bytes are those of the cache of one sequence, `memory` is beyond the model's weights.
+    Bytes are the cache of one sequence; `memory` excludes the model's weights.
 
     Raises
     ------
     ValueError
-        As `compress_to_folder`, as far as it can be known without weights.
+        As `compress_to_folder`, for errors that do not depend on weights.
     """
-    given = load_config(source)
-    config, kind = stock_config(given), resolve_dtype(given, dtype)
-    plan = make_plan(given, kind.itemsize, CompressOptions.of(options, fields))
+    source_config = load_config(source)
+    config, kind = stock_config(source_config), resolve_dtype(source_config, dtype)
+    plan = make_plan(source_config, kind.itemsize, CompressOptions.of(options, fields))
     cost, context = estimate(config, plan), config.max_position_embeddings
     return {
         "model": Path(source).name,
@@ -160,8 +160,8 @@ def _measure(
     if measured is not None:
         window = min(plan.calibration.window, model.config.max_position_embeddings)
         original, compressed = (
-            text_losses(each, tokenizer, measured, window, what=what, progress=progress)
-            for each, what in ((model, "measuring the original"), (result.model, "measuring the result"))
+            text_losses(scored, tokenizer, measured, window, what=what, progress=progress)
+            for scored, what in ((model, "measuring the original"), (result.model, "measuring the result"))
         )
         results["perplexity_before"] = perplexity(original).value
         results["perplexity"] = perplexity(compressed).value
@@ -218,4 +218,4 @@ def _check_space(folder: Path, model: Any) -> None:
     needed = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise OSError(f"the result takes {needed / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free")
+        raise OSError(f"the result needs {needed / 2**30:.2f} GiB and {folder} has {free / 2**30:.2f} GiB free")

@@ -1,4 +1,4 @@
-"""What a configuration costs: parameters, floating-point operations, bytes of cache; no weights are made.
+"""Parameters, floating-point operations and cache bytes of a configuration, without creating weights.
 
 Operations are those of matrix products, two per multiplication and addition, as is the custom; norms, activations and
 softmax are not counted. Attention counts the whole ``t × s`` score matrix: causality saves up to half of it in kernels
@@ -19,7 +19,7 @@ from mea.models.decoder import build_attention
 
 @dataclass(frozen=True)
 class _Heads:
-    """Numbers of heads of one layer's parts, and what the method adds to grouped attention."""
+    """Numbers of heads in one layer, and the additions of the method to grouped attention."""
 
     query: int  # heads of the query projection
     key: int  # heads of the key and value projections, which are also what is cached
@@ -27,12 +27,12 @@ class _Heads:
     mixed_keys: bool
     mixed_values: bool
     frequency: bool
-    gate: int  # outputs of projections of the hidden states beside the usual four
+    gate: int  # outputs of projections of the hidden states besides q, k, v and output
     parameters: int  # of the whole layer's attention
 
 
 def _heads(config: MeaConfig) -> _Heads:
-    """Read off one layer's attention, built without memory: a new method needs no entry here."""
+    """Counts from one layer's attention on the meta device: a new method needs no entry here."""
     with torch.device("meta"):
         attention = build_attention(config, 0)
     usual = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
@@ -61,13 +61,13 @@ def parameters(config: MeaConfig) -> int:
 
 
 def cache_bytes_per_token(config: MeaConfig, bytes_per_number: int = 2) -> int:
-    """Bytes that one more token adds to the cache of one sequence, all layers together."""
+    """Cache bytes per token of one sequence, all layers together."""
     heads = _heads(config)
     return config.num_hidden_layers * (heads.key + heads.value) * (config.head_dim or 0) * bytes_per_number
 
 
 def cached_share(config: Any) -> float:
-    """What a model caches, as a fraction of what grouped attention with as many key/value heads would: 1 of others."""
+    """A model's cache relative to grouped attention with the same number of key/value heads; 1 for other models."""
     if config.model_type != MeaConfig.model_type:
         return 1.0
     heads = _heads(config)
@@ -75,7 +75,7 @@ def cached_share(config: Any) -> float:
 
 
 def training_flops(config: MeaConfig, batch: int, tokens: int) -> int:
-    """Operations of one training step: forward, and twice that backward, without recomputation."""
+    """Operations of one training step without recomputation: the backward pass counts twice the forward pass."""
     n = batch * tokens
     layer = _dense(config, n) + _keys_values(config, n) + batch * _attention(config, tokens, tokens)
     return 3 * (config.num_hidden_layers * layer + 2 * n * config.hidden_size * config.vocab_size)
@@ -90,7 +90,7 @@ def decode_flops(config: MeaConfig, context: int) -> int:
     if h_c == h_kv:
         attention = _keys_values(config, 1) + read
     elif heads.mixed_keys and heads.mixed_values:
-        # Absorbed: queries and outputs are as wide as all components together; the outputs are un-mixed.
+        # Absorbed: queries and outputs have the dimension of all components together; the mixing follows.
         attention = components + h_c * read + 2 * h * h_c * d
     else:
         attention = components + read + 2 * context * h_c * h_kv * d * (2 if heads.frequency else 1)
@@ -98,13 +98,13 @@ def decode_flops(config: MeaConfig, context: int) -> int:
 
 
 def _dense(config: MeaConfig, n: int) -> int:
-    """The projections of queries and output, the feed-forward layer, and what else the method projects."""
+    """The projections of queries and output, the feed-forward layer, and further projections of the method."""
     heads, d, h = _heads(config), config.head_dim or 0, config.num_attention_heads
     return 2 * n * config.hidden_size * ((heads.query + h) * d + 3 * config.intermediate_size + heads.gate)
 
 
 def _keys_values(config: MeaConfig, n: int) -> int:
-    """Projections of keys and values and their mixing, where nothing is read from a cache of components."""
+    """Projections of keys and values and their mixing, without a cache of components."""
     heads, d, h_kv, width = _heads(config), config.head_dim or 0, config.num_key_value_heads or 1, config.hidden_size
     options = config.attention_options or {}
     h_c, fold, total = min(heads.key, heads.value), options.get("fold", "auto"), 0
@@ -123,14 +123,14 @@ def _keys_values(config: MeaConfig, n: int) -> int:
 
 
 def _attention(config: MeaConfig, t: int, s: int) -> int:
-    """Scores and reads of one sequence, `t` queries and `s` keys, at the width of one head.
+    """Scores and weighted sums of one sequence with `t` queries and `s` keys, at the dimension of one head.
 
-    A method that does more than softmax attention with each token pair is told apart by its name here.
+    Methods that do more than softmax attention per token pair are listed by name here.
     """
     query, d, h = _heads(config).query, config.head_dim or 0, config.num_attention_heads
     score = read = d
     if config.attention == "differential_v1":
-        # Values are of double width. A single query reads their halves one after the other, scores and all.
+        # Values have twice the dimension. A single query reads their halves in two calls, each with its own scores.
         score, read = (2 * d if t == 1 else d), 2 * d
     mixing = 2 * 2 * h * h if config.attention == "talking_heads" else 0
     return t * s * (2 * query * (score + read) + mixing)

@@ -10,12 +10,12 @@ from transformers.cache_utils import DynamicLayer
 class PreallocatedLayer(DynamicLayer):
     """A dynamic layer whose tensors are the filled part of larger buffers, into which new tokens are written.
 
-    Behaves as its parent in everything: `keys` and `values` hold the tokens that are there and nothing else.
+    It behaves like its parent: `keys` and `values` hold only the cached tokens.
 
     Parameters
     ----------
     capacity
-        Tokens to make room for at once, and again whenever the room is used up.
+        Tokens to allocate at once, and again whenever the buffer is full.
     """
 
     def __init__(self, capacity: int = 1024):
@@ -38,7 +38,7 @@ class PreallocatedLayer(DynamicLayer):
         before = cached.shape[-2] if cached is not None and cached.numel() else 0
         total = before + new.shape[-2]
         buffer = self._buffers.get(name)
-        # Beams, batches and offloading replace what is cached by other tensors: then the buffer is made anew.
+        # Beam search, batch operations and offloading replace the cached tensors: then a new buffer is allocated.
         is_ours = buffer is not None and cached is not None and before and cached.data_ptr() == buffer.data_ptr()
         if buffer is None or not is_ours or len(new) != len(buffer) or total > buffer.shape[-2]:
             room = -(-total // self.capacity) * self.capacity
@@ -51,14 +51,14 @@ class PreallocatedLayer(DynamicLayer):
 
 
 class PreallocatedCache(DynamicCache):
-    """A `DynamicCache` with `PreallocatedLayer` where layers grow without end; sliding layers stay as they are.
+    """A `DynamicCache` with `PreallocatedLayer` for layers with full attention; sliding layers are unchanged.
 
     Parameters
     ----------
     config
-        Of the model that the cache is for.
+        Configuration of the model that the cache is for.
     capacity
-        See `PreallocatedLayer`; the length of the whole generation, if it is known, saves every copy.
+        See `PreallocatedLayer`; the length of the whole generation, if known, avoids every copy.
     """
 
     def __init__(self, config: Any, capacity: int = 1024):

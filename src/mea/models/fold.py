@@ -1,4 +1,4 @@
-"""Take the mixing out of a trained model: a square HLC disappears into the key and value projections."""
+"""Fold the mixing of a trained model into its key and value projections."""
 
 import copy
 from typing import Any
@@ -27,7 +27,7 @@ STOCK_MODELS = {LlamaConfig: LlamaForCausalLM, MistralConfig: MistralForCausalLM
 
 @torch.no_grad()
 def fold(model: MeaForCausalLM) -> Any:
-    """The same function without mixing, at the cost of grouped attention.
+    """The same model without mixing, with the cost of grouped attention.
 
     Without head norm, QK-norm and sliding window the result is a stock Llama checkpoint, which runs wherever Llama
     does; else it is this package's decoder with grouped attention and the norm.
@@ -35,12 +35,12 @@ def fold(model: MeaForCausalLM) -> Any:
     Parameters
     ----------
     model
-        With ``"mea"``, ``"modified_talking_heads"`` or ``"gqa"`` as its attention. Left as it is.
+        With ``"mea"``, ``"modified_talking_heads"`` or ``"gqa"`` as its attention. It is not changed.
 
     Raises
     ------
     ValueError
-        For another method, which no projection can absorb, or for fewer component than key/value heads.
+        The attention is another method, whose mixing cannot be folded, or has fewer component than key/value heads.
     """
     config = model.config
     if config.attention not in FOLDING:
@@ -52,7 +52,7 @@ def fold(model: MeaForCausalLM) -> Any:
 
 
 def stock_config(config: Any) -> Any:
-    """The configuration of `stock_form`'s result; that of another model than this package's decoder as it is.
+    """The configuration of `stock_form`'s result; for models of transformers, the given configuration.
 
     Raises
     ------
@@ -63,8 +63,8 @@ def stock_config(config: Any) -> Any:
         return config
     if config.attention not in FOLDING:
         raise ValueError(
-            f"the cache of {config.attention!r} attention cannot be compressed: its heads are not read one by one, as "
-            f"they are in {', '.join(FOLDING)}; train one of these"
+            f"the cache of {config.attention!r} attention cannot be compressed: it combines the scores of several "
+            f"heads; supported are {', '.join(FOLDING)}"
         )
     options = config.attention_options or {}
     components = options.get("num_component_heads") or config.num_key_value_heads
@@ -75,7 +75,7 @@ def stock_config(config: Any) -> Any:
             "and normalises them, so that they do not fold into the key projection; train one without qk_norm"
         )
     if not _is_llama_rope(config):
-        raise ValueError("a decoder with partial or no rotary embedding cannot be compressed; train it with all of it")
+        raise ValueError("a decoder with partial or no rotary embedding cannot be compressed; train it with full RoPE")
     if config.sliding_window is not None and config.attention_bias and not options.get("qk_norm"):
         raise ValueError(
             "a decoder with a sliding window and attention_bias cannot be compressed without qk_norm; train it without "
@@ -90,7 +90,7 @@ def stock_config(config: Any) -> Any:
 
 @torch.no_grad()
 def stock_form(model: Any) -> Any:
-    """The same function by transformers' own classes (Llama, Mistral or Qwen3): what the compression works on.
+    """The same model in transformers' own classes (Llama, Mistral or Qwen3), which compression works on.
 
     The mixing goes into ``W_K`` and ``W_V``; where components are fewer than key/value heads, they get that many heads,
     of low rank together, and a layout as small as the components loses nothing. The gain of a head norm goes into
@@ -140,9 +140,9 @@ def _folded_state(model: MeaForCausalLM, *, expand: bool = False) -> dict[str, T
 def _build(
     cls: type[PreTrainedModel], config: PreTrainedConfig, state: dict[str, Tensor], like: MeaForCausalLM
 ) -> PreTrainedModel:
-    """A model with these weights, of the dtype and on the device of another.
+    """A model with these weights, with the dtype and device of another.
 
-    Not moved to its dtype afterwards, which would round the rotary frequencies.
+    It is created in that dtype: a later cast would round the rotary frequencies.
     """
     with torch.device(like.device):
         model = cls._from_config(config, dtype=like.dtype, attn_implementation=like.config._attn_implementation)
@@ -151,7 +151,7 @@ def _build(
 
 
 def _plain_config(config: MeaConfig) -> MeaConfig:
-    """The configuration with grouped attention in place of the mixing, whatever else it has kept."""
+    """The configuration with grouped attention instead of the mixing, and all else unchanged."""
     plain = copy.deepcopy(config)
     options = config.attention_options or {}
     norm = options.get("head_norm", "shared_gain" if config.attention == "mea" else "off")
@@ -168,7 +168,7 @@ def _is_llama_rope(config: MeaConfig) -> bool:
 
 
 def _stock_config(plain: MeaConfig) -> Any:
-    """What a stock model with the same projections, QK-norm and window needs to know: the fields that both have."""
+    """The common fields for a stock model with the same projections, QK-norm and window."""
     own = ("model_type", "architectures", "transformers_version", "attention", "attention_options", "head_norm_eps")
     fields = {name: value for name, value in plain.to_dict().items() if name not in (*own, "sliding_window")}
     window = plain.sliding_window

@@ -2,15 +2,15 @@
 
 One attention forward serves every supported architecture: `LatentAttention` is mixed into the architecture's own
 attention class and caches latents (`ops/latent.py`) where the original caches keys and values. Keys are encoded *after*
-their norm, so that reading need not undo it; the projection itself encodes values. What is cached and how it is read is
-the cache form's (`ops/cache_forms.py`).
+their norm, so that reading need not undo it; ``v_proj`` itself encodes values. The cache form (`ops/cache_forms.py`)
+defines what is cached and how it is read.
 
 This file, ``ops/latent.py`` and ``ops/cache_forms.py`` together are also the self-contained modelling file that
 `save_pretrained` writes beside the weights, for ``from_pretrained(..., trust_remote_code=True)`` where this package is
 not installed.
 
 Dimensions: ``b`` batch, ``h`` query heads, ``g`` kv heads, ``q`` query tokens, ``t`` cached tokens, ``d`` head
-dimension, ``r`` latent width.
+dimension, ``r`` latent rank.
 """
 
 import ast
@@ -30,9 +30,9 @@ from mea.ops import cache_forms, latent
 from mea.ops.cache_forms import FORMS
 from mea.ops.latent import absorbed_is_cheaper, key_positions, read
 
-# Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because an
-# attention that looks alike may not be: layers without RoPE (SmolLM3) or one norm over all heads (OLMo2) would convert
-# without an error and be wrong.
+# Model type -> (configuration class, prefix of the model's class names). Architectures are listed one by one because
+# similar attention classes can differ: layers without RoPE (SmolLM3) or one norm over all heads (OLMo2) would convert
+# without an error and compute wrong results.
 SUPPORTED = {
     "llama": ("LlamaConfig", "Llama"),
     "mistral": ("MistralConfig", "Mistral"),
@@ -55,17 +55,17 @@ class HeadMixing(nn.Module):
     num_kv_heads, head_dim
         ``g`` and ``d`` of the original attention.
     key_rank, value_rank
-        Latent ranks ``r_k`` and ``r_v``: numbers cached per token. The tensors below have the ranks that
-        `mea.ops.cache_forms.PostRope.decoder_ranks` makes of them.
+        Latent ranks ``r_k`` and ``r_v``: numbers cached per token. The tensors below have the ranks given by
+        `mea.ops.cache_forms.PostRope.decoder_ranks`.
     form
         A name in `mea.ops.cache_forms.FORMS`.
     groups
-        ``c``: so many groups of neighbouring heads have latents of their own, each an equal share of the ranks.
+        ``c``: number of groups of neighbouring heads with separate latents, each with an equal share of the ranks.
 
     Attributes
     ----------
     key_encoder : [r_k, g * d / c]
-        From the keys of a group's heads to its part of the key latent, one group's rows after the other's.
+        From the keys of a group's heads to its part of the key latent; the rows of the groups are stacked.
     key_decoder : [g, d, r_k / c]
         From its group's part of the key latent to each head's keys.
     value_decoder : [g, d, r_v / c]
@@ -83,7 +83,7 @@ class HeadMixing(nn.Module):
 
     @torch.no_grad()
     def reset_parameters(self) -> None:
-        """Start as a truncation: a group's first channels are cached, the others read as zero."""
+        """Initialise as a truncation: a group's first channels are cached, the others are rebuilt as zero."""
         rows, width = self.key_encoder.shape
         for decoder in (self.key_decoder, self.value_decoder):
             decoder.copy_(torch.eye(width, decoder.shape[-1]).repeat(self.groups, 1).view_as(decoder))
@@ -91,10 +91,10 @@ class HeadMixing(nn.Module):
 
 
 class NormedProjection(nn.Module):
-    """``W_O`` behind an RMSNorm of each head (MEA's head norm, arXiv 2601.19611); the norm's gain is in the weight.
+    """An RMSNorm of each head, then ``W_O`` (MEA's head norm, arXiv 2601.19611); the norm's gain is in the weight.
 
-    It takes the place of ``o_proj``, so that no attention needs a forward of its own for it. Not a kind of `nn.Linear`:
-    what replaces linear layers (quantisation, LoRA) would drop the norm without a word.
+    It replaces ``o_proj``, so that no attention class needs its own forward. It is no subclass of `nn.Linear`, because
+    code that replaces linear layers (quantisation, LoRA) would silently drop the norm.
     """
 
     def __init__(self, linear: nn.Linear, head_dim: int, eps: float):
@@ -118,12 +118,12 @@ def add_head_norm(model: Any, eps: float) -> None:
         attention.o_proj = NormedProjection(attention.o_proj, attention.head_dim, eps)
 
 
-# Mixed in before stock classes, whose attributes and methods they use.
+# Base of mixins that use the attributes and methods of the stock class after them.
 _Mixin: Any = object
 
 
 class _HeadForHead:
-    """What the stock eager attention reads of a module whose queries have as many heads as its cache."""
+    """A module as the stock eager attention needs it, with one query head per cached head."""
 
     def __init__(self, module: nn.Module):
         self.module = module
@@ -131,7 +131,7 @@ class _HeadForHead:
         self.is_causal = False
 
     def __getattr__(self, name: str) -> Any:
-        if name == "module":  # not there yet while an instance is being copied
+        if name == "module":  # not set yet while an instance is being copied
             raise AttributeError(name)
         return getattr(self.module, name)
 
@@ -157,7 +157,7 @@ class LatentAttention(_Mixin):
             keys, values = past_key_values.update(keys, values, self.layer_idx)
         name = self.config._attn_implementation
         if name == "sdpa" and attention_mask is None and queries.shape[2] > 1:
-            # Causal from an empty cache, of which a static one returns the empty room behind as well.
+            # Causal from an empty cache; a static cache also returns its empty slots.
             keys, values = keys[:, :, : queries.shape[2]], values[:, :, : queries.shape[2]]
         modelling = sys.modules[type(self).__mro__[2].__module__]
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(name, modelling.eager_attention_forward)
@@ -193,7 +193,7 @@ class LatentAttention(_Mixin):
     def _attend_latents(
         self, packed: Tensor, keys: Tensor, values: Tensor, attention_mask: Tensor | None, options: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Attend with the queries of a group as rows ``[b, c, h / c * q, r_k / c]``; the output has as many."""
+        """Attend with the queries of a group as rows ``[b, c, h / c * q, r_k / c]``; the output has the same rows."""
         if self.config._attn_implementation == "eager":
             modelling = sys.modules[type(self).__mro__[2].__module__]
             attend = modelling.eager_attention_forward
@@ -224,7 +224,7 @@ class LatentAttention(_Mixin):
     ) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[_, t, d]`` of the angles of all keys in the cache."""
         if position_ids is None:
-            raise ValueError("keys that are rotated when they are read need the new tokens' position_ids")
+            raise ValueError("a cache of pre-RoPE keys needs the new tokens' position_ids")
         hidden, past = None, 0
         if past_key_values is not None:
             past = past_key_values.get_seq_length(self.layer_idx) - position_ids.shape[1]
@@ -235,7 +235,7 @@ class LatentAttention(_Mixin):
         kind = [self.layer_type] if isinstance(self.rotary.rope_type, dict) else []
         if past_key_values is None or latents.device.type != "cpu" or torch.compiler.is_compiling():
             return self.rotary(latents, positions, *kind)
-        # The same in all layers, whose cache it is: on a processor they take as long as a third of the attention.
+        # All layers share the angles: on a CPU, computing them takes a third of the time of the attention.
         known = vars(past_key_values).setdefault("key_turns", {})
         key = (*kind, latents.dtype)
         if key not in known or not torch.equal(known[key][0], positions):
@@ -244,14 +244,14 @@ class LatentAttention(_Mixin):
 
 
 class LatentCausalLM(_Mixin):
-    """A causal language model some or all of whose layers cache latents; comes before the stock class in the bases.
+    """A causal language model with layers that cache latents; comes before the stock class in the bases.
 
-    ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for a layer that stays as it was;
-    ``config.latent_form`` names one of `mea.ops.cache_forms.FORMS`, ``config.latent_groups`` is the number of groups of
-    heads that have latents of their own. With ``config.head_norm_eps`` every layer has a `NormedProjection`.
+    ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for an uncompressed layer; ``config.latent_form`` is
+    a name in `mea.ops.cache_forms.FORMS`; ``config.latent_groups`` is the number of groups of heads with separate
+    latents. With ``config.head_norm_eps`` every layer has a `NormedProjection`.
     """
 
-    _supports_attention_backend = False  # engines that bring their own attention and cache must refuse, not misread
+    _supports_attention_backend = False  # engines with their own attention and cache must refuse the model
     _tp_plan: dict[str, str] = {}  # noqa: RUF012 (mixing spans all heads, or those of a group: a split by heads would be wrong)
 
     def __init__(self, config: Any):
@@ -259,7 +259,7 @@ class LatentCausalLM(_Mixin):
         if hasattr(config, "latent_widths"):
             raise ValueError(
                 "an older version of mea made this model (its configuration has latent_widths): compress the original "
-                "anew with mea compress MODEL OUT"
+                "again with mea compress MODEL OUT"
             )
         if len(config.latent_ranks or ()) != config.num_hidden_layers:
             raise ValueError(
@@ -268,8 +268,8 @@ class LatentCausalLM(_Mixin):
             )
         for layer, ranks in zip(self.model.layers, config.latent_ranks, strict=True):
             if ranks is not None:
-                how = {"form": config.latent_form, "groups": config.latent_groups}
-                to_latent_attention(layer.self_attn, *ranks, **how, rotary=self.model.rotary_emb)
+                form = {"form": config.latent_form, "groups": config.latent_groups}
+                to_latent_attention(layer.self_attn, *ranks, **form, rotary=self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()
@@ -282,7 +282,7 @@ class LatentCausalLM(_Mixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as usual, but never go on with weights that were not in the checkpoint."""
+        """Load as usual, and raise an error if the checkpoint lacks weights."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])
@@ -290,7 +290,7 @@ class LatentCausalLM(_Mixin):
         return (model, info) if output_loading_info else model
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse before the first request: the engine would turn an error in a step into an empty answer."""
+        """Refuse before the first request: the engine would turn a later error into an empty answer."""
         raise NotImplementedError(NO_PAGES)
 
     def save_pretrained(self, save_directory: Any, **kwargs: Any) -> None:
@@ -310,15 +310,15 @@ def to_latent_attention(
 ) -> None:
     """Turn a stock attention module into one that caches latents, in place; the new weights are not fitted.
 
-    `rotary` is the model's rotary embedding, of which layers that rotate at reading get a copy. One made anew from the
-    configuration could differ: casting a model to 16 bits rounds its frequencies.
+    `rotary` is the model's rotary embedding; layers that rotate when the cache is read get a copy of it. A new one made
+    from the configuration could differ: casting a model to 16 bits rounds its frequencies.
 
     Raises
     ------
     TypeError
         The module is not of a supported architecture.
     ValueError
-        There is no such form, or the ranks do not suit it, or the groups do not divide heads and ranks.
+        There is no such form, it does not support the ranks, or the groups do not divide heads and ranks.
     """
     stock = type(attention)
     latent_class = LATENT_ATTENTION.get(stock)
@@ -337,7 +337,7 @@ def to_latent_attention(
         v_proj = nn.Linear(attention.v_proj.in_features, encoded, bias=has_bias)
     if FORMS[form].pre_rope:
         if rotary is None:
-            raise ValueError("keys that are rotated when they are read need the model's rotary embedding")
+            raise ValueError("a cache of pre-RoPE keys needs the model's rotary embedding")
         attention.rotary = copy.deepcopy(rotary).to(weight.device)
     attention.head_mixing = mixing.to(weight.dtype)
     attention.v_proj = v_proj.to(weight.dtype)
@@ -345,7 +345,7 @@ def to_latent_attention(
 
 
 def auto_map(config_class: str, model_class: str) -> dict[str, str]:
-    """What tells the Auto classes where to find the remote code."""
+    """The entry of the configuration that tells the Auto classes where to find the remote code."""
     module = MODELLING_FILE.removesuffix(".py")
     return {"AutoConfig": f"{module}.{config_class}", "AutoModelForCausalLM": f"{module}.{model_class}"}
 
@@ -368,7 +368,7 @@ def modelling_source() -> str:
 
 
 def _without_imports(module: Any) -> list[str]:
-    """The lines of a module's source behind its imports."""
+    """The lines of a module's source after its imports."""
     source = Path(module.__file__).read_text(encoding="utf-8")
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
     return source.splitlines()[imports[-1].end_lineno :]
@@ -380,7 +380,7 @@ COMPRESSED_MODELS: dict[str, type] = {}
 
 
 def _define(model_type: str, config_name: str, prefix: str) -> None:
-    """Make the configuration, attention and model classes of one architecture, under names that can be imported."""
+    """Define the configuration, attention and model classes of one architecture, under importable names."""
     stock_config, stock_model = getattr(transformers, config_name), getattr(transformers, f"{prefix}ForCausalLM")
     stock_attention = getattr(sys.modules[stock_model.__module__], f"{prefix}Attention")
     fields = {
@@ -412,7 +412,7 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
 
 
 def register() -> None:
-    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know the compressed models."""
+    """Register the compressed models with ``AutoConfig`` and ``AutoModelForCausalLM``."""
     for model_type, config in COMPRESSED_CONFIGS.items():
         AutoConfig.register(config.model_type, config, exist_ok=True)
         AutoModelForCausalLM.register(config, COMPRESSED_MODELS[model_type], exist_ok=True)

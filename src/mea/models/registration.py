@@ -1,4 +1,4 @@
-"""Make transformers' Auto classes know this package's models, without importing either transformers or torch.
+"""Register this package's models with transformers' Auto classes, without importing transformers or torch.
 
 transformers looks classes up in two mappings: from a model type to a configuration class, and from that to a model
 class. Each keeps classes that were registered from outside in a dictionary. Here that dictionary is replaced by one
@@ -24,9 +24,9 @@ MAPPINGS = {
 
 
 class DeferredEntries(dict):
-    """What others registered, and this package's own entries, which are made when they are first looked up.
+    """Entries of other packages, and this package's entries, which are created when one is first looked up.
 
-    Listing the entries imports nothing: own ones are listed once one of them has been looked up.
+    Listing the entries imports nothing: own entries are listed after the first look-up of one of them.
     """
 
     def __contains__(self, key: object) -> bool:
@@ -41,7 +41,7 @@ class DeferredEntries(dict):
 
 
 class MappingFinder(MetaPathFinder):
-    """Finds the mappings' modules as the other finders do, and prepares the mappings once they have been executed."""
+    """Finds the mappings' modules with the other finders, and prepares the mappings after their execution."""
 
     def find_spec(self, fullname: str, path: Any, target: ModuleType | None = None) -> ModuleSpec | None:
         if fullname not in MAPPINGS:
@@ -56,7 +56,7 @@ class MappingFinder(MetaPathFinder):
 
 
 class MappingLoader(Loader):
-    """The loader that it is given, and one step after it. The module ends up with the loader that is given."""
+    """Runs the original loader, then one further step. The module keeps the original loader."""
 
     def __init__(self, loader: Any):
         self.loader = loader
@@ -76,7 +76,7 @@ class MappingLoader(Loader):
 
 
 def install() -> None:
-    """Prepare the mappings that exist, and those that will."""
+    """Prepare the mappings that are imported already, and others when they are imported."""
     if not any(isinstance(finder, MappingFinder) for finder in sys.meta_path):
         sys.meta_path.insert(0, MappingFinder())
     for name in MAPPINGS:
@@ -85,7 +85,7 @@ def install() -> None:
 
 
 def defer(module: ModuleType) -> None:
-    """Let a module's mapping import this package's classes when they are asked for."""
+    """Make a module's mapping import this package's classes on look-up."""
     mapping = getattr(module, MAPPINGS[module.__name__])
     if not isinstance(mapping._extra_content, DeferredEntries):
         mapping._extra_content = DeferredEntries(mapping._extra_content)

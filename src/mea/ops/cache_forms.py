@@ -35,7 +35,7 @@ class PostRope:
         return self.name
 
     def decoder_ranks(self, key_rank: int, value_rank: int) -> tuple[int, int]:
-        """Input ranks of the decoders of keys and of values in a layer that caches ``key_rank + value_rank`` numbers."""
+        """Input ranks of the decoders of keys and of values, given the cached numbers of each."""
         both = key_rank + value_rank
         return (both, both) if self.shared else (key_rank, value_rank)
 

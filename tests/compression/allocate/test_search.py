@@ -185,7 +185,7 @@ def counted(monkeypatch, module, name):
     [
         ({"layout": "deep"}, "instead of a layout of some"),
         ({"allocate": Allocation(step=12)}, "multiples of 8"),
-        ({"method": "svd", "keep": 0.375, "allocate": Allocation(equal=True)}, "as many key as value heads"),
+        ({"method": "svd", "keep": 0.375, "allocate": Allocation(equal=True)}, "odd number of key and value heads"),
     ],
 )
 def test_what_cannot_be_allocated_is_refused_before_any_work(calibration, options, message):

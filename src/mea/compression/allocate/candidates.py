@@ -31,8 +31,8 @@ def _moved(pair: Pair, way: Pair, by: int) -> Pair:
 class RankCandidates:
     """A layer at its possible ranks, each up to `REACH` moves from the start.
 
-    Values of another rank are fitted with keys of the start rank, and are combined with keys of other ranks too. This is
-    an approximation: the chosen layout is fitted again with both ranks.
+    Values of another rank are fitted with keys of the start rank, and are combined with keys of other ranks too. This
+    is an approximation: the chosen layout is fitted again with both ranks.
     """
 
     start: Pair

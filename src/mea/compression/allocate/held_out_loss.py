@@ -1,7 +1,7 @@
 """Loss and divergence on held-out text of a model in which single layers are replaced.
 
-Only the layers above a change are run again. One backward pass estimates the effect of a small change of *any* layer: the
-gradient of the divergence with respect to each attention's output, times the change of that output.
+Only the layers above a change are run again. One backward pass estimates the effect of a small change of *any* layer:
+the gradient of the divergence with respect to each attention's output, times the change of that output.
 """
 
 import copy

@@ -1,14 +1,15 @@
 """Second moments of keys and queries, weighted by the effect of score errors on the attention output.
 
-To first order an error ``e`` in the score of query ``i`` and key ``j`` changes a head's output by
-``a_ij (v_j - o_i) e``, with the attention map ``a``, the value ``v_j`` and the head's output ``o_i``. The squared change
-of the output of ``W_O`` is ``c_ij e^2``,
+To first order an error ``e`` in the score of query ``i`` and key ``j`` changes a head's output by ``a_ij (v_j - o_i)
+e``, with the attention map ``a``, the value ``v_j`` and the head's output ``o_i``. The squared change of the output of
+``W_O`` is ``c_ij e^2``,
 
     c_ij = a_ij^2 |W_O (v_j - o_i)|^2.
 
-Errors of different scores are assumed independent. The weight of a key is the sum of ``c_ij`` over queries and heads, the
-weight of a query the sum over keys: a token with much attention, such as the first of a text, has a larger weight than
-a token with none. The first token is always at position 0, so its moment is separate and is not averaged over positions.
+Errors of different scores are assumed independent. The weight of a key is the sum of ``c_ij`` over queries and heads,
+the weight of a query the sum over keys: a token with much attention, such as the first of a text, has a larger weight
+than a token with none. The first token is always at position 0, so its moment is separate and is not averaged over
+positions.
 """
 
 import sys

@@ -1,7 +1,8 @@
 """Statistics of a layer for the methods: weights, second moments of activations, and attention-averaged values.
 
-Sums run over tokens window by window, so their memory does not grow with the number of tokens. Symbols: ``h`` query heads, ``g`` kv heads, ``d`` head dimension, ``n = g * d``,
-``p`` positions, ``D`` hidden size, ``t`` tokens of a window.
+Sums run over tokens window by window, so their memory does not grow with the number of tokens. Symbols: ``h`` query
+heads, ``g`` kv heads, ``d`` head dimension, ``n = g * d``, ``p`` positions, ``D`` hidden size, ``t`` tokens of a
+window.
 """
 
 import sys

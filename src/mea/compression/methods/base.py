@@ -38,7 +38,8 @@ class CalibratedLayer(NamedTuple):
     statistics
         Weights and second moments.
     average
-        Computes attention-averaged values under given compressed keys, with a further pass over the calibration windows.
+        Computes attention-averaged values under given compressed keys, with a further pass over the calibration
+        windows.
     error
         The relative error of the attention's output with given factors, on a few calibration windows.
     """

@@ -17,7 +17,8 @@ class Factors(NamedTuple):
     encoder
         ``[r, n]``, with ``n = h_kv * d``.
     decoder
-        ``[n, r]``, with orthonormal columns: latents have the norm of the approximated vectors, which suits low precision.
+        ``[n, r]``, with orthonormal columns: latents have the norm of the approximated vectors, which suits low
+        precision.
     """
 
     encoder: Float[Tensor, "r n"]
@@ -39,8 +40,8 @@ class Moments(NamedTuple):
 class LayerFactors(NamedTuple):
     """One layer's factors; `output` replaces ``W_O`` where it was fitted with them.
 
-    With a shared latent, the outputs of both encoders are added, and both decoders read the sum (`mea.ops.cache_forms`).
-    With `groups`, encoders and decoders are block-diagonal with one block per group.
+    With a shared latent, the outputs of both encoders are added, and both decoders read the sum
+    (`mea.ops.cache_forms`). With `groups`, encoders and decoders are block-diagonal with one block per group.
     """
 
     keys: Factors

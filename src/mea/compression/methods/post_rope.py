@@ -10,9 +10,9 @@ The weighting sets the weight of each attention score in these moments (`WEIGHTI
 - ``"sensitivity"``: the weight is the first-order effect of a score error on the attention output
   (`mea.compression.calibrate.score_sensitivity`). The first token of a text is always at position 0, so it is not
   averaged over positions.
-- ``"mean"``, the default: the mean of both, each scaled to a trace of one. Sensitivities are measured with the attention
-  of the calibration text. A key without attention there would have weight zero, and the error of its scores could become
-  so large that other texts attend to it.
+- ``"mean"``, the default: the mean of both, each scaled to a trace of one. Sensitivities come from the calibration
+  text. A key without attention there would have weight zero, and the error of its scores could
+  become so large that other texts attend to it.
 - ``"frequency"``: uniform, and averaged over independent phases of the frequencies instead of positions, the limit of
   infinitely many positions. The result is a complex mixing of heads per rotary frequency, which commutes with RoPE.
 """

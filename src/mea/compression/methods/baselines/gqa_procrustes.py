@@ -2,8 +2,8 @@
 
 Value heads are multiplied by orthogonal matrices and key heads by a phase per rotary frequency, the only orthogonal
 maps that commute with RoPE. Both are undone when the cache is read, so that only the pooling causes an error. The heads
-that are most similar after alignment form a group. As in the paper, alignment uses activations and all tokens have equal
-weight. The paper then trains the grouped model; this method does not.
+that are most similar after alignment form a group. As in the paper, alignment uses activations and all tokens have
+equal weight. The paper then trains the grouped model; this method does not.
 """
 
 from jaxtyping import Num
