@@ -212,5 +212,5 @@ def test_no_room_for_the_result(
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(save, "run_plans", lambda *_, **__: pytest.fail("work began"))
-    with pytest.raises(OSError, match=r"the result takes .* GiB free"):
+    with pytest.raises(OSError, match=r"the result needs .* GiB free"):
         compress_to_folder(str(saved), tmp_path / "out", calibration=calibration)

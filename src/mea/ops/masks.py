@@ -32,14 +32,14 @@ def attention_mask(
 
     Notes
     -----
-    Every token sees itself, padding included: a row with nothing to look at would be 0/0 in the softmax, and NaN in a
-    position that is thrown away still spoils every gradient.
+    Every token sees itself, padding included. A row without visible tokens would be 0/0 in the softmax, and a NaN in an
+    unused position still makes every gradient NaN.
     """
     keys = queries if keys is None else keys
     if keys < queries:
         raise ValueError(f"the {queries} queries must be the last of the keys, of which there are only {keys}")
-    given = next((x for x in (padding, documents) if x is not None), None)
-    device = device if given is None else given.device
+    per_row = next((x for x in (padding, documents) if x is not None), None)
+    device = device if per_row is None else per_row.device
     q = torch.arange(keys - queries, keys, device=device)[:, None]
     k = torch.arange(keys, device=device)
     visible = torch.ones(queries, keys, dtype=torch.bool, device=device)

@@ -8,11 +8,11 @@ from mea.records import Record, read_record
 from mea.report.schema import check_fields
 
 
-def find_records(places: Iterable[str | Path], on_invalid: Callable[[str], None] | None = None) -> list[Record]:
-    """Records in files and in folders with all that is below them, sorted by path within each place, each file once.
+def find_records(paths: Iterable[str | Path], on_invalid: Callable[[str], None] | None = None) -> list[Record]:
+    """Records in files and in folders with all that is below them, sorted by path within each folder, each file once.
 
-    In folders, JSON files that are something else (a model's configuration, say) are passed over, and so is what is
-    hidden; a file that is named must be a record.
+    In folders, JSON files that are no records (for instance a model's configuration) and hidden files are
+    skipped; a file given by name must be a record.
 
     Parameters
     ----------
@@ -23,17 +23,17 @@ def find_records(places: Iterable[str | Path], on_invalid: Callable[[str], None]
     Raises
     ------
     FileNotFoundError
-        A place does not exist.
+        A path does not exist.
     ValueError
-        A file that is named is no record; a record is damaged or lacks a field; no record is left.
+        A file given by name is no record; a record is damaged or lacks a field; no record is left.
     """
     records: dict[Path, Record] = {}
     invalid: list[str] = []
-    places = [Path(place) for place in places]
-    for place in places:
-        if not place.exists():
-            raise FileNotFoundError(f"there is nothing at {place}: give a folder of records, or a record")
-        for path in [place] if place.is_file() else _record_files(place):
+    sources = [Path(path) for path in paths]
+    for source in sources:
+        if not source.exists():
+            raise FileNotFoundError(f"there is nothing at {source}: give a folder of records, or a record")
+        for path in [source] if source.is_file() else _record_files(source):
             if path.resolve() in records:
                 continue
             try:
@@ -49,7 +49,7 @@ def find_records(places: Iterable[str | Path], on_invalid: Callable[[str], None]
     if invalid and not records:
         raise ValueError(f"no valid record: {invalid[0]}" + (f" (and {len(invalid) - 1} more)" if invalid[1:] else ""))
     if not records:
-        raise ValueError(f"no record in {', '.join(map(str, places)) or 'nothing'}: give folders with *.json records")
+        raise ValueError(f"no record in {', '.join(map(str, sources)) or 'nothing'}: give folders with *.json records")
     return list(records.values())
 
 

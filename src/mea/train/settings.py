@@ -23,12 +23,12 @@ Settings = TypeVar("Settings")
 
 
 def build(cls: type[Settings], values: Any) -> Settings:
-    """Settings from a dict; those that are settings themselves from dicts of their own.
+    """Settings from a dict; nested settings from nested dicts.
 
     Raises
     ------
     ValueError
-        A name that does not exist (the message names the nearest), or a value of another type or out of range.
+        An unknown name (the message suggests a similar one), or a value of the wrong type or out of range.
     """
     try:
         return TypeAdapter(cls).validate_python(values)
@@ -37,7 +37,7 @@ def build(cls: type[Settings], values: Any) -> Settings:
 
 
 def _message(cls: type, error: ErrorDetails) -> str:
-    path, given = [str(part) for part in error["loc"]], error["input"]
+    path, value = [str(part) for part in error["loc"]], error["input"]
     table, name = ".".join(path[:-1]), ".".join(path)
     match error["type"]:
         case "value_error":
@@ -51,7 +51,7 @@ def _message(cls: type, error: ErrorDetails) -> str:
         case "missing":
             return f"[{table or 'settings'}] lacks {path[-1]}"
         case "dataclass_type":
-            return f"[{name}] must be a table, not {given!r}"
+            return f"[{name}] must be a table, not {value!r}"
     expected = error["msg"].removeprefix("Input should be ")
-    guess = did_you_mean(given, re.findall("'([^']+)'", expected)) if error["type"] == "literal_error" else ""
-    return f"{name} must be {expected}, not {given!r}{guess}"
+    guess = did_you_mean(value, re.findall("'([^']+)'", expected)) if error["type"] == "literal_error" else ""
+    return f"{name} must be {expected}, not {value!r}{guess}"

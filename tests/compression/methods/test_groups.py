@@ -117,7 +117,7 @@ def test_operations_on_groups_are_those_on_blocks():
     [
         ({"groups": 3}, "cannot be divided into 3"),
         ({"groups": 0}, "cannot be divided into 0"),
-        ({"groups": 2, "method": "joint"}, "all heads' keys and values"),
+        ({"groups": 2, "method": "joint"}, "keys and values of all heads"),
         ({"groups": 4, "method": "svd"}, "give fewer groups"),
         ({"groups": 4, "keep": 0.1}, "no layout meets"),
     ],

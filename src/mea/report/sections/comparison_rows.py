@@ -98,8 +98,8 @@ def cells(methods: Sequence[Row], brief: bool = False) -> tuple[list[str], list[
     """
     texts = {kind: texts_of(methods, kind) for kind in ("texts", "continuations")}
     titles, lines = _titles(texts, brief), [_cells(row, texts, brief) for row in methods]
-    there = [i for i in range(len(titles)) if not i or any(line[i] != ABSENT for line in lines)]
-    return [titles[i] for i in there], [[line[i] for i in there] for line in lines]
+    measured = [i for i in range(len(titles)) if not i or any(line[i] != ABSENT for line in lines)]
+    return [titles[i] for i in measured], [[line[i] for i in measured] for line in lines]
 
 
 def _titles(texts: dict[str, list[str]], brief: bool) -> list[str]:

@@ -20,7 +20,7 @@ TASK, PAIRED = "task", "paired tasks"  # kinds of records
 
 
 def sections(records: Sequence[Record]) -> list[Section]:
-    """One section: the paper's tables with our rows where there are some, all scores, and all comparisons."""
+    """One section: the paper's tables with our rows where measured are some, all scores, and all comparisons."""
     measured = reference_first(records, TASK, PAIRED)
     published = [part for part in (table_1(measured), table_2(measured)) if part]
     return [Section("Tasks", [*published, *_measured(records)])]
@@ -49,11 +49,13 @@ def table_1(records: Sequence[Record]) -> Part | None:
     published = len(lines)
     for label, own in _by_label(records).items():
         metrics = [own[task]["results"]["metrics"].get("acc") if task in own else None for task in TABLE_1.values()]
-        there = [metric for metric in metrics if metric]
+        measured = [metric for metric in metrics if metric]
         average = ABSENT
-        if len(there) == len(TABLE_1):
-            error = sqrt(sum((metric["standard_error"] or 0) ** 2 for metric in there)) / len(there)
-            average = _percent({"mean": sum(metric["mean"] for metric in there) / len(there), "standard_error": error})
+        if len(measured) == len(TABLE_1):
+            error = sqrt(sum((metric["standard_error"] or 0) ** 2 for metric in measured)) / len(measured)
+            average = _percent(
+                {"mean": sum(metric["mean"] for metric in measured) / len(measured), "standard_error": error}
+            )
         cells = [_percent(metric) if metric else ABSENT for metric in metrics]
         lines.append([label, _scale(own), *cells, average])
     note = (

@@ -1,7 +1,7 @@
-"""Short training after compression: it brings back most of the quality that a smaller cache costs.
+"""Short training after compression, which regains most of the quality lost by compression.
 
-`recover` trains a model in memory, `recover_to_folder` one on disk, with everything that a user needs around it. Both
-run on one process, or on several under ``torchrun`` (data parallel, or sharded with FSDP2).
+`recover` trains a model in memory, `recover_to_folder` a model on disk, with checks, model card and record. Both run on
+one process, or on several under ``torchrun`` (data parallel, or sharded with FSDP2).
 """
 
 import time
@@ -28,21 +28,21 @@ from mea.train.recovery.trainer import Point, RecoveryTrainer
 
 @dataclass(frozen=True)
 class Recovered:
-    """What came of one stage.
+    """Result of one stage.
 
     Attributes
     ----------
     model
-        In its best state: the one that was given, for LoRA with the updates merged. Of a sharded one a whole copy, on
-        the first process only.
+        The given model in its best state, for LoRA with the updates merged. For a sharded model a whole copy, on the
+        first process only.
     curve
         Held-out losses in nats per token: ``tokens`` trained on, ``ce``, and ``kl`` to the original if there is one.
     best
-        The point of the curve that the model is at.
+        The point of the curve with the state of `model`.
     losses
         Training losses by ``tokens``.
     seconds
-        In this process; after an interruption, from there on.
+        Time in this process; after an interruption, without the time before it.
     """
 
     model: Any
@@ -63,28 +63,28 @@ def recover(
     sharded: bool = False,
     progress: Progress | None = None,
 ) -> Recovered:
-    """Train a compressed model in place for one stage, and leave it in the best state seen, its start included.
+    """Train a compressed model in place for one stage, and return it in its best state, which may be the start.
 
     Parameters
     ----------
     student
         A compressed model, in fp32.
     original
-        The uncompressed model; None for plain pretraining. It is frozen, in place, and stays so; weights that it shares
-        with the student in value are shared in memory afterwards.
+        The uncompressed model; None for plain pretraining. It is frozen in place; weights with
+        the same values as the student's are shared in memory afterwards.
     rows, held_out
-        Windows to train on and to judge by: `mea.train.recovery.data.windows`.
+        Windows to train on and held-out windows: `mea.train.recovery.data.windows`.
     folder
-        For checkpoints. If it holds some of the same stage, training goes on from the last.
+        For checkpoints. If it holds checkpoints of the same stage, training continues from the last.
     sharded
         Shard the student over the processes (FSDP2) instead of copying it to each; the original is copied.
 
     Raises
     ------
     ValueError
-        The model is not compressed, the original is missing or another model's, or sharding has no processes.
+        The model is not compressed, the original is missing or is another model, or sharding has only one process.
     DivergedError
-        The loss stopped being a number.
+        The loss is NaN or infinite.
     """
     check_pair(student.config, getattr(original, "config", None), settings)
     keep_freed_memory()
@@ -115,7 +115,7 @@ def recover(
 
 
 def check_pair(own: Any, other: Any | None, settings: Recovery) -> None:
-    """Refuse what cannot be trained, by the configurations of the compressed model and the original alone.
+    """Refuse models that cannot be trained, by the configurations of the compressed model and the original alone.
 
     Raises
     ------
@@ -123,13 +123,13 @@ def check_pair(own: Any, other: Any | None, settings: Recovery) -> None:
         The model is not compressed, or the original is missing, compressed or another model.
     """
     if not own.model_type.startswith(MODEL_TYPE_PREFIX):
-        raise ValueError(f"this {own.model_type} model is not compressed: give what `mea compress` wrote")
+        raise ValueError(f"this {own.model_type} model is not compressed: give a folder that `mea compress` wrote")
     if other is None:
         if settings.objective != "text":
             raise ValueError(f"the objective {settings.objective!r} needs the uncompressed model")
         return
     if other.model_type.startswith(MODEL_TYPE_PREFIX):
-        raise ValueError("the original is compressed itself: give the model that it was made from")
+        raise ValueError("the original is itself compressed: give the uncompressed model")
     same = ("vocab_size", "num_hidden_layers", "hidden_size", "num_attention_heads")
     differing = [f"{name} {getattr(other, name)}, not {getattr(own, name)}" for name in same
                  if getattr(other, name) != getattr(own, name)]  # fmt: skip
@@ -162,10 +162,10 @@ def held_out_losses(
 
 
 def share_frozen(student: Any, original: Any) -> None:
-    """Let frozen weights of the student that equal the original's be the original's: half of the memory."""
-    there = dict(original.named_parameters())
+    """Share the original's weights with equal frozen weights of the student, which halves the memory."""
+    original_weights = dict(original.named_parameters())
     for name, parameter in student.named_parameters():
-        other = there.get(name)
+        other = original_weights.get(name)
         if not parameter.requires_grad and other is not None and torch.equal(parameter, other):
             parameter.data = other.data
 

@@ -20,8 +20,8 @@ def windows(
 
     Each opens with the token that the tokenizer puts before every text, if it has one.
 
-    The end of every text is held out, in proportion to the texts' lengths, so that hardly a held-out window continues
-    one that was trained on. The other windows are drawn without repetition, all texts alike; of these,
+    The end of every text is held out, in proportion to the texts' lengths, so that hardly any held-out window continues
+    a training window. The other windows are drawn without repetition from all texts; of these,
     ``settings.copy_fraction`` end with copies of some of their own tokens.
 
     Parameters
@@ -47,8 +47,8 @@ def windows(
         earlier = f" after the {skip:,} of the stages before" if skip else ""
         raise ValueError(
             f"{', '.join(map(str, texts))}: {count * settings.window:,} tokens in windows of {settings.window}; "
-            f"{settings.tokens:,} to train on{earlier} and {settings.held_out:,} held out are asked for: give more "
-            f"text (--text, more than once if need be) or fewer tokens"
+            f"{settings.tokens:,} to train on{earlier} and {settings.held_out:,} held out are needed: give more "
+            f"text (--text may be repeated) or fewer tokens"
         )
     ends = [max(1, round(held * len(part) / count)) if len(part) else 0 for part in rows]
     kept_out = torch.cat([part[len(part) - end :] for part, end in zip(rows, ends, strict=True)])

@@ -1,4 +1,4 @@
-"""What recovery minimises: the divergence from the original, the text's cross-entropy, or both."""
+"""The loss of recovery: the divergence from the original, the text's cross-entropy, or both."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mea.models.lm_head import IGNORED, LMHead, distance
 
 
 class Distilled(nn.Module):
-    """The student as the Trainer sees it: token ids in, loss out.
+    """The student as a module for the Trainer: token ids in, loss out.
 
     The original model is kept out of the module tree: it is neither trained, nor saved, nor wrapped.
     """

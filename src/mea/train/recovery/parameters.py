@@ -1,4 +1,4 @@
-"""What recovery trains (factors, attention, everything, or factors and low-rank updates), and each tensor's size."""
+"""The trained parameters (factors, attention, all, or factors and low-rank updates), and each tensor's size."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from mea.models.latent_attention import LATENT_ATTENTION
 from mea.train.recovery.settings import Recovery
 
 LATENT_CLASSES = tuple(LATENT_ATTENTION.values())
-SMALLEST_SIZE = 1e-3  # Adafactor's: what starts at zero has to move as well
+SMALLEST_SIZE = 1e-3  # Adafactor's: tensors that start at zero must also be trained
 
 
 def choose(student: Any, settings: Recovery) -> Any:
-    """Mark what is trained and freeze the rest; returns the model to train, which for LoRA holds adapters.
+    """Mark the trained parameters and freeze the rest; returns the model to train, with adapters for LoRA.
 
     Raises
     ------
@@ -53,7 +53,7 @@ def merged(student: Any) -> Any:
 
 
 def sizes(trained: Any) -> dict[nn.Parameter, float]:
-    """What a relative learning rate is relative to: each tensor's RMS, and at least 1e-3 (arXiv 1804.04235).
+    """The scale of relative learning rates: each tensor's RMS, at least 1e-3 (arXiv 1804.04235).
 
     The second matrix of a low-rank update is zero at first. Its size is that at which the update would be as large as
     the weight that it is added to, so that a step changes the weight by about the same share as elsewhere.

@@ -26,7 +26,7 @@ from mea.train.recovery.settings import Recovery
 KIND = "recovery"
 TESTED = ("wikitext-2-test", "wikitext-2-valid", "technical")
 MEASURED_TEXT, MEASURED_WINDOW = "wikitext-2-test", 1024
-OF_PEAK = 0.4  # of the speed of one large product: what a step of a small model comes to
+OF_PEAK = 0.4  # speed of a training step of a small model relative to one large matrix product
 
 
 def recover_to_folder(
@@ -42,36 +42,36 @@ def recover_to_folder(
 ) -> Record:
     """Train a compressed model's folder, stage by stage, and save the best state as an ordinary model folder.
 
-    The folder appears when everything in it is complete. An interrupted run that is started again with the same
-    arguments goes on from its last checkpoint, in ``<out>.partial``.
+    The folder appears when it is complete. The same call continues an interrupted run from its last checkpoint in
+    ``<out>.partial``.
 
     Parameters
     ----------
     source
-        What `mea compress` wrote.
+        Folder that `mea compress` wrote.
     out
         A folder that does not exist or is empty.
     stages
-        One after the other; each begins with the best state of the one before, on text that none before has seen.
+        Stages in order; each begins with the best state of the stage before, on text that no earlier stage has seen.
     texts
         Packaged names or files.
     original
         The uncompressed model; not needed for plain pretraining.
     measure_tokens
-        Of WikiText-2 test, for the card; 0 for none. Nothing is chosen by it.
+        Tokens of WikiText-2 test for the model card; 0 for none. They do not affect training.
 
     Raises
     ------
     ValueError
-        For anything that the user can put right; before weights are loaded wherever it can be known by then.
+        An argument, a model or a text is unsuitable; raised before weights are loaded if possible.
     DivergedError
-        The loss stopped being a number.
+        The loss is NaN or infinite.
     """
     out = Path(out)
     config = _checked_config(source, out, original, stages, texts, sharded)
     first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
     tokenizer = load_tokenizer(source)
-    # Before the work, because more tokens than there are are refused.
+    # Before the work: an error if the text has fewer tokens.
     scored = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
     drawn = _drawn(tokenizer, texts, stages)
     work = out.with_name(out.name + ".partial")
@@ -93,9 +93,9 @@ def recover_to_folder(
 
 
 def recovery_seconds(source: str, settings: Recovery) -> float:
-    """Seconds that a stage takes in one process of this machine when it is idle; no weights are read.
+    """Seconds of a stage in one process on this machine when idle, without reading weights.
 
-    Every token costs a product with every weight, thrice as much with its gradients, and one more of the original's.
+    Each token needs one product with every weight of the student, two more for gradients, and one of the original.
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(load_config(source))
@@ -115,7 +115,7 @@ def _checked_config(
     if not texts:
         raise ValueError("no text to train on: give at least one (--text FILE)")
     if sharded and len(stages) > 1:
-        raise ValueError("sharded recovery does one stage at a time: run the next one on the folder of this one")
+        raise ValueError("sharded recovery does one stage at a time: run the next stage on the folder of this stage")
     config, original_config = load_config(source), load_config(original) if original else None
     for settings in stages:
         check_pair(config, original_config, settings)
@@ -143,7 +143,7 @@ def _check_same_run(work: Path, source: str, original: str | None, stages: Seque
     path = work / "run.json"
     if path.is_file() and json.loads(path.read_text(encoding="utf-8")) != json.loads(json.dumps(run)):
         raise ValueError(
-            f"{work} holds an interrupted run of another model, text or settings; remove it, or repeat its settings"
+            f"{work} holds an interrupted run of another model, text or settings; remove it, or give the same settings"
         )
     work.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(run))
@@ -158,7 +158,7 @@ def _train(
     sharded: bool,
     progress: Progress | None,
 ) -> list[Recovered]:
-    """The results of the stages, each of which begins with the best state of the one before."""
+    """The results of the stages; each begins with the best state of the stage before."""
     model = load(source, "float32")[0]
     teacher = load(original, "float32")[0] if original else None
     results: list[Recovered] = []

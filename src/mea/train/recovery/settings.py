@@ -1,4 +1,4 @@
-"""What a stage of recovery is: checked, frozen, with presets by name."""
+"""Settings of a recovery stage: checked, frozen, with named presets."""
 
 from typing import Annotated, Any, Literal
 
@@ -30,13 +30,13 @@ class Recovery:
     tokens
         Text that is trained on; none of it twice.
     window
-        Tokens that are read in one piece.
+        Tokens of one window.
     copy_fraction
         Share of the windows that end with copies of some of their own tokens, see `mea.text.repeat_spans`.
     batch
         Windows per step, over all processes.
     micro_batch
-        Windows at a time in one process; less takes less memory and gives the same steps.
+        Windows per forward pass in one process; fewer windows need less memory and give the same steps.
     lr, base_lr
         Peak learning rate of the factors, and of everything else that is trained.
     relative
@@ -47,22 +47,22 @@ class Recovery:
     warmup
         Share of the tokens during which the learning rate rises; it falls to 0 as a cosine afterwards.
     weight_decay, betas, clip
-        Of AdamW; the largest norm of the gradient.
+        Settings of AdamW; the largest norm of the gradient.
     ce
-        With ``"logits"``, the weight of the text's cross-entropy beside the divergence, which has weight 1.
+        With ``"logits"``, the weight of the text's cross-entropy; the divergence has weight 1.
     rank
-        Of the low-rank updates.
+        Rank of the low-rank updates.
     held_out
-        Tokens at the end of each text that are not trained on; they choose the result, see `RecoveryTrainer.best`.
+        Tokens at the end of each text that are not trained on; they select the result, see `RecoveryTrainer.best`.
     evaluations
-        How often they are scored.
+        Number of times that the held-out tokens are scored.
     checkpoints
-        How often the state is saved.
+        Number of times that the state is saved.
     precision
         Of the products; sums, updates and all that is stored are fp32. ``"fast"`` is bfloat16 where
         this machine multiplies it, else float32.
     less_memory
-        Keep no activations within layers for the backward pass; costs a second forward pass.
+        Gradient checkpointing of each layer: less memory, and a second forward pass.
     seed
         Orders the windows.
     """
@@ -125,7 +125,7 @@ OLD_STAGES = {
 
 
 def recovery(stage: str = "distill", **changes: Any) -> Recovery:
-    """The settings of a stage with changes; those that are None are left as they are.
+    """The settings of a stage with changes; None keeps the default.
 
     Raises
     ------

@@ -1,6 +1,6 @@
-"""The Trainer of recovery: two learning rates, and the best state of the held-out text kept.
+"""The Trainer of recovery: two learning rates, and the best state on held-out text.
 
-A checkpoint holds only what is trained (and the optimiser's state), gathered from wherever it is sharded.
+A checkpoint holds only the trained parameters and the optimiser's state, gathered from all shards.
 """
 
 import math
@@ -25,7 +25,7 @@ WEIGHTS, BEST = "trained.safetensors", "best.safetensors"
 
 
 class DivergedError(ValueError):
-    """The loss is not a number any more."""
+    """The loss is NaN or infinite."""
 
 
 class Windows(Dataset):
@@ -42,7 +42,7 @@ class Windows(Dataset):
 
 
 class EvaluateAtEnd(TrainerCallback):
-    """The end is a point of the curve, whatever the interval."""
+    """Evaluates at the end too, at any interval."""
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.global_step >= state.max_steps:
@@ -55,11 +55,11 @@ class RecoveryTrainer(BaseTrainer):
     Parameters
     ----------
     module
-        Takes token ids, gives ``loss``, and while evaluating ``ce`` and perhaps ``kl``.
+        Maps token ids to ``loss``, and while evaluating also to ``ce`` and, with an original, ``kl``.
     factors
         The parameters that train at ``settings.lr``.
     score
-        Gives ``{"ce": ..., "kl": ...}``, the held-out losses of the module as it is.
+        Returns the current held-out losses of the module: ``{"ce": ..., "kl": ...}``.
     folder
         For checkpoints and the best state.
     """
@@ -110,16 +110,16 @@ class RecoveryTrainer(BaseTrainer):
 
     @property
     def curve(self) -> list[Point]:
-        """Held-out losses so far, the start's first: ``tokens``, ``ce`` and where there is an original ``kl``."""
+        """Held-out losses so far, beginning with the start: ``tokens``, ``ce`` and, with an original, ``kl``."""
         evaluations = [entry for entry in self.state.log_history if "held_out_ce" in entry]
         keys = ("tokens", "held_out_ce", "held_out_kl")
         return [{key.removeprefix("held_out_"): entry[key] for key in keys if key in entry} for entry in evaluations]
 
     @property
     def best(self) -> Point:
-        """The point nearest to the original of those that predict the text no worse than the start.
+        """The point with the lowest divergence, of the points with no higher loss on the text than the start.
 
-        Without an original, and where the text itself is the objective, the point that predicts it best.
+        Without an original, or with the text as objective, the point with the lowest loss.
         """
         points = [point for point in self.curve if point["ce"] <= self.curve[0]["ce"]]
         criterion = "kl" if self.settings.objective != "text" and "kl" in points[0] else "ce"
@@ -135,7 +135,7 @@ class RecoveryTrainer(BaseTrainer):
         ]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group for the factors and one for the rest; with relative rates one for every tensor."""
+        """One group for the factors and one for the rest; with relative learning rates one for every tensor."""
         settings = self.settings
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         factors = [parameter for parameter in trained if id(parameter) in self._factors]
@@ -169,7 +169,7 @@ class RecoveryTrainer(BaseTrainer):
         return (outputs["loss"], outputs) if return_outputs else outputs["loss"]
 
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
-        """Score the held-out text, and keep the state if none was better."""
+        """Score the held-out text, and save the state if it is the best."""
         tokens = self.state.global_step * self.settings.step_tokens
         if any(point["tokens"] == tokens for point in self.curve):  # scored before an interruption
             return {}
@@ -186,7 +186,7 @@ class RecoveryTrainer(BaseTrainer):
         return {}
 
     def restore_best(self) -> Point:
-        """Put the best state seen, the start included, into the model; returns its point of the curve."""
+        """Load the best state, which may be the start, into the model; returns its point of the curve."""
         self._load_trained(self.folder / BEST)
         return self.best
 
