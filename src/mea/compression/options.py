@@ -74,8 +74,8 @@ class Refinement:
     def __post_init__(self) -> None:
         if self.passes < 1 or self.window < 8 or self.batch < 1 or self.held_out < 2:
             raise ValueError(
-                "refinement needs at least 1 pass, windows of 8 tokens, a batch of 1 window and 1 held-out window in 2, "
-                f"not {self.passes}, {self.window}, {self.batch} and 1 in {self.held_out}"
+                "refinement needs at least 1 pass, windows of 8 tokens, a batch of 1 window and at most 1 held-out "
+                f"window in 2, not {self.passes}, {self.window}, {self.batch} and 1 in {self.held_out}"
             )
         if not (self.lr > 0 and self.base_lr > 0):
             raise ValueError(f"learning rates must be positive, not {self.lr} and {self.base_lr}")
