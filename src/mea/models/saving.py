@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 
 from mea.records import Record, write_record
 
-SHARD_SIZE = "4GB"  # each is in memory as a whole while it is written
+SHARD_SIZE = "4GB"  # a shard is in memory as a whole while it is written
 
 USAGE = """```python
 import mea  # or trust_remote_code=True below
@@ -57,8 +57,8 @@ def check_output(out: Path) -> None:
 def not_written(path: Path, error: Exception) -> OSError:
     """What to say where a result could not be written."""
     return OSError(
-        f"{path} could not be written: {error}. Nothing half written was left; make room and start again with the same "
-        f"arguments: finished layers are kept"
+        f"{path} could not be written: {error}. No incomplete file is left; free disk space and repeat the same "
+        f"command: finished layers are kept"
     )
 
 
@@ -69,7 +69,7 @@ def complete_folder(out: Path, work: Path) -> Iterator[Path]:
     Raises
     ------
     OSError
-        Writing failed, the disk being full for instance; nothing half written is left.
+        Writing failed, for instance because the disk is full; no incomplete file is left.
     """
     filling = work / "model"
     shutil.rmtree(filling, ignore_errors=True)
