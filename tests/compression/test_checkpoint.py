@@ -6,17 +6,20 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compression.small import tiny
 from mea.compression import Calibration
+from mea.compression.checkpoint import FactorStore
 from mea.compression.methods.base import Method
 from mea.compression.save import compress_to_folder
+from mea.models.saving import complete_folder
 
 
 def arguments(calibration: Calibration, **changes: Any) -> dict[str, Any]:
@@ -194,3 +197,27 @@ def test_the_folder_can_be_there_if_it_is_empty(saved: Path, calibration: Calibr
     files(tmp_path / "out")
     assert sorted(os.listdir(tmp_path)) == ["original", "out"]
     shutil.rmtree(tmp_path / "out")
+
+
+@pytest.mark.parametrize("metadata", [{"form": "rotated", "groups": "1"}, {"form": "post_rope"}, None])
+def test_a_layer_that_another_version_wrote_is_refused_with_what_to_do(tmp_path, metadata):
+    store = FactorStore(tmp_path / "out.partial" / "layers", "the same")
+    names = ("key_encoder", "key_decoder", "value_encoder", "value_decoder")
+    tensors = {name: torch.ones(2, 2) for name in names}
+    save_file(tensors, store.folder / "00000.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"out\.partial holds an interrupted run of another version of mea; remove"):
+        store.get(0)
+
+
+def test_of_two_runs_that_write_one_folder_the_first_is_kept_whole(tmp_path):
+    out, work = tmp_path / "out", tmp_path / "out.partial"
+
+    def write(name: str, meanwhile: Callable[[], None] = lambda: None) -> None:
+        with complete_folder(out, work) as folder:
+            (folder / "weights").write_text(name)
+            meanwhile()
+
+    with pytest.raises(ValueError, match=r"out exists and is not an empty folder"):
+        write("slow", lambda: write("fast"))
+    assert (out / "weights").read_text() == "fast"
+    assert not work.exists()

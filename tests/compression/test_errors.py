@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import mea
 from compression.small import tiny
-from mea.compression import Calibration, save
+from mea.compression import Calibration, CompressOptions, save
 from mea.compression.save import compress_to_folder
 from mea.models.latent_attention import SUPPORTED
 
@@ -214,3 +214,15 @@ def test_no_room_for_the_result(
     monkeypatch.setattr(save, "run_plans", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(OSError, match=r"the result needs .* GiB free"):
         compress_to_folder(str(saved), tmp_path / "out", calibration=calibration)
+
+
+@pytest.mark.parametrize(
+    ("options", "fields", "message"),
+    [
+        (None, {"keap": 0.5}, r"no option 'keap': options are keep, .*; did you mean 'keep'\?"),
+        (CompressOptions(), {"keep": 0.5}, r"give options or keep, not both"),
+    ],
+)
+def test_what_is_no_option_is_refused_by_name(options, fields, message):
+    with pytest.raises(TypeError, match=message):
+        mea.compress(tiny(), None, options, **fields)

@@ -192,6 +192,18 @@ def test_a_model_of_an_older_version_is_refused_with_what_to_do():
         COMPRESSED_MODELS["llama"](config)
 
 
+@pytest.mark.parametrize("form", ["rotated", "unrotated"])
+def test_a_model_with_an_older_name_of_its_form_is_refused_with_what_to_do(tmp_path, form):
+    """Through the Auto classes too."""
+    config = compress(stock("llama")).config
+    config.latent_form = form
+    with pytest.raises(ValueError, match=r"older version of mea .* mea compress MODEL OUT"):
+        AutoModelForCausalLM.from_config(config)
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"older version of mea .* mea compress MODEL OUT"):
+        AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+
+
 @pytest.mark.parametrize("ranks", [None, [], [[16, 16]], [[16, 16]] * 4])
 def test_a_configuration_with_widths_for_other_layers_is_refused(model, kind, ranks):
     config = model.config

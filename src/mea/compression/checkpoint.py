@@ -45,13 +45,24 @@ class FactorStore:
             write_file(settings, json.dumps(fingerprint))
 
     def get(self, index: int) -> LayerFactors | None:
-        """The factors of a layer, if an earlier run finished it."""
+        """The factors of a layer, if an earlier run finished it.
+
+        Raises
+        ------
+        ValueError
+            Another version of mea wrote them.
+        """
         path = self._path(index)
         if not path.is_file():
             return None
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-            metadata = file.metadata()
+            metadata = file.metadata() or {}
+        if metadata.get("form") not in FORMS or "groups" not in metadata:
+            raise ValueError(
+                f"{self.folder.parent} holds an interrupted run of another version of mea; remove that folder to begin "
+                "again"
+            )
         return LayerFactors(
             Factors(tensors["key_encoder"], tensors["key_decoder"]),
             Factors(tensors["value_encoder"], tensors["value_decoder"]),

@@ -1,11 +1,12 @@
 """Every option of a compression, from the command line to the record."""
 
 from dataclasses import dataclass, field
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 from mea.compression.calibrate.text import Calibration
-from mea.names import DEFAULT_METHOD
+from mea.names import DEFAULT_METHOD, did_you_mean, listed
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,10 @@ class CompressOptions:
         TypeError
             Both are given, or a field is unknown.
         """
+        known = [option.name for option in dataclass_fields(cls)]
+        for name in fields:
+            if name not in known:
+                raise TypeError(f"there is no option {name!r}: options are {listed(known)}{did_you_mean(name, known)}")
         if options is None:
             return cls(**fields)
         if fields:

@@ -256,10 +256,10 @@ class LatentCausalLM(_Mixin):
 
     def __init__(self, config: Any):
         super().__init__(config)
-        if hasattr(config, "latent_widths"):
+        if hasattr(config, "latent_widths") or config.latent_form in ("rotated", "unrotated"):
             raise ValueError(
-                "an older version of mea made this model (its configuration has latent_widths): compress the original "
-                "again with mea compress MODEL OUT"
+                "an older version of mea made this model (its configuration has latent_widths, or the latent_form "
+                "rotated or unrotated): compress the original again with mea compress MODEL OUT"
             )
         if len(config.latent_ranks or ()) != config.num_hidden_layers:
             raise ValueError(

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,18 +67,23 @@ def not_written(path: Path, error: Exception) -> OSError:
 def complete_folder(out: Path, work: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends, and is removed if it fails.
 
+    The folder has its own name, because two runs that fill the same folder would mix their files.
+
     Raises
     ------
+    ValueError
+        Another run has written `out` in the meantime.
     OSError
         Writing failed, for instance because the disk is full; no incomplete file is left.
     """
-    filling = work / "model"
-    shutil.rmtree(filling, ignore_errors=True)
-    filling.mkdir(parents=True)
+    work.mkdir(parents=True, exist_ok=True)
+    filling = Path(tempfile.mkdtemp(prefix="model-", dir=work), "model")  # mkdtemp's own folder is private
+    filling.mkdir()
     try:
         yield filling
+        check_output(out)  # another run may have finished first
     except BaseException as error:
-        shutil.rmtree(filling, ignore_errors=True)
+        shutil.rmtree(filling.parent, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):  # safetensors has its own error for a full disk
             raise not_written(out, error) from error
         raise

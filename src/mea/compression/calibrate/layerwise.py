@@ -76,12 +76,17 @@ class _Recorder(nn.Module):
 
 @contextmanager
 def evaluating(model: Any) -> Iterator[None]:
-    """Put the model in evaluation mode, and restore its modes afterwards."""
-    modes = {module: module.training for module in model.modules()}
+    """Put the model in evaluation mode, and restore its modes afterwards.
+
+    Attention is SDPA meanwhile, which `LayerWalk` records inputs for: eager attention needs a mask where SDPA has none.
+    """
+    modes, used = {module: module.training for module in model.modules()}, model.config._attn_implementation
     model.eval()
+    model.config._attn_implementation = "sdpa"
     try:
         yield
     finally:
+        model.config._attn_implementation = used
         for module, mode in modes.items():
             module.training = mode
 
@@ -119,7 +124,8 @@ class LayerWalk:
     """Runs a model layer by layer.
 
     The model's own forward runs once, with recorders instead of layers. The recorded arguments of each layer (masks,
-    rotary embeddings, anything that an architecture adds) are used for all windows up to that length.
+    rotary embeddings, anything that an architecture adds) are used for all windows up to that length. Where rotary
+    embeddings depend on the length of the window, every length is recorded.
 
     Parameters
     ----------
@@ -132,6 +138,8 @@ class LayerWalk:
     def __init__(self, model: Any, length: int = 0):
         self.model, self.length = model, length
         self._recorded: list[LayerInputs] = []
+        kinds = str(model.model.rotary_emb.rope_type)  # one, or one for each type of layer
+        self._by_length = "dynamic" in kinds or "longrope" in kinds
 
     @property
     def layers(self) -> list[Any]:
@@ -140,6 +148,8 @@ class LayerWalk:
 
     def inputs(self, length: int) -> list[LayerInputs]:
         """Every layer's arguments besides the hidden states, for windows of `length` tokens."""
+        if self._by_length:
+            return self._record(length)
         if not self._recorded or length > self.length:
             self.length = max(length, self.length)
             self._recorded = self._record(self.length)
