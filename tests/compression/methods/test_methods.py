@@ -262,7 +262,7 @@ def test_methods_are_found_by_name() -> None:
     assert find_method("gram", 4) is METHODS["gram"]
     with pytest.raises(ValueError, match=r"the methods are post_rope, .*, gram, .*, not 'garm'; did you mean 'gram'"):
         find_method("garm", 4)
-    with pytest.raises(ValueError, match="one kv head only; use post_rope, post_rope:uniform"):
+    with pytest.raises(ValueError, match="only one kv head: give post_rope, post_rope:uniform"):
         find_method("svd", 1)
     assert find_method("post_rope:mean", 4) is METHODS["post_rope"]
     for name in RENAMED:
