@@ -18,6 +18,7 @@ PEERS = "Other packages"
 BITS = tuple(sorted(CACHE_BITS, reverse=True))
 
 
+# As long as its list of options is.
 def compare(
     model: shared.Model,
     out: Annotated[Path, typer.Argument(help="Folder for records and report; an interrupted run continues there.")],

@@ -15,6 +15,7 @@ EXAMPLES = (
 )
 
 
+# As long as its list of options is.
 def compress(
     model: shared.Model,
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],

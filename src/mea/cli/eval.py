@@ -17,6 +17,7 @@ EXAMPLES = (
 LONG_CONTEXT_PANEL = "With --suite long-context"
 
 
+# As long as its list of options is.
 def evaluate(
     model: shared.Model,
     against: shared.Against = None,

@@ -16,6 +16,7 @@ EXAMPLES = (
 )
 
 
+# As long as its list of options is.
 def recover(
     model: Annotated[str, typer.Argument(help="Folder that mea compress wrote.")],
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],

@@ -60,6 +60,7 @@ Known = Callable[[int], dict[str, Tensor] | None]
 Keep = Callable[[int, dict[str, Tensor]], None]
 
 
+# Over 60 lines with its arguments and their description; the body is one sequence of steps.
 def refine_layers(
     walk: LayerWalk,
     compressed: Any,

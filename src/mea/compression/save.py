@@ -31,6 +31,7 @@ MEASURED_TEXT = "wikitext-2-test"
 CACHE_TOKENS = 256
 
 
+# Over 60 lines with its arguments and their description; the body is one sequence of steps.
 def compress_to_folder(
     source: str,
     out: str | Path,

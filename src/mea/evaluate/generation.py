@@ -70,13 +70,7 @@ def continue_prompt(
         )
     inputs = _encode(tokenizer, prompt, chat).to(model.device)
     length = inputs["input_ids"].shape[1]
-    if not length:
-        raise ValueError("the prompt is empty: give the model something to continue")
-    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if longest is not None and length + max_new_tokens > longest:
-        raise ValueError(
-            f"{length:,} tokens of prompt and {max_new_tokens:,} new ones exceed the model's context of {longest:,}"
-        )
+    _check_length(model, length, max_new_tokens)
     options = _sampling(temperature, top_p)
     if temperature > 0:
         torch.manual_seed(seed)
@@ -87,6 +81,16 @@ def continue_prompt(
     streamer = _Streamer(tokenizer, stream) if stream else None
     output = model.generate(**inputs, max_new_tokens=max_new_tokens, streamer=streamer, **options)
     return tokenizer.decode(output[0, length:], skip_special_tokens=True)
+
+
+def _check_length(model: Any, length: int, max_new_tokens: int) -> None:
+    if not length:
+        raise ValueError("the prompt is empty: give the model something to continue")
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if longest is not None and length + max_new_tokens > longest:
+        raise ValueError(
+            f"{length:,} tokens of prompt and {max_new_tokens:,} new ones exceed the model's context of {longest:,}"
+        )
 
 
 def _sampling(temperature: float, top_p: float) -> dict[str, Any]:

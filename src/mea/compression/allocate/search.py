@@ -52,6 +52,7 @@ class Tried(NamedTuple):
     divergence: float
 
 
+# Over 60 lines with its arguments and their description; the body is one sequence of steps.
 def search_ranks(
     walk: LayerWalk,
     tokens: Int[Tensor, "n t"],

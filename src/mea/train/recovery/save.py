@@ -29,6 +29,7 @@ MEASURED_TEXT, MEASURED_WINDOW = "wikitext-2-test", 1024
 OF_PEAK = 0.4  # speed of a training step of a small model relative to one large matrix product
 
 
+# Over 60 lines with its arguments and their description; the body is one sequence of steps.
 def recover_to_folder(
     source: str,
     out: str | Path,
