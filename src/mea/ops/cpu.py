@@ -1,4 +1,4 @@
-"""Our own kernels for processors: a few queries over a long cache, in bf16 or few bits (``latent_cpu.c``).
+"""Our own kernels for processors: a few queries over a long cache, in bf16 or quantised (``latent_cpu.c``).
 
 PyTorch's kernel converts a bf16 cache and multiplies at a fraction of what the processor can do, and gives one kv head
 to one core. The kernel is compiled when it is first wanted, once per version of its source and processor, into the
