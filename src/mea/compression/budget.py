@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mea.names import LAYOUTS as PRESETS
+
 Ranks = tuple[int, int] | None
-PRESETS = ("full", "half", "deep")
 
 
 @dataclass(frozen=True)

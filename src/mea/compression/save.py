@@ -166,8 +166,8 @@ def _measure(
         )
         results["perplexity_before"] = perplexity(original).value
         results["perplexity"] = perplexity(compressed).value
-        results["perplexity_ratio"] = ratio(compressed, original).value
-        results["perplexity_ratio_error"] = ratio(compressed, original).standard_error
+        relative = ratio(compressed, original)
+        results["perplexity_ratio"], results["perplexity_ratio_error"] = relative.value, relative.standard_error
     config = {
         "model": Path(source).name,
         "ranks": plan.layout.ranks,

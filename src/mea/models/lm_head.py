@@ -129,8 +129,7 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, scale: float, teacher: Any, labels: Tensor, mix: Any) -> Any:
         kl, ce = mix
-        dtype = torch.get_autocast_dtype(hidden.device.type) if torch.is_autocast_enabled(hidden.device.type) else None
-        dtype = dtype or hidden.dtype
+        dtype = _working(hidden)
         matrix = weight.to(dtype)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None

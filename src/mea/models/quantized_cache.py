@@ -20,9 +20,9 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mea.names import CACHE_BITS as BITS
 from mea.ops import cpu
 
-BITS = (2, 4, 8)
 ALONG = ("channel", "token")
 
 

@@ -11,6 +11,7 @@ from mea.compression.budget import Step
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.compression.methods.values import covariance_values, fit_values
+from mea.names import DEFAULT_WEIGHTING
 from mea.ops.cache_forms import FORMS, PostRope
 
 Factorise = Callable[[LayerStatistics, int], Factors]
@@ -89,7 +90,7 @@ class Method:
     @property
     def label(self) -> str:
         """The name, with the weighting where it is not the default: ``"post_rope:uniform"``."""
-        return self.name if self.weighting in (None, "mean") else f"{self.name}:{self.weighting}"
+        return self.name if self.weighting in (None, DEFAULT_WEIGHTING) else f"{self.name}:{self.weighting}"
 
     def step(self, head_dim: int) -> Step:
         """The step in which a layer's ranks grow, the same for every group."""

@@ -55,7 +55,7 @@ def by_group(factorise: Factorise, groups: int) -> Factorise:
     def grouped(statistics: LayerStatistics, rank: int) -> Factors:
         return side_by_side([factorise(_part(statistics, group, groups), rank // groups) for group in range(groups)])
 
-    return factorise if groups == 1 else grouped
+    return grouped
 
 
 def side_by_side(parts: list[Factors]) -> Factors:

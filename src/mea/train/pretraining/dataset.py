@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from mea.models.lm_head import IGNORED
 from mea.train.checkpoints import checksum_of
 
 CHECKED_BYTES = 2 << 30  # up to here checksums are compared on opening; above, sizes alone
-IGNORED = -100  # a label that is not scored
 
 
 class TokenStream:
