@@ -13,7 +13,8 @@ from compression.small import tiny
 from mea.comparison import peers
 from mea.comparison import run as comparison
 from mea.comparison.configs import MethodConfig, method_configs
-from mea.comparison.run import Protocol, Training, compare, describe_cost
+from mea.comparison.run import Protocol, compare, describe_cost
+from mea.comparison.training import Training
 from mea.compression import cost
 from mea.models.loading import load_config
 from mea.report import make_sections, rows

@@ -104,9 +104,9 @@ def compare(
     """Compare ways to make a model's cache smaller, by measured bytes, in one protocol."""
     from mea.comparison.configs import method_configs
     from mea.comparison.protocol import Protocol
-    from mea.comparison.run import Training, describe_cost
     from mea.comparison.run import compare as run
-    from mea.comparison.training import SameRecovery, one_by_one
+    from mea.comparison.run import describe_cost
+    from mea.comparison.training import one_by_one, same_recovery
     from mea.compression import Calibration
     from mea.report import terminal_table, write_report
     from mea.report.registry import make_sections
@@ -130,8 +130,7 @@ def compare(
         if recover_tokens:
             width, held_out = min(512, window), min(8192, max(window, recover_tokens // 8))
             settings = one_by_one(tokens=recover_tokens, window=width, held_out=held_out)
-            same = SameRecovery(model, recover_text or [], settings, out / "recovery", report)
-            training = Training(same, same.description)
+            training = same_recovery(model, recover_text or [], settings, out / "recovery", report)
         records = run(
             model,
             out / "records",

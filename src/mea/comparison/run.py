@@ -4,10 +4,10 @@ Every model becomes one record of the kind ``"comparison"`` in a folder (`mea.re
 fields); a record that is already there for the same settings is not made again.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxtyping import Int
 from torch import Tensor
@@ -16,6 +16,7 @@ from mea.comparison.configs import MethodConfig
 from mea.comparison.measure import Measurement
 from mea.comparison.peers.records import peer_records
 from mea.comparison.protocol import ORIGINAL, Protocol
+from mea.comparison.training import Training
 from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
 from mea.compression.budget import CacheShape
@@ -32,21 +33,6 @@ from mea.records import Progress, Record, make_record, read_record, write_record
 
 TRAINING = 4  # times that reading the tokens takes: forth and back (twice as much), and the original
 AT_ONCE = 4  # plans that are carried out in one pass over the layers, whose results are in memory together
-
-
-class Training(NamedTuple):
-    """What configs that are `MethodConfig.recovered` go through.
-
-    Attributes
-    ----------
-    run
-        Takes the compressed model, the original and a name for its files; gives a trained copy.
-    description
-        For the records.
-    """
-
-    run: Callable[[Any, Any, str], Any]
-    description: dict[str, Any]
 
 
 def compare(

@@ -1,10 +1,10 @@
 """The same short training for several compressed models of one original, for comparisons."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from mea.models.loading import load_tokenizer
 from mea.ops.cache_forms import FORMS
@@ -25,8 +25,25 @@ def one_by_one(stage: str = "distill", **changes: Any) -> Recovery:
     return recovery(stage, batch=1, micro_batch=1, **lrs | changes)
 
 
-class SameRecovery:
-    """Trains copies of models, each on the same windows in the same order; joint latents at lower learning rates.
+class Training(NamedTuple):
+    """What recovered models of a comparison go through.
+
+    Attributes
+    ----------
+    run
+        Takes the compressed model, the original and a name for its files; gives a trained copy.
+    description
+        For the records.
+    """
+
+    run: Callable[[Any, Any, str], Any]
+    description: dict[str, Any]
+
+
+def same_recovery(
+    source: str, texts: Sequence[str], settings: Recovery, folder: Path, progress: Progress | None = None
+) -> Training:
+    """Training of copies of models, each on the same windows in the same order; joint latents at lower learning rates.
 
     Parameters
     ----------
@@ -37,33 +54,16 @@ class SameRecovery:
     folder
         For checkpoints, by the models' names: an interrupted training goes on.
 
-    Attributes
-    ----------
-    description
-        For a record.
-
     Raises
     ------
     ValueError
         The texts are too short, or cannot be read.
     """
+    rows, held_out = windows(load_tokenizer(source), texts, settings)
 
-    def __init__(
-        self,
-        source: str,
-        texts: Sequence[str],
-        settings: Recovery,
-        folder: Path,
-        progress: Progress | None = None,
-    ):
-        self.settings, self.folder, self.progress = settings, folder, progress
-        self.rows, self.held_out = windows(load_tokenizer(source), texts, settings)
-        self.description: dict[str, Any] = {
-            **describe(settings), "joint": JOINT, "texts": [Path(text).name for text in texts]
-        }  # fmt: skip
+    def run(student: Any, original: Any, name: str) -> Any:
+        own = replace(settings, **JOINT) if FORMS[student.config.latent_form].shared else settings
+        model = copy.deepcopy(student).float()
+        return recover(model, original, rows, held_out, own, folder / name, progress=progress).model
 
-    def __call__(self, student: Any, original: Any, name: str) -> Any:
-        """A trained copy of `student` in its best state; `original` is only read."""
-        model, folder = copy.deepcopy(student).float(), self.folder / name
-        settings = replace(self.settings, **JOINT) if FORMS[student.config.latent_form].shared else self.settings
-        return recover(model, original, self.rows, self.held_out, settings, folder, progress=self.progress).model
+    return Training(run, {**describe(settings), "joint": JOINT, "texts": [Path(text).name for text in texts]})
