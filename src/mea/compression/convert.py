@@ -11,7 +11,13 @@ from mea.compression.budget import Layout
 from mea.compression.calibrate.offload import weights_of
 from mea.compression.methods.factors import LayerFactors
 from mea.models.fold import stock_form
-from mea.models.latent_attention import COMPRESSED_CONFIGS, COMPRESSED_MODELS, NormedProjection, to_latent_attention
+from mea.models.latent_attention import (
+    COMPRESSED_CONFIGS,
+    COMPRESSED_MODELS,
+    NormedProjection,
+    to_coded_attention,
+    to_latent_attention,
+)
 from mea.ops.cache_forms import FORMS, PostRope
 
 CHECKED_TOKENS = 24
@@ -66,7 +72,7 @@ def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> No
         attention.v_proj.bias.copy_(value_encoder @ value_bias.double())
     if output is not None:
         attention.o_proj = _with_weight(attention.o_proj, output)
-    _use_own_forward(attention)
+    use_own_forward(attention)
 
 
 def _blocks(matrix: Float[Tensor, "_ m"], groups: int) -> Float[Tensor, "_ _"]:
@@ -99,7 +105,7 @@ def _with_weight(linear: Any, weight: Tensor) -> nn.Module:
     return new
 
 
-def _use_own_forward(module: nn.Module) -> None:
+def use_own_forward(module: nn.Module) -> None:
     """Use the forward of the module's new class where accelerate has stored the old one."""
     kept = "_old_forward" if "_old_forward" in module.__dict__ else "forward"
     if kept in module.__dict__:

@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mea.ops import cache_forms, latent
+from mea.models import coded_attention, packed_cache
+from mea.models.coded_attention import CODES, CodedAttention
+from mea.ops import cache_forms, codes, latent
 from mea.ops.cache_forms import FORMS
 from mea.ops.latent import absorbed_is_cheaper, key_positions, read
 
@@ -246,7 +248,9 @@ class LatentAttention(_Mixin):
 class LatentCausalLM(_Mixin):
     """A causal language model with layers that cache latents; comes before the stock class in the bases.
 
-    ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for an uncompressed layer; ``config.latent_form`` is
+    ``config.cache_code`` describes a packed cache (`mea.models.coded_attention`): its ``reading``, the numbers of
+    ``first`` and ``recent`` tokens that are exact, and for each layer its ``tiers``, or None for an ordinary layer.
+    Otherwise ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for an uncompressed layer; ``config.latent_form`` is
     a name in `mea.ops.cache_forms.FORMS`; ``config.latent_groups`` is the number of groups of heads with separate
     latents. With ``config.head_norm_eps`` every layer has a `NormedProjection`.
     """
@@ -261,18 +265,30 @@ class LatentCausalLM(_Mixin):
                 "an older version of mea made this model (its configuration has latent_widths, or the latent_form "
                 "rotated or unrotated): compress the original again with mea compress MODEL OUT"
             )
-        if len(config.latent_ranks or ()) != config.num_hidden_layers:
+        if config.cache_code is not None:
+            self._pack_cache(config.cache_code)
+        elif len(config.latent_ranks or ()) != config.num_hidden_layers:
             raise ValueError(
                 f"config.latent_ranks must give [r_k, r_v] or null for each of the {config.num_hidden_layers} layers, "
                 f"not {config.latent_ranks!r}"
             )
-        for layer, ranks in zip(self.model.layers, config.latent_ranks, strict=True):
+        for layer, ranks in zip(self.model.layers, config.latent_ranks or (), strict=False):
             if ranks is not None:
                 form = {"form": config.latent_form, "groups": config.latent_groups}
                 to_latent_attention(layer.self_attn, *ranks, **form, rotary=self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()
+
+    def _pack_cache(self, code: dict[str, Any]) -> None:
+        layers = self.model.layers
+        if len(code["tiers"]) != len(layers):
+            raise ValueError(
+                f"config.cache_code must give tiers or null for each of the {len(layers)} layers, not {code['tiers']!r}"
+            )
+        for layer, tiers in zip(layers, code["tiers"], strict=True):
+            if tiers is not None:
+                to_coded_attention(layer.self_attn, code, tiers, self.model.rotary_emb)
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HeadMixing):
@@ -344,6 +360,33 @@ def to_latent_attention(
     attention.__class__ = latent_class
 
 
+def to_coded_attention(attention: Any, code: dict[str, Any], tiers: list[list[int]], rotary: nn.Module) -> None:
+    """Turn a stock attention module into one that packs its cache, in place; the new weights are not fitted.
+
+    `code` is as ``config.cache_code``, `tiers` is its entry for this layer (`mea.models.coded_attention`), and `rotary`
+    the model's rotary embedding, of which the layer gets a copy.
+
+    Raises
+    ------
+    TypeError
+        The module is not of a supported architecture.
+    ValueError
+        There is no such reading.
+    """
+    stock = type(attention)
+    if stock not in CODED_ATTENTION:
+        raise TypeError(f"{stock.__name__} cannot pack its cache; supported: {', '.join(SUPPORTED)}")
+    if code["reading"] not in CODES:
+        raise ValueError(f"the readings of a packed cache are {', '.join(CODES)}, not {code['reading']!r}")
+    weight = attention.k_proj.weight
+    heads = weight.shape[0] // attention.head_dim
+    with torch.device(weight.device):
+        attention.code = CODES[code["reading"]](heads, attention.head_dim, tiers).to(weight.dtype)
+    attention.exact = (code["first"], code["recent"])
+    attention.rotary = copy.deepcopy(rotary).to(weight.device)
+    attention.__class__ = CODED_ATTENTION[stock]
+
+
 def auto_map(config_class: str, model_class: str) -> dict[str, str]:
     """The entry of the configuration that tells the Auto classes where to find the remote code."""
     module = MODELLING_FILE.removesuffix(".py")
@@ -361,20 +404,25 @@ def modelling_source() -> str:
     head, rest = lines[: ours[0].lineno - 1], lines[ours[-1].end_lineno or ours[-1].lineno :]
     shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
-    shim += ["Bool = Int = Float", ""]
+    shim += ["Bool = Int = UInt8 = BFloat16 = Float", ""]
     shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
-    mathematics = [line for module in (latent, cache_forms) for line in _without_imports(module)]
-    return "\n".join([*head, *shim, *mathematics, *rest, ""])
+    imports, bodies = zip(*map(_parts, (latent, cache_forms, codes, packed_cache, coded_attention)), strict=True)
+    extra = dict.fromkeys(line for lines in imports for line in lines)
+    return "\n".join([*head, *extra, *shim, *(line for lines in bodies for line in lines), *rest, ""])
 
 
-def _without_imports(module: Any) -> list[str]:
-    """The lines of a module's source after its imports."""
+def _parts(module: Any) -> tuple[list[str], list[str]]:
+    """The lines of a module's source: imports that are not this package's or its shims, and all after the imports."""
     source = Path(module.__file__).read_text(encoding="utf-8")
+    lines = source.splitlines()
     imports = [node for node in ast.parse(source).body if isinstance(node, ast.Import | ast.ImportFrom)]
-    return source.splitlines()[imports[-1].end_lineno :]
+    ours = [getattr(node, "module", "").split(".")[0] in ("mea", "jaxtyping") for node in imports]
+    kept = [ast.unparse(node) for node, own in zip(imports, ours, strict=True) if not own]
+    return kept, lines[imports[-1].end_lineno :]
 
 
 LATENT_ATTENTION: dict[type, type] = {}
+CODED_ATTENTION: dict[type, type] = {}
 COMPRESSED_CONFIGS: dict[str, type] = {}
 COMPRESSED_MODELS: dict[str, type] = {}
 
@@ -389,12 +437,14 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
             "latent_ranks": "list | None",
             "latent_form": "str",
             "latent_groups": "int",
+            "cache_code": "dict | None",
             "compression": "dict | None",
             "head_norm_eps": "float | None",
         },
         "latent_ranks": None,
         "latent_form": "post_rope",
         "latent_groups": 1,
+        "cache_code": None,
         "head_norm_eps": None,
         "compression": None,
         "model_type": MODEL_TYPE_PREFIX + model_type,
@@ -402,11 +452,13 @@ def _define(model_type: str, config_name: str, prefix: str) -> None:
     }
     config = type(f"Mea{config_name}", (stock_config,), fields)
     attention = type(f"Mea{prefix}Attention", (LatentAttention, stock_attention), {"__module__": __name__})
+    coded = type(f"MeaCoded{prefix}Attention", (CodedAttention, stock_attention), {"__module__": __name__})
     model = type(
         f"Mea{prefix}ForCausalLM", (LatentCausalLM, stock_model), {"__module__": __name__, "config_class": config}
     )
-    globals().update({cls.__name__: cls for cls in (config, attention, model)})
+    globals().update({cls.__name__: cls for cls in (config, attention, coded, model)})
     LATENT_ATTENTION[stock_attention] = attention
+    CODED_ATTENTION[stock_attention] = coded
     COMPRESSED_CONFIGS[model_type] = config
     COMPRESSED_MODELS[model_type] = model
 

@@ -18,6 +18,7 @@ from transformers.cache_utils import DynamicCache
 from mea.compression.calibrate.offload import resident
 
 MOST_POSITIONS, RUN = 8192, 256
+ROWS = 256  # rows of logits at a time
 
 
 class LayerInputs(NamedTuple):
@@ -179,6 +180,34 @@ class LayerWalk:
         finally:
             model.lm_head, decoder.norm = head, norm
         return torch.cat(logits)
+
+    def loss_gradients(
+        self, tokens: Int[Tensor, "n t"], hidden: Float[Tensor, "n t D"], generator: torch.Generator
+    ) -> Float[Tensor, "n t D"]:
+        """Gradients of the loss with respect to the last layer's output, for labels drawn from the model itself.
+
+        The loss is summed over tokens, in nats.
+        """
+        model, decoder = self.model, self.model.model
+        head, norm = model.lm_head, decoder.norm
+        gradients = []
+        try:
+            model.lm_head, decoder.norm = resident(head), resident(norm)
+            with _recording(model, "sdpa") as recorders, torch.enable_grad():
+                for window, ids in zip(hidden.split(1), tokens.split(1), strict=True):
+                    parts = []
+                    for states, some in zip(window.split(ROWS, 1), ids.split(ROWS, 1), strict=True):
+                        start = states.detach().requires_grad_()
+                        recorders[-1].replacement = start
+                        logits = model(input_ids=some.to(model.device), use_cache=False).logits[0].float()
+                        probabilities = logits.detach().softmax(-1).cpu()
+                        labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
+                        loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+                        parts.append(torch.autograd.grad(loss, start)[0])
+                    gradients.append(torch.cat(parts, 1))
+        finally:
+            model.lm_head, decoder.norm = head, norm
+        return torch.cat(gradients)
 
     @cached_property
     def rotations(self) -> list[tuple[Float[Tensor, "p d"], Float[Tensor, "p d"]]]:

@@ -1,0 +1,37 @@
+"""The Karhunen-Loeve transform in a metric: components whose errors add up, sorted by what losing each one costs."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+FLOOR = 1e-6  # the metric's eigenvalues are at least this part of their mean: no direction is free
+
+
+class Transform(NamedTuple):
+    """Encoder to components of unit variance, decoder back, and the loss without each component, sorted.
+
+    With a metric ``E[g g^T]`` of gradients the loss is in nats per token: half of the component's variance there.
+    """
+
+    encoder: Tensor  # [r, n]
+    decoder: Tensor  # [n, r]
+    losses: Tensor  # [r]
+
+
+def transform(covariance: Tensor, metric: Tensor) -> Transform:
+    """Of numbers with this covariance, real or complex (Hermitian); both ``[*, n, n]``, fp64.
+
+    Complex components have real and imaginary parts of unit variance, and the loss is that of each part.
+    """
+    values, vectors = torch.linalg.eigh(metric)
+    mean = values.mean(-1, keepdim=True)
+    values = torch.maximum(values, FLOOR * mean).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    root = vectors * values[..., None, :] @ vectors.mH
+    inverse = vectors / values[..., None, :] @ vectors.mH
+    energies, basis = torch.linalg.eigh(root @ covariance @ root)
+    energies, basis = energies.flip(-1).clamp_min(0), basis.flip(-1)
+    if covariance.is_complex():
+        energies = energies / 2
+    size = torch.maximum(energies, 1e-12 * energies[..., :1]).clamp_min(1e-200).sqrt()
+    return Transform(basis.mH @ root / size[..., None], inverse @ basis * size[..., None, :], energies / 2)

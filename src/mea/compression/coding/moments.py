@@ -1,0 +1,204 @@
+"""Second moments of keys and values, and of the loss's gradients with respect to them.
+
+To second order, small errors ``e`` of the keys and values ``z = [k; v]`` of a token change the divergence between the
+model's next-token distributions before and after by ``E[(g^T e)^2] / 2``, where ``g`` is the gradient of the loss of
+labels *drawn from the model's own distribution* (the Fisher information, arXiv 1412.1193). ``E[g g^T]`` therefore is
+the metric of errors: it weighs keys against values, heads, channels and layers in one unit, nats per token. The gradient
+with respect to keys before RoPE is averaged over all the distances at which the calibration text reads them.
+
+Layers run one at a time, forwards and then backwards, so that only one layer's weights need be in memory.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk
+from mea.compression.calibrate.offload import resident
+from mea.records import Progress
+
+PART = 2**30  # bytes of hidden states that are kept between the two passes
+SAMPLE = 2**30  # bytes of keys and values that are kept for fits with rounding
+RANK = 1e-10  # eigenvalues below this part of the largest are zero
+
+
+@dataclass
+class LayerMoments:
+    """Moments of one layer; ``n = g * d``, keys first, before RoPE.
+
+    Attributes
+    ----------
+    mean, covariance
+        Of ``z``, without the first tokens of each window, which a packed cache holds exactly; fp64.
+    cost
+        ``E[g g^T]`` of the same tokens, in nats per token and unit of ``z``; fp64.
+    sample
+        Some of the ``z``, fp32.
+    head_dim
+        ``d``.
+    """
+
+    mean: Float[Tensor, " two_n"]
+    covariance: Float[Tensor, "two_n two_n"]
+    cost: Float[Tensor, "two_n two_n"]
+    sample: Float[Tensor, "s two_n"]
+    head_dim: int
+
+    @property
+    def heads(self) -> int:
+        """``g``."""
+        return len(self.mean) // 2 // self.head_dim
+
+
+class _Sum:
+    """Adds up the moments of a layer. Products are fp32, of numbers less the first window's mean; sums are fp64."""
+
+    def __init__(self) -> None:
+        self.count, self.shift = 0, torch.empty(0)
+        self.tensors: dict[str, Tensor] = {}
+        self.samples: list[Tensor] = []
+
+    def add(self, z: Float[Tensor, "t two_n"], gradient: Float[Tensor, "t two_n"], kept: int) -> None:
+        if not self.count:
+            self.shift, width = z.mean(0), z.shape[1]
+            self.tensors = {"sum": torch.zeros(width, dtype=torch.float64)}
+            self.tensors |= {name: torch.zeros(width, width, dtype=torch.float64) for name in ("square", "cost")}
+        centred = z - self.shift
+        self.tensors["sum"] += centred.sum(0).double()
+        self.tensors["square"] += (centred.T @ centred).double()
+        scale = gradient.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
+        unit = gradient / scale  # gradients may be so small that fp32 products vanish
+        self.tensors["cost"] += (unit.T @ unit).double() * scale.double() ** 2
+        self.count += len(z)
+        self.samples.append(z[torch.linspace(0, len(z) - 1, min(kept, len(z))).long()])
+
+    def result(self, head_dim: int) -> LayerMoments:
+        mean = self.tensors["sum"] / self.count
+        covariance = self.tensors["square"] / self.count - torch.outer(mean, mean)
+        sample = torch.cat(self.samples)
+        return LayerMoments(
+            mean + self.shift.double(), covariance, self.tensors["cost"] / self.count, sample, head_dim
+        )
+
+
+def layer_moments(
+    walk: LayerWalk, tokens: Int[Tensor, "n t"], first: int, seed: int, progress: Progress | None = None
+) -> list[LayerMoments]:
+    """Moments of every layer over the calibration windows.
+
+    Parameters
+    ----------
+    walk, tokens
+        The model, and windows of text.
+    first
+        Tokens at the beginning of each window that are left out.
+    seed
+        Of the drawn labels.
+
+    Raises
+    ------
+    ValueError
+        Activations or gradients are not finite, or the text has too little variety (`check_variety`).
+    """
+    layers, (count, length) = walk.layers, tokens.shape
+    size = 4 * length * walk.model.config.hidden_size * (len(layers) + 1)
+    windows = max(1, PART // size)
+    sums = [_Sum() for _ in layers]
+    generator = torch.Generator().manual_seed(seed)
+    attention = layers[0].self_attn
+    width = 2 * attention.k_proj.out_features
+    kept = max(16, SAMPLE // (4 * width * len(layers) * count))
+    inputs = walk.inputs(length)
+    done, steps = 0, 2 * len(layers) * -(-count // windows)
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress:
+            progress("calibrating", done, steps)
+
+    for rows in tokens.split(windows):
+        with torch.no_grad():
+            hidden = [walk.embed(rows).float()]
+            for index, layer in enumerate(layers):
+                loaded = resident(layer)
+                hidden.append(torch.cat([loaded(window, **_options(inputs[index])) for window in hidden[-1].split(1)]))
+                _finite(hidden[-1], index, "activations")
+                advance()
+        gradient = walk.loss_gradients(rows, hidden.pop(), generator)
+        for index in reversed(range(len(layers))):
+            states, loaded = hidden.pop(), resident(layers[index])
+            before = []
+            for window, upstream in zip(states.split(1), gradient.split(1), strict=True):
+                parts = _backward(loaded, window, inputs[index], upstream)
+                before.append(parts[0])
+                sums[index].add(parts[1][first:], parts[2][first:], kept)
+            gradient = torch.cat(before)
+            _finite(gradient, index, "gradients")
+            advance()
+    moments = [total.result(attention.head_dim) for total in sums]
+    for index, found in enumerate(moments):
+        check_variety(found, resident(layers[index]).self_attn, index)
+    return moments
+
+
+def check_variety(moments: LayerMoments, attention: Any, index: int) -> None:
+    """Refuse moments whose covariance has a lower rank than the layer's own weights give.
+
+    Raises
+    ------
+    ValueError
+        Directions that other texts use do not occur in the calibration text: they would be dropped.
+    """
+    weight = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).double()
+    possible = int(torch.linalg.matrix_rank(weight, rtol=1e-5)) if weight.any() else 0
+    eigenvalues = torch.linalg.eigvalsh(moments.covariance)
+    rank = int((eigenvalues > RANK * eigenvalues[-1].clamp_min(0)).sum()) if eigenvalues[-1] > 0 else 0
+    if rank < possible:
+        raise ValueError(
+            f"the calibration text has too little variety: keys and values of layer {index} take {rank} directions in "
+            f"it, and {possible} are possible; give more tokens, or another text"
+        )
+
+
+def _backward(
+    layer: Any, window: Float[Tensor, "1 t D"], inputs: LayerInputs, upstream: Float[Tensor, "1 t D"]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of a layer's input, its keys and values ``[t, 2 n]``, and their gradients."""
+    seen: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_module: Any, _args: Any, output: Tensor) -> None:
+            seen[name] = output
+
+        return hook
+
+    attention = layer.self_attn
+    keys = attention.k_norm if hasattr(attention, "k_norm") else attention.k_proj
+    handles = [keys.register_forward_hook(note("k")), attention.v_proj.register_forward_hook(note("v"))]
+    try:
+        with torch.enable_grad():
+            start = window.detach().requires_grad_()
+            output = layer(start, **_options(inputs))
+            gradients = torch.autograd.grad(output, [start, seen["k"], seen["v"]], upstream)
+    finally:
+        for handle in handles:
+            handle.remove()
+    t = window.shape[1]
+    pair = [torch.cat([k.detach().reshape(t, -1), v.detach().reshape(t, -1)], 1).float() for k, v in (
+        (seen["k"], seen["v"]), gradients[1:]
+    )]  # fmt: skip
+    return gradients[0], *pair
+
+
+def _options(inputs: LayerInputs) -> dict[str, Any]:
+    return {name: value for name, value in inputs.options.items() if name != "past_key_values"}
+
+
+def _finite(tensor: Tensor, index: int, what: str) -> None:
+    if not tensor.isfinite().all():
+        raise ValueError(f"layer {index}: {what} are not finite on the calibration text; the model overflows")

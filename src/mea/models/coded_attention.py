@@ -1,0 +1,501 @@
+"""Attention over a packed cache of transform-coded keys and values.
+
+Keys (after their norm, before RoPE) and values are centred, turned into *components* by a learned linear map, and
+rounded with a number of bits for each component (`mea.ops.codes`). There are two readings.
+
+- *predictive*: components of keys mix the heads of one rotary frequency only, as complex numbers, so that they can be
+  turned by their position where they are read: ``q_i^T R_t B c = (B^H q_i)^T R_t c``. Values are predicted from the
+  rounded key components, and what the prediction misses has components of its own. No keys or values are rebuilt.
+- *joint*: components of keys and values together; fewer bits at equal error, but keys are rebuilt at every reading.
+
+The newest tokens and the first ones are read exactly (`mea.models.packed_cache`); every other token is read by its code,
+also within one pass over a whole text. So a text has the same logits however it is cut into calls.
+
+Dimensions as in `mea.ops.latent`; ``r`` components of a token, of which ``r_k`` belong to keys in the predictive form.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mea.models.packed_cache import Held, packed_layer
+from mea.ops import cpu
+from mea.ops.codes import Groups, from_codes, group_sizes, rounded, to_codes
+from mea.ops.latent import key_positions, rotate
+
+QUERIES = 256  # queries that read together in a pass over many tokens
+TOKENS = 1024  # coded tokens that are unpacked together where there is no kernel
+BLOCK = 64  # tokens that share the angle of their first one in the kernel
+
+
+class PredictiveCode(nn.Module):
+    """Encoders and decoders of a layer in the predictive form.
+
+    Parameters
+    ----------
+    num_kv_heads, head_dim
+        ``g`` and ``d`` of the original attention.
+    tiers
+        Numbers of components with 8, 4 and 2 bits: of keys, and of what their prediction of values misses.
+
+    Attributes
+    ----------
+    frequency : [r_k / 2]
+        The rotary frequency of each complex component of keys.
+    key_encoder : [r_k / 2, g, 2], key_decoder : [g, r_k / 2, 2]
+        Complex, as real and imaginary parts: from the heads' numbers of that frequency to a component, and back.
+    value_encoder : [r - r_k, g * d]
+        Of the values' residual.
+    value_decoder : [g, d, r]
+        From all components, those of keys first.
+    key_mean, value_mean : [g, d]
+        Of keys before RoPE, and of values.
+    """
+
+    reading = "predictive"
+    exactly = False  # without rounding, in passes without a cache
+
+    def __init__(self, num_kv_heads: int, head_dim: int, tiers: list[list[int]]):
+        super().__init__()
+        self.keys_tiers, self.rest_tiers = (tuple(part) for part in tiers)
+        g, d, r_k, rest = num_kv_heads, head_dim, sum(self.keys_tiers), sum(self.rest_tiers)
+        self.groups: Groups = group_sizes(self.keys_tiers) + group_sizes(self.rest_tiers)
+        self.register_buffer("frequency", torch.zeros(r_k // 2, dtype=torch.int32))
+        self.key_encoder = nn.Parameter(torch.zeros(r_k // 2, g, 2))
+        self.key_decoder = nn.Parameter(torch.zeros(g, r_k // 2, 2))
+        self.value_encoder = nn.Parameter(torch.zeros(rest, g * d))
+        self.value_decoder = nn.Parameter(torch.zeros(g, d, r_k + rest))
+        self.key_mean = nn.Parameter(torch.zeros(g, d))
+        self.value_mean = nn.Parameter(torch.zeros(g, d))
+        self._kept: dict[str, tuple[Any, Tensor]] = {}
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales ``[b, t, _]`` of keys before RoPE and values ``[b, g, t, d]``."""
+        components = self.key_components(keys)
+        codes, scales = to_codes(components, self.keys_tiers)
+        seen = from_codes(codes, scales, self.keys_tiers)
+        more, other = to_codes(self.rest_components(values, seen), self.rest_tiers)
+        return torch.cat([codes, more], -1), torch.cat([scales, other], -1)
+
+    def rounded(self, keys: Tensor, values: Tensor) -> Tensor:
+        """The components ``[b, t, r]`` as they are read; gradients pass through the rounding."""
+        if self.exactly:
+            seen = self.key_components(keys)
+            return torch.cat([seen, self.rest_components(values, seen)], -1)
+        seen = rounded(self.key_components(keys), self.keys_tiers)
+        return torch.cat([seen, rounded(self.rest_components(values, seen), self.rest_tiers)], -1)
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The components ``[b, t, r]``."""
+        at, pairs = sum(bits * size // 8 for bits, size in group_sizes(self.keys_tiers)), 2 * len(group_sizes(self.keys_tiers))
+        parts = ((codes[..., :at], scales[..., :pairs]), (codes[..., at:], scales[..., pairs:]))
+        tiers = (self.keys_tiers, self.rest_tiers)
+        return torch.cat([from_codes(*part, tier) for part, tier in zip(parts, tiers, strict=True)], -1)
+
+    def key_components(self, keys: Tensor) -> Tensor:
+        """Components of keys before they are rounded."""
+        return _flat(keys, self.key_mean) @ self._dense(self.key_encoder.transpose(0, 1), -1).flatten(0, 1)
+
+    def rest_components(self, values: Tensor, seen: Tensor) -> Tensor:
+        """Components of what the rounded key components do not tell about values."""
+        predicted = seen @ self.value_decoder[..., : seen.shape[-1]].float().flatten(0, 1).T
+        return (_flat(values, self.value_mean) - predicted) @ self.value_encoder.float().T
+
+    def rebuild(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values ``[b, g, t, d]``, in fp32."""
+        r_k = 2 * len(self.frequency)
+        keys = _heads(components[..., :r_k], self._dense(self.key_decoder), self.key_mean)
+        return keys, _heads(components, self.value_decoder, self.value_mean)
+
+    def scores(self, queries: Tensor, components: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Products ``[b, h, q, t]`` of rotated queries with the coded keys at positions with these angles.
+
+        The components are turned, not rebuilt.
+        """
+        pairs = components[..., : 2 * len(self.frequency)].unflatten(-1, (-1, 2))
+        index = self.frequency.long()
+        c, s = cos[..., index].float(), sin[..., index].float()
+        real, imaginary = pairs.unbind(-1)
+        turned = torch.stack([real * c - imaginary * s, real * s + imaginary * c], -1).flatten(-2)
+        half = cos.shape[-1] // 2
+        mean = torch.stack([cos[..., :half], sin[..., :half]], -1).float().flatten(-2)
+        keys = torch.cat([turned, mean.expand(*turned.shape[:2], -1)], -1)
+        return self.absorb(queries).float() @ keys[:, None].mT
+
+    def absorb(self, queries: Tensor) -> Tensor:
+        """Queries ``[b, h, q, r_k + d]`` for turned components, followed by the turns themselves."""
+        grouped = queries.unflatten(1, (len(self.key_mean), -1))
+        components = grouped @ self._matrix(queries.dtype)[:, None]
+        real, imaginary = grouped.chunk(2, -1)
+        mean_real, mean_imaginary = (x[:, None, None] for x in self.key_mean.to(queries.dtype).chunk(2, -1))
+        mean = torch.stack(
+            [mean_real * real + mean_imaginary * imaginary, mean_real * imaginary - mean_imaginary * real], -1
+        )
+        return torch.cat([components, mean.flatten(-2)], -1).flatten(1, 2)
+
+    def _matrix(self, dtype: torch.dtype) -> Tensor:
+        """The keys' decoder as real matrices, made once while the parameter does not change."""
+        parameter = self.key_decoder
+        if torch.is_grad_enabled() and parameter.requires_grad:
+            return self._dense(parameter).to(dtype)
+        mark = (parameter._version, parameter.data_ptr(), parameter.device, dtype)
+        if self._kept.get("decoder", (None,))[0] != mark:
+            self._kept["decoder"] = mark, self._dense(parameter).to(dtype)
+        return self._kept["decoder"][1]
+
+    def _dense(self, pairs: Tensor, sign: int = 1) -> Tensor:
+        """Real matrices ``[g, d, r_k]`` of complex numbers ``[g, r_k / 2, 2]``; ``sign`` -1 conjugates them."""
+        (g, count, _), half = pairs.shape, self.key_mean.shape[1] // 2
+        real, imaginary = pairs.float().unbind(-1)
+        imaginary = sign * imaginary
+        block = torch.stack([torch.stack([real, -imaginary], -1), torch.stack([imaginary, real], -1)], 1)  # g a p b
+        here = nn.functional.one_hot(self.frequency.long(), half).T.to(real.dtype)  # f p
+        return (block[:, :, None] * here[None, None, :, :, None]).reshape(g, 2 * half, 2 * count)
+
+
+class JointCode(nn.Module):
+    """Encoder and decoders of a layer in the joint form.
+
+    Parameters
+    ----------
+    num_kv_heads, head_dim
+        ``g`` and ``d`` of the original attention.
+    tiers
+        One entry: numbers of components with 8, 4 and 2 bits.
+
+    Attributes
+    ----------
+    encoder : [r, 2 * g * d]
+        From keys before RoPE and values, stacked.
+    key_decoder, value_decoder : [g, d, r]
+        From the components.
+    key_mean, value_mean : [g, d]
+        Of keys before RoPE, and of values.
+    """
+
+    reading = "joint"
+    exactly = False  # without rounding, in passes without a cache
+
+    def __init__(self, num_kv_heads: int, head_dim: int, tiers: list[list[int]]):
+        super().__init__()
+        (self.tiers,) = (tuple(part) for part in tiers)
+        g, d, r = num_kv_heads, head_dim, sum(self.tiers)
+        self.groups: Groups = group_sizes(self.tiers)
+        self.encoder = nn.Parameter(torch.zeros(r, 2 * g * d))
+        self.key_decoder = nn.Parameter(torch.zeros(g, d, r))
+        self.value_decoder = nn.Parameter(torch.zeros(g, d, r))
+        self.key_mean = nn.Parameter(torch.zeros(g, d))
+        self.value_mean = nn.Parameter(torch.zeros(g, d))
+
+    def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and scales ``[b, t, _]`` of keys before RoPE and values ``[b, g, t, d]``."""
+        return to_codes(self.components(keys, values), self.tiers)
+
+    def rounded(self, keys: Tensor, values: Tensor) -> Tensor:
+        """The components ``[b, t, r]`` as they are read; gradients pass through the rounding."""
+        components = self.components(keys, values)
+        return components if self.exactly else rounded(components, self.tiers)
+
+    def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
+        """The components ``[b, t, r]``."""
+        return from_codes(codes, scales, self.tiers)
+
+    def components(self, keys: Tensor, values: Tensor) -> Tensor:
+        """Components before they are rounded."""
+        both = torch.cat([_flat(keys, self.key_mean), _flat(values, self.value_mean)], -1)
+        return both @ self.encoder.float().T
+
+    def rebuild(self, components: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys before RoPE and values ``[b, g, t, d]``, in fp32."""
+        keys = _heads(components, self.key_decoder, self.key_mean)
+        return keys, _heads(components, self.value_decoder, self.value_mean)
+
+    def scores(self, queries: Tensor, components: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Products ``[b, h, q, t]`` of rotated queries with the coded keys at positions with these angles."""
+        keys = rotate(_heads(components, self.key_decoder, self.key_mean), cos.float(), sin.float())
+        (_, g, t, _), (b, h, q, d) = keys.shape, queries.shape
+        return (queries.float().reshape(b, g, h // g * q, d) @ keys.mT).view(b, h, q, t)
+
+
+CODES: dict[str, Any] = {code.reading: code for code in (PredictiveCode, JointCode)}
+
+
+def _flat(heads: Tensor, mean: Tensor) -> Tensor:
+    """``[b, t, g * d]`` in fp32, without the mean."""
+    return (heads.float() - mean.float()[:, None]).transpose(1, 2).flatten(2)
+
+
+def _heads(components: Tensor, decoder: Tensor, mean: Tensor) -> Tensor:
+    """``[b, g, t, d]`` in fp32."""
+    return components[:, None] @ decoder.float().mT + mean.float()[:, None]
+
+
+# The base of a mixin that uses the attributes of the stock class after it.
+_Stock: Any = object
+
+
+class CodedAttention(_Stock):
+    """Forward pass over a packed cache; comes before an architecture's attention class in the bases."""
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """Attend; arguments and result as in the stock modules, without weights."""
+        if kwargs.get("cache") is not None:
+            raise NotImplementedError("a packed cache cannot be paged: use generate() instead of continuous batching")
+        queries, keys, values = self._projected(hidden_states, position_embeddings)
+        q, code = queries.shape[2], self.code
+        if past_key_values is None:
+            held = None
+            seen = _visible(attention_mask, q, q)
+        else:
+            layer = packed_layer(past_key_values, self.layer_idx, *self.exact, getattr(self, "sliding_window", None))
+            slots = layer.get_mask_sizes(q)[0]
+            seen = _visible(attention_mask, q, slots)
+            offset = layer.total + q - slots
+            held = layer.append(keys, values, code.encode, _padding(seen, offset, layer))
+        dropout = self.attention_dropout if self.training else 0.0
+        few = q == 1 and held is not None and held.total - self.exact[1] > 0 and not dropout
+        output = self._read_one(queries, held, seen, past_key_values, kwargs.get("position_ids")) if few else None
+        if output is None:
+            if held is None:
+                held = self._whole(keys, values, seen)
+                turn = position_embeddings
+            else:
+                turn = self._turns(held, seen, past_key_values, kwargs.get("position_ids"))
+            output = self._read_many(queries, keys, values, held, seen, turn, dropout)
+        output = output.to(hidden_states.dtype).transpose(1, 2)
+        return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
+
+    def _projected(self, x: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries after RoPE, keys before it, values."""
+        modelling = sys.modules[type(self).__mro__[2].__module__]
+        shape = (*x.shape[:-1], -1, self.head_dim)
+        queries, keys, values = (f(x).view(shape) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if hasattr(self, "q_norm"):
+            queries, keys = self.q_norm(queries), self.k_norm(keys)
+        queries, keys, values = (y.transpose(1, 2) for y in (queries, keys, values))
+        return modelling.apply_rotary_pos_emb(queries, queries, *position_embeddings)[0], keys, values
+
+    def _whole(self, keys: Tensor, values: Tensor, seen: Tensor | None) -> Held:
+        """A text that is read at once, without a cache: everything is exact, and what is read by its code follows."""
+        first, t = 0 if getattr(self, "sliding_window", None) else self.exact[0], keys.shape[2]
+        slots = torch.arange(min(first, t), device=keys.device).expand(len(keys), -1)
+        if (padding := _padding(seen, 0, None)) is not None:
+            slots = (slots + padding[:, None]).clamp_max(t - 1)
+        index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
+        none = keys.new_empty(len(keys), 0, 0)
+        first_tokens = (keys.gather(2, index), values.gather(2, index), slots) if slots.shape[1] else (None, None, None)
+        return Held(keys, values, none, none, 0, t, *first_tokens)
+
+    def _turns(
+        self, held: Held, seen: Tensor | None, past_key_values: Any, position_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[_, slots, d]`` of all slots from the first one that is held."""
+        if position_ids is None:
+            raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
+        begin = min(held.begin, held.total - held.keys.shape[2])
+        slots = held.total - begin
+        hidden = None if seen is None else _columns(~seen[:, 0, 0], begin, held.total)
+        past = held.total - position_ids.shape[1]
+        return self._rotary_at(key_positions(position_ids, hidden, past, slots), held.keys)
+
+    def _rotary_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        kind = [self.layer_type] if isinstance(self.rotary.rope_type, dict) else []
+        return self.rotary(like, positions, *kind)
+
+    def _read_many(
+        self, queries: Tensor, keys: Tensor, values: Tensor, held: Held, seen: Tensor | None, turn: Any, dropout: float
+    ) -> Tensor:
+        """Attention of any number of queries ``[b, h, q, d]``: keys and values of this layer are rebuilt for the call."""
+        recent, total, q = self._recent(), held.total, queries.shape[2]
+        start = total - held.keys.shape[2]
+        base = min(held.begin, start)
+        cos, sin = (x[:, -(total - base) :] for x in turn)
+        exact = rotate(held.keys, cos[:, start - base :], sin[:, start - base :])
+        begin, stop = held.begin, max(held.begin, total - recent)  # slots that some query reads by their code
+        if stop > begin:
+            if held.codes.shape[-1] or held.codes.shape[1]:
+                components = self.code.decode(held.codes[:, : stop - begin], held.scales[:, : stop - begin])
+            else:
+                components = self.code.rounded(keys[:, :, : stop - begin], values[:, :, : stop - begin])
+            coded_keys, coded_values = self.code.rebuild(components)
+            coded_keys = rotate(coded_keys, cos[:, begin - base : stop - base].float(), sin[:, begin - base : stop - base].float())
+            coded_keys, coded_values = coded_keys.to(exact.dtype), coded_values.to(exact.dtype)
+        else:
+            coded_keys, coded_values = exact[:, :, :0], held.values[:, :, :0]
+        first_keys = first_values = exact[:, :, :0]
+        if held.first is not None:
+            # Only layers without a window have first tokens, and they hold all slots: `base` is 0.
+            place = held.first[..., None].expand(-1, -1, cos.shape[-1])
+            there = [x.expand(len(place), -1, -1).gather(1, place) for x in (cos, sin)]
+            first_keys, first_values = rotate(held.first_keys, *there), held.first_values
+        outputs = []
+        for low in range(total - q, total, QUERIES):
+            high = min(low + QUERIES, total)
+            near, far = max(start, low - recent + 1), max(begin, min(stop, high - recent))
+            mask = self._mask(held, seen, (low, high), (begin, far), (near, high), total - q)
+            outputs.append(
+                nn.functional.scaled_dot_product_attention(
+                    queries[:, :, low - total + q : high - total + q],
+                    torch.cat([first_keys, coded_keys[:, :, : far - begin], exact[:, :, near - start : high - start]], 2),
+                    torch.cat([first_values, coded_values[:, :, : far - begin], held.values[:, :, near - start : high - start]], 2),
+                    mask, dropout_p=dropout, scale=self.scaling, enable_gqa=True,
+                )
+            )  # fmt: skip
+        return torch.cat(outputs, 2)
+
+    def _recent(self) -> int:
+        window = getattr(self, "sliding_window", None)
+        return self.exact[1] if window is None else min(self.exact[1], window - 1)
+
+    def _mask(
+        self, held: Held, seen: Tensor | None, queries: tuple[int, int], coded: tuple[int, int], exact: tuple[int, int],
+        new: int,
+    ) -> Tensor:  # fmt: skip
+        """Which first, coded and exact tokens the queries of these slots read, ``[b or 1, 1, q, tokens]``."""
+        device, recent = held.keys.device, self._recent()
+        i = torch.arange(*queries, device=device)[:, None]
+        far, near = torch.arange(*coded, device=device), torch.arange(*exact, device=device)
+        reads_far, reads_near = (far <= i - recent)[None], ((near > i - recent) & (near <= i))[None]
+        parts = []
+        if held.first is not None:
+            reads_far = reads_far & ~(far[None, :, None] == held.first[:, None]).any(-1)[:, None]
+            reads_first = held.first[:, None] <= i - recent
+            parts.append(reads_first)
+        if seen is not None:
+            rows = seen[:, 0, queries[0] - new : queries[1] - new]
+            reads_far, reads_near = reads_far & _columns(rows, *coded, held.total), reads_near & _columns(rows, *exact, held.total)
+            if parts:
+                reads_first &= _columns(rows, 0, held.total, held.total).gather(
+                    2, held.first.clamp(0, held.total - 1)[:, None].expand(len(held.first), rows.shape[1], -1)
+                ) if len(rows) == len(held.first) else True
+        parts += [reads_far, reads_near]
+        b = max(len(part) for part in parts)
+        return torch.cat([part.expand(b, -1, -1) for part in parts], -1)[:, None]
+
+    def _read_one(
+        self, queries: Tensor, held: Held, seen: Tensor | None, past_key_values: Any, position_ids: Tensor | None
+    ) -> Tensor | None:
+        """Attention of one query ``[b, h, 1, d]`` over the codes; None where tokens in the middle are hidden."""
+        if position_ids is None:
+            raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
+        recent, total = self._recent(), held.total
+        stop = total - recent - held.begin  # codes to read
+        skip, hidden = 0 if held.first is None else held.first.shape[1], None
+        if stop <= skip:
+            return None
+        if seen is not None and not seen.all():
+            row = _columns(seen[:, 0, 0], held.begin, total, total)
+            if (row[:, 1:] < row[:, :-1]).any() or not row[:, -recent:].all():
+                return None  # hidden tokens behind visible ones, or few visible tokens
+            hidden = ~row[:, :stop]
+            if held.first is not None:
+                slots = torch.arange(held.begin, held.begin + stop, device=row.device)
+                hidden = hidden | (slots[None, :, None] == held.first[:, None]).any(-1)
+            skip = 0
+        newest = position_ids[:, -1:]
+        count = stop - skip
+        average, weight = self._read_codes(queries, held, skip, count, hidden, newest - (total - 1 - held.begin - skip), past_key_values)
+        near = torch.arange(-recent + 1, 1, device=newest.device) + newest
+        keys, values = held.keys[:, :, -recent:], held.values[:, :, -recent:]
+        if held.first is not None:
+            first = (newest - (total - 1) + held.first).expand(max(len(near), len(held.first)), -1)
+            near = torch.cat([first, near.expand(len(first), -1)], 1)
+            keys, values = torch.cat([held.first_keys, keys], 2), torch.cat([held.first_values, values], 2)
+        keys = rotate(keys, *self._shared_turns(near, keys, past_key_values))
+        (b, h, _, d), g = queries.shape, keys.shape[1]
+        scores = (queries.reshape(b, g, h // g, d) @ keys.mT).float() * self.scaling
+        exact_weight = scores.logsumexp(-1, keepdim=True)
+        exact = ((scores - exact_weight).exp().to(values.dtype) @ values).float().view(b, h, d)
+        share = torch.sigmoid(weight - exact_weight.view(b, h))[..., None]  # of the coded tokens
+        decoder = self.code.value_decoder
+        coded = average.to(decoder.dtype).reshape(b, g, h // g, -1) @ decoder.mT + self.code.value_mean[:, None]
+        return (share * coded.float().view(b, h, d) + (1 - share) * exact)[:, :, None]
+
+    def _shared_turns(self, positions: Tensor, like: Tensor, past_key_values: Any) -> tuple[Tensor, Tensor]:
+        """Cosines and sines at these positions; the layers of a step share them."""
+        if positions.device.type != "cpu" or torch.compiler.is_compiling():
+            return self._rotary_at(positions, like)
+        known = vars(past_key_values).setdefault("key_turns", {})
+        key = (getattr(self, "layer_type", None) if isinstance(self.rotary.rope_type, dict) else None, like.dtype, positions.shape)
+        if key not in known or not torch.equal(known[key][0], positions):
+            known[key] = positions, self._rotary_at(positions, like)
+        return known[key][1]
+
+    def _read_codes(
+        self, queries: Tensor, held: Held, skip: int, count: int, hidden: Tensor | None, position: Tensor,
+        past_key_values: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Averages ``[b, h, r]`` of coded tokens from `skip` on, and the logarithm of their weight ``[b, h]``.
+
+        `position` ``[b, 1]`` is that of the first of these tokens.
+        """
+        code = self.code
+        if hidden is None or not skip:
+            own = self._kernel(queries, held, skip, count, hidden, position, past_key_values)
+            if own is not None:
+                return own
+        best, total, average = None, None, None
+        for low in range(skip, skip + count, TOKENS):
+            high = min(low + TOKENS, skip + count)
+            components = code.decode(held.codes[:, low:high], held.scales[:, low:high])
+            positions = position + torch.arange(low - skip, high - skip, device=position.device)
+            turn = self._rotary_at(positions, components)
+            scores = code.scores(queries, components, *turn)[:, :, 0] * self.scaling
+            if hidden is not None:
+                scores = scores.masked_fill(hidden[:, None, low:high], torch.finfo(scores.dtype).min)
+            top = scores.amax(-1, keepdim=True) if best is None else torch.maximum(best, scores.amax(-1, keepdim=True))
+            weights = (scores - top).exp()
+            if hidden is not None:
+                weights = weights.masked_fill(hidden[:, None, low:high], 0)
+            before = 0 if best is None else (best - top).exp()
+            total = weights.sum(-1, keepdim=True) + (0 if total is None else total * before)
+            average = weights @ components + (0 if average is None else average * before)
+            best = top
+        return average / total.clamp_min(1e-30), (best + total.clamp_min(1e-30).log())[..., 0]
+
+    def _kernel(
+        self, queries: Tensor, held: Held, skip: int, count: int, hidden: Tensor | None, position: Tensor,
+        past_key_values: Any,
+    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+        """As `_read_codes`, by the kernel for processors; None where it cannot be used."""
+        return None
+
+
+def _visible(mask: Any, queries: int, slots: int) -> Tensor | None:
+    """What each new token sees, ``[b, 1, q, slots]``, or None for everything before it.
+
+    Masks of transformers are boolean, added to scores, or (flash attention) ``[b, slots]``. A mask for a longer cache
+    than there is, such as an empty static one, is cut.
+    """
+    if mask is None:
+        return None
+    if mask.dim() == 2:
+        mask = (mask != 0)[:, None, None, -slots:]
+        i = torch.arange(slots - queries, slots, device=mask.device)[:, None]
+        return mask & (torch.arange(slots, device=mask.device) <= i)
+    mask = mask[..., :slots]
+    return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
+
+
+def _padding(seen: Tensor | None, offset: int, layer: Any) -> Tensor | None:
+    """How many leading slots of each row no query sees; None where every row begins with a token."""
+    if seen is None or offset or (layer is not None and layer.is_sliding):
+        return None
+    leading = (~seen.any(2)[:, 0]).long().cumprod(-1).sum(-1)
+    return leading if bool(leading.any()) else None
+
+
+def _columns(rows: Tensor, low: int, high: int, total: int | None = None) -> Tensor:
+    """The columns of slots ``low .. high - 1`` of a mask whose last column is slot ``total - 1`` (or ``high - 1``)."""
+    total = high if total is None else total
+    offset = total - rows.shape[-1]
+    return rows[..., max(0, low - offset) : high - offset]
