@@ -10,16 +10,18 @@ from difflib import get_close_matches
 TEXTS = ("wikitext-2-test", "wikitext-2-valid", "technical", "technical-valid", "calibration", "encyclopaedic")
 DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 METHODS = {  # name -> its file in mea.compression.methods
+    "predictive": "coded",
+    "joint": "coded",
     "post_rope": "post_rope",
     "pre_rope": "pre_rope",
-    "joint": "joint",
+    "shared": "shared",
     "svd": "baselines.svd",
     "gram": "baselines.gram",
     "gauge": "baselines.gauge",
     "gqa-mean": "baselines.gqa_mean",
     "gqa-procrustes": "baselines.gqa_procrustes",
 }
-DEFAULT_METHOD = "post_rope"
+DEFAULT_METHOD = "predictive"
 WEIGHTINGS = ("mean", "uniform", "sensitivity", "frequency")
 DEFAULT_WEIGHTING = "mean"
 LAYOUTS = ("full", "half", "deep")

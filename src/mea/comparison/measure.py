@@ -47,7 +47,10 @@ class Measurement:
             results |= {
                 "compress_seconds": result.seconds,
                 "self_check": result.self_check,
-                "layers": {"what": "relative output error", "values": result.relative_output_errors},
+                "layers": {
+                    "what": "expected loss, nats per token" if result.plan.method.coded else "relative output error",
+                    "values": result.layers,
+                },
             }
         if protocol.decode_steps and not (result is None and cache is None):
             samples["decode_seconds"], results["decode"] = self._decoding(result, cache)
@@ -59,7 +62,15 @@ class Measurement:
         self, result: Compressed | None, cache: CacheConfig | None
     ) -> tuple[dict[str, list[float]], dict[str, Any]]:
         """Seconds of all steps and their summary, measured once for all models that decode alike."""
-        key = (result.plan.layout.ranks, result.plan.method.form.name, cache) if result else (cache,)
+        key = (
+            (
+                result.plan.layout,
+                result.plan.method.name if result.plan.method.coded else result.plan.method.form.name,
+                cache,
+            )
+            if result
+            else (cache,)
+        )
         if key not in self._decoded:  # all that speed depends on
             self._decoded[key] = self._decode(result.model if result else self.model, cache)
         return self._decoded[key]
@@ -91,7 +102,7 @@ def _described(result: Compressed | None, cache: CacheConfig | None) -> dict[str
     """The method, its settings and its cache, for a record."""
     config: dict[str, Any] = {"method": "none" if cache is None else "quantised", "keep": 1.0}
     if result is not None:
-        config |= {**result.plan.describe(), "ranks": result.plan.layout.ranks}
+        config |= {**result.plan.describe(), **result.plan.layout.described()}
     if cache is not None:
         config |= {"bits": cache.bits, "backend": cache.backend or "mea"}
     return config

@@ -12,6 +12,7 @@ from mea.compression.calibrate.layerwise import LayerWalk, check_weights, evalua
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import SelfCheck
 from mea.compression.checkpoint import FactorStore
+from mea.compression.coding.run import code_plans
 from mea.compression.convert import assemble, checked_stock_form, latent_config
 from mea.compression.fit import FittedLayer, Target, fit_layers
 from mea.compression.options import CompressOptions
@@ -26,8 +27,9 @@ class Compressed:
 
     Attributes
     ----------
-    relative_output_errors
-        Of every layer's attention, see `mea.compression.fit.relative_output_error`; 0 for an uncompressed layer.
+    layers
+        Of every layer, 0 for an uncompressed one: the attention's relative output error
+        (`mea.compression.fit.relative_output_error`), or for a packed cache the expected loss in nats per token.
     self_check
         Errors of the two self-checks, see `mea.compression.check`.
     seconds
@@ -38,7 +40,7 @@ class Compressed:
 
     model: Any
     plan: Plan
-    relative_output_errors: list[float]
+    layers: list[float]
     self_check: dict[str, float]
     seconds: float
     refined: Refined | None = None
@@ -52,7 +54,7 @@ def compress(
     progress: Progress | None = None,
     **fields: Any,
 ) -> Any:
-    """Compress a model's KV cache to half of its bytes, or to any other budget.
+    """Compress a model's KV cache to a fifth of its bytes, or to any other budget.
 
     Parameters
     ----------
@@ -62,7 +64,7 @@ def compress(
     tokenizer
         Its tokenizer, for the calibration text.
     options
-        By default `CompressOptions` with the `fields`: ``compress(model, tokenizer, keep=0.25)``.
+        By default `CompressOptions` with the `fields`: ``compress(model, tokenizer, keep=0.1)``.
     progress
         Called with the stage's name, the finished layers and all layers.
 
@@ -107,13 +109,32 @@ def run_plans(
     ConversionError
         A self-check fails.
     """
-    start = time.perf_counter()
     check_weights(walk.model)
     largest, size = int(tokens.max()), walk.model.config.vocab_size
     if largest >= size:
         raise ValueError(
             f"token {largest} is outside the model's vocabulary of {size:,}: the tokenizer belongs to another model"
         )
+    ranked = iter(_run_ranked(walk, tokens, [plan for plan in plans if not plan.method.coded], store, progress))
+    coded = iter(code_plans(walk, tokens, [plan for plan in plans if plan.method.coded], store, progress))
+    return [
+        Compressed(result.model, result.plan, result.losses, result.self_check, result.seconds)
+        if plan.method.coded and (result := next(coded)) else next(ranked)
+        for plan in plans
+    ]  # fmt: skip
+
+
+def _run_ranked(
+    walk: LayerWalk,
+    tokens: Int[Tensor, "n t"],
+    plans: list[Plan],
+    store: FactorStore | None,
+    progress: Progress | None,
+) -> list[Compressed]:
+    """Plans of methods that lower ranks."""
+    if not plans:
+        return []
+    start = time.perf_counter()
     known = store.get if store else lambda _: None
     targets = [Target(plan.method, plan.layout, known) for plan in plans]
     fitted: list[list[FittedLayer]] = [[] for _ in plans]

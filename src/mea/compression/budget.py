@@ -12,9 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mea.models.packed_cache import packed_tokens
 from mea.names import LAYOUTS as PRESETS
+from mea.ops.codes import Tiers, bits_per_token
 
 Ranks = tuple[int, int] | None
+CONTEXT = 8192  # tokens at which a packed cache keeps its promise of bytes
+FIRST, RECENT = 4, 64  # tokens of a packed cache that are exact
+LEAST_BITS = 0.5  # a number, of codes: below, no model was of use
 
 
 @dataclass(frozen=True)
@@ -74,9 +79,133 @@ class Layout:
             for layer, ranks in enumerate(self.ranks)
         )
 
+    def described(self) -> dict[str, Any]:
+        """The entries for records."""
+        return {"ranks": [None if pair is None else list(pair) for pair in self.ranks]}
+
     def keep(self, shape: CacheShape) -> float:
         """Bytes as a fraction of the uncompressed cache, while no sliding window is full."""
         return self.bytes(shape, 1) / shape.bytes(1)
+
+    def bytes_per_token(self, shape: CacheShape) -> float:
+        """Bytes for each token of a context."""
+        return float(self.bytes(shape, 1))
+
+
+@dataclass(frozen=True)
+class CodedLayout(Layout):
+    """A packed cache (`mea.models.packed_cache`): bits of components instead of ranks.
+
+    Attributes
+    ----------
+    ranks
+        None for ordinary layers; all numbers of the other layers are coded.
+    budget
+        Bytes of the whole cache after `context` tokens of one sequence.
+    first, recent
+        Tokens that are exact.
+    tiers
+        Of the layers' sections of components, once they are known; None for ordinary layers.
+    """
+
+    budget: int = 0
+    context: int = CONTEXT
+    first: int = FIRST
+    recent: int = RECENT
+    tiers: tuple[tuple[Tiers, ...] | None, ...] = ()
+
+    def bytes(self, shape: CacheShape, context: int) -> int:
+        """Bytes after `context` tokens of one sequence; in proportion to the budget while bits are not known."""
+        if not self.tiers:
+            return round(self.budget * context / self.context)
+        coded = sum(
+            packed_tokens(self.recent, context, shape.windows[layer])[0] * sum(map(token_bytes, tiers))
+            for layer, tiers in enumerate(self.tiers)
+            if tiers is not None
+        )
+        return coded + self.exact_bytes(shape, context)
+
+    def described(self) -> dict[str, Any]:
+        """The entries for records."""
+        tiers = [None if layer is None else [list(tier) for tier in layer] for layer in self.tiers]
+        return {"tiers": tiers, "context": self.context, "first": self.first, "recent": self.recent}
+
+    def bytes_per_token(self, shape: CacheShape) -> float:
+        """Bytes for each token of a text of `context` tokens."""
+        return self.bytes(shape, self.context) / self.context
+
+    def exact_bytes(self, shape: CacheShape, context: int) -> int:
+        """Bytes of ordinary layers, and of exact tokens in the others."""
+        total = 0
+        for layer, ranks in enumerate(self.ranks):
+            window, tokens = shape.windows[layer], shape.tokens(layer, context)
+            if ranks is not None:
+                coded, newest = packed_tokens(self.recent, context, window)
+                tokens = newest + (self.first if coded and window is None else 0)
+            total += 2 * shape.width * shape.itemsize * tokens
+        return total
+
+    def coded_tokens(self, shape: CacheShape) -> list[int]:
+        """Tokens of each layer that there is memory for in codes, at `context`."""
+        return [packed_tokens(self.recent, self.context, window)[0] for window in shape.windows]
+
+    def keep(self, shape: CacheShape) -> float:
+        """Bytes after `context` tokens as a fraction of the cache in 16 bits."""
+        return self.bytes(shape, self.context) / bytes_in_16_bits(shape, self.context)
+
+
+def token_bytes(tiers: Tiers) -> int:
+    """Bytes of a token's codes and scales in one section."""
+    return bits_per_token(tiers) // 8
+
+
+def bytes_in_16_bits(shape: CacheShape, context: int) -> int:
+    """Bytes of the uncompressed cache with 16 bits a number, the unit of `keep` in packed caches."""
+    return shape.bytes(context) * 2 // shape.itemsize
+
+
+def coded_layout(shape: CacheShape, keep: float, context: int, layers: range | None = None) -> CodedLayout:
+    """A packed cache with a fraction `keep` of the 16-bit bytes of `layers` at `context` tokens, others ordinary.
+
+    Raises
+    ------
+    ValueError
+        `keep` is not a fraction, or exact tokens alone take more.
+    """
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the fraction of the cache's bytes to keep, above 0 and at most 1, not {keep}")
+    count, width = len(shape.windows), shape.width
+    coded = set(range(count) if layers is None else layers)
+    ranks = tuple((width, width) if layer in coded else None for layer in range(count))
+    numbers = {layer: 2 * width * shape.tokens(layer, context) for layer in range(count)}
+    ordinary = sum(shape.itemsize * numbers[layer] for layer in range(count) if layer not in coded)
+    budget = ordinary + int(keep * 2 * sum(numbers[layer] for layer in coded))
+    return _with_room(CodedLayout(ranks, budget, context), shape, f"keep {keep:g}")
+
+
+def coded_layout_for_bytes(shape: CacheShape, context: int, budget: int) -> CodedLayout:
+    """A packed cache that takes at most `budget` bytes after `context` tokens.
+
+    Raises
+    ------
+    ValueError
+        Exact tokens alone take more.
+    """
+    ranks = ((shape.width, shape.width),) * len(shape.windows)
+    return _with_room(CodedLayout(ranks, budget, context), shape, f"{budget} bytes for {context} tokens")
+
+
+def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout:
+    exact = layout.exact_bytes(shape, layout.context)
+    tokens = sum(count for count, pair in zip(layout.coded_tokens(shape), layout.ranks, strict=True) if pair)
+    least = exact + tokens * LEAST_BITS * 2 * shape.width // 8
+    if layout.budget < least:
+        raise ValueError(
+            f"no packed cache meets {what}: at {layout.context:,} tokens it takes {layout.budget:,} bytes, and the "
+            f"exact tokens ({layout.first} first, {layout.recent} newest) with {LEAST_BITS} bits a number for the others "
+            f"{least:,}; allow more bytes or a longer context"
+        )
+    return layout
 
 
 @dataclass(frozen=True)
@@ -203,6 +332,17 @@ def preset_layout(shape: CacheShape, name: str, step: Step, keep: float = 0.5) -
     ValueError
         There is no such layout.
     """
+    return layout_for_keep(shape, keep, step, preset_layers(shape, name))
+
+
+def preset_layers(shape: CacheShape, name: str) -> range:
+    """The layers that a layout of arXiv 2601.19611 compresses.
+
+    Raises
+    ------
+    ValueError
+        There is no such layout.
+    """
     count = len(shape.windows)
     if name not in PRESETS:
         raise ValueError(f"the named layouts are {', '.join(PRESETS)}, not {name!r}")
@@ -212,7 +352,7 @@ def preset_layout(shape: CacheShape, name: str, step: Step, keep: float = 0.5) -
         "half": range(11 * count // 48, 35 * count // 48),
         "deep": range(min(3, count - 1), count),
     }
-    return layout_for_keep(shape, keep, step, layers[name])
+    return layers[name]
 
 
 def read_layout(path: Path, shape: CacheShape, step: Step) -> Layout:

@@ -96,6 +96,15 @@ class FactorStore:
         """Keep a layer's refined weights."""
         write_file(self._path(index, "refined-"), save({name: weight.contiguous() for name, weight in weights.items()}))
 
+    def get_tensors(self, kind: str, index: int) -> dict[str, Tensor] | None:
+        """Tensors of a layer that an earlier run kept under this name."""
+        path = self._path(index, f"{kind}-")
+        return load_file(path) if path.is_file() else None
+
+    def put_tensors(self, kind: str, index: int, tensors: dict[str, Tensor]) -> None:
+        """Keep tensors of a layer under a name."""
+        write_file(self._path(index, f"{kind}-"), save({name: tensor.contiguous() for name, tensor in tensors.items()}))
+
     def _path(self, index: int, prefix: str = "") -> Path:
         return self.folder / f"{prefix}{index:05d}.safetensors"
 

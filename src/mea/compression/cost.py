@@ -6,6 +6,7 @@ from typing import Any
 
 from mea.compression.budget import CacheShape
 from mea.compression.calibrate.statistics import BLOCK_NUMBERS, EVERY
+from mea.compression.coding.moments import PART, SAMPLE
 from mea.compression.methods.values import CG_STEPS, ROUNDS
 from mea.compression.plan import REACH, Plan
 from mea.ops.precision import peak_flops
@@ -35,6 +36,8 @@ def estimate(config: Any, plan: Plan) -> Cost:
     h, d, t = config.num_attention_heads, plan.shape.head_dim, plan.calibration.window
     attention, active, feed_forward = _layer_weights(config, plan.shape)
     layer_weights = attention + feed_forward
+    if plan.method.coded:
+        return _coded_cost(config, plan)
 
     form, value_rank = plan.method.form, max((pair[1] for pair in plan.layout.ranks if pair), default=0)
     rank = form.decoder_ranks(value_rank, value_rank)[1]
@@ -69,6 +72,19 @@ def estimate(config: Any, plan: Plan) -> Cost:
         work += layers * (3 * refinement.passes * part + 4 * part + 4 * tokens * active)
         work += 2 * tokens * hidden * config.vocab_size * 3 * refinement.passes
         memory += 4 * 4 * tokens * hidden
+    return Cost(memory, work / _speed())
+
+
+def _coded_cost(config: Any, plan: Plan) -> Cost:
+    """Of a calibration with gradients, and of the transforms."""
+    attention, active, feed_forward = _layer_weights(config, plan.shape)
+    tokens, layers, width = plan.calibration.tokens, len(plan.layout.ranks), 2 * plan.shape.width
+    t, h, d = plan.calibration.window, config.num_attention_heads, plan.shape.head_dim
+    through = 2 * tokens * (attention + active + t * h * d)
+    head = 6 * tokens * config.hidden_size * config.vocab_size
+    work = layers * (4 * through + 4 * tokens * width**2 + 60 * width**3) + head
+    part = min(PART, 4 * tokens * config.hidden_size * (layers + 1))
+    memory = part + SAMPLE + layers * 16 * width**2 + 12 * (attention + feed_forward) + 16 * t * t * h
     return Cost(memory, work / _speed())
 
 

@@ -5,13 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from mea.compression.budget import (
+    CONTEXT,
     PRESETS,
     CacheShape,
     Layout,
     Step,
+    coded_layout,
+    coded_layout_for_bytes,
     layout_for_bytes,
     layout_for_keep,
     parse_budget,
+    preset_layers,
     preset_layout,
     read_layout,
 )
@@ -24,7 +28,8 @@ from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
 
-DEFAULT_KEEP = 0.5
+DEFAULT_KEEP = 0.5  # of methods that lower ranks
+DEFAULT_CODED_KEEP = 0.2
 REACH = 2  # steps above and below the start that an allocation tries for each rank
 
 
@@ -98,15 +103,18 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
     check_supported(config)
     shape = CacheShape.of(config, itemsize)
     method = _method(options, shape.num_kv_heads)
-    layout = _layout(options, shape, method.step(shape.head_dim), cached)
-    for ranks in layout.ranks:
-        if ranks:
-            method.form.check(*ranks)
     window, context = options.calibration.window, config.max_position_embeddings
+    if method.coded:
+        layout = _coded_layout(options, shape, cached, context)
+    else:
+        layout = _layout(options, shape, method.step(shape.head_dim), cached)
+        for ranks in layout.ranks:
+            if ranks:
+                method.form.check(*ranks)
     if window > context:
         raise ValueError(f"a calibration window of {window} tokens is longer than the model's context of {context}")
     plan = Plan(options, method, layout, shape, cached)
-    if cached < 1 and layout.bytes(shape, 1) > plan.bytes_before(1):
+    if cached < 1 and not method.coded and layout.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(
             f"the result would cache {layout.bytes(shape, 1):,} bytes per token, and the model with its fewer "
             f"component heads caches {plan.bytes_before(1):,}; give a smaller budget, and ranks for every layer"
@@ -117,6 +125,36 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
 def _method(options: CompressOptions, num_kv_heads: int) -> Method:
     name = options.method if options.weighting is None else f"{options.method}:{options.weighting}"
     return in_groups(find_method(name, num_kv_heads), options.groups, num_kv_heads)
+
+
+def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, longest: int) -> Layout:
+    """The layout of a packed cache.
+
+    Raises
+    ------
+    ValueError
+        An option is for methods with ranks, or nothing meets the budget.
+    """
+    for name, given in (
+        ("groups", options.groups > 1), ("allocate", options.allocation), ("weighting", options.weighting)
+    ):  # fmt: skip
+        if given:
+            raise ValueError(
+                f"{name} is an option of methods that lower ranks: {options.method} spends bits by one threshold over "
+                "all layers"
+            )
+    if options.budget is not None:
+        return coded_layout_for_bytes(shape, *parse_budget(options.budget))
+    context = min(CONTEXT, longest)
+    keep = (DEFAULT_CODED_KEEP if options.keep is None else options.keep) * cached
+    if options.layout is None:
+        return coded_layout(shape, keep, context)
+    if str(options.layout) in PRESETS:
+        return coded_layout(shape, keep, context, preset_layers(shape, str(options.layout)))
+    raise ValueError(
+        f"{options.method} has bits, not ranks: give keep, budget or a layout of {', '.join(PRESETS)}, or a method with "
+        "ranks for a file of ranks"
+    )
 
 
 def _layout(options: CompressOptions, shape: CacheShape, step: Step, cached: float) -> Layout:

@@ -13,7 +13,9 @@ from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
+from mea.compression.budget import CodedLayout
 from mea.compression.checkpoint import FactorStore
+from mea.compression.coding.run import packed_bytes
 from mea.compression.convert import checked_stock_form
 from mea.compression.cost import estimate
 from mea.compression.options import CompressOptions
@@ -104,7 +106,7 @@ def fingerprint(config: Any, plan: Plan, tokens: Int[Tensor, "n t"], weights: st
     `weights` identifies the weights and their dtype without reading them all, see
     `mea.models.loading.weights_fingerprint`.
     """
-    settings = [config.to_json_string(), plan.describe(), plan.layout.ranks, tokens.tolist(), weights]
+    settings = [config.to_json_string(), plan.describe(), str(plan.layout), tokens.tolist(), weights]
     return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
 
@@ -127,9 +129,9 @@ def preview(
     return {
         "model": Path(source).name,
         "dtype": str(kind).removeprefix("torch."),
-        "ranks": [None if pair is None else list(pair) for pair in plan.layout.ranks],
+        **plan.layout.described(),
         "bytes_per_token_before": plan.bytes_before(1),
-        "bytes_per_token": plan.layout.bytes(plan.shape, 1),
+        "bytes_per_token": round(plan.layout.bytes_per_token(plan.shape)),
         "context": context,
         "bytes_at_context_before": plan.bytes_before(context),
         "bytes_at_context": plan.layout.bytes(plan.shape, context),
@@ -152,8 +154,8 @@ def _measure(
     length = min(CACHE_TOKENS, model.config.max_position_embeddings)
     results: dict[str, Any] = {
         "cache_bytes_per_token_before": before,
-        "cache_bytes_per_token": cache_size(result.model, length).bytes_per_token,
-        "layer_relative_output_error": result.relative_output_errors,
+        "cache_bytes_per_token": _bytes_per_token(result, length),
+        ("layer_expected_loss" if plan.method.coded else "layer_relative_output_error"): result.layers,
         **_refinement_results(result.refined),
         "self_check": result.self_check,
         "seconds": result.seconds,
@@ -170,13 +172,25 @@ def _measure(
         results["perplexity_ratio"], results["perplexity_ratio_error"] = relative.value, relative.standard_error
     config = {
         "model": Path(source).name,
-        "ranks": plan.layout.ranks,
+        **plan.layout.described(),
         "dtype": str(model.dtype).removeprefix("torch."),
         "measured_text": MEASURED_TEXT,
         "measured_tokens": 0 if measured is None else len(measured),
         **plan.describe(),
     }
     return make_record("compression", config, results=results, seeds={"calibration": plan.calibration.seed})
+
+
+def _bytes_per_token(result: Compressed, length: int) -> float:
+    """Measured bytes of the compressed cache for each token of a context."""
+    layout, shape = result.plan.layout, result.plan.shape
+    if not isinstance(layout, CodedLayout):
+        return cache_size(result.model, length).bytes_per_token
+    ordinary = sum(
+        2 * shape.width * shape.itemsize * shape.tokens(index, layout.context)
+        for index, pair in enumerate(layout.ranks) if pair is None
+    )  # fmt: skip
+    return (packed_bytes(result.model, layout.context) + ordinary) / layout.context
 
 
 def _card(record: dict[str, Any]) -> str:

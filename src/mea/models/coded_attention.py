@@ -89,7 +89,10 @@ class PredictiveCode(nn.Module):
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The components ``[b, t, r]``."""
-        at, pairs = sum(bits * size // 8 for bits, size in group_sizes(self.keys_tiers)), 2 * len(group_sizes(self.keys_tiers))
+        at, pairs = (
+            sum(bits * size // 8 for bits, size in group_sizes(self.keys_tiers)),
+            2 * len(group_sizes(self.keys_tiers)),
+        )
         parts = ((codes[..., :at], scales[..., :pairs]), (codes[..., at:], scales[..., pairs:]))
         tiers = (self.keys_tiers, self.rest_tiers)
         return torch.cat([from_codes(*part, tier) for part, tier in zip(parts, tiers, strict=True)], -1)
@@ -327,7 +330,9 @@ class CodedAttention(_Stock):
             else:
                 components = self.code.rounded(keys[:, :, : stop - begin], values[:, :, : stop - begin])
             coded_keys, coded_values = self.code.rebuild(components)
-            coded_keys = rotate(coded_keys, cos[:, begin - base : stop - base].float(), sin[:, begin - base : stop - base].float())
+            coded_keys = rotate(
+                coded_keys, cos[:, begin - base : stop - base].float(), sin[:, begin - base : stop - base].float()
+            )
             coded_keys, coded_values = coded_keys.to(exact.dtype), coded_values.to(exact.dtype)
         else:
             coded_keys, coded_values = exact[:, :, :0], held.values[:, :, :0]
@@ -372,11 +377,18 @@ class CodedAttention(_Stock):
             parts.append(reads_first)
         if seen is not None:
             rows = seen[:, 0, queries[0] - new : queries[1] - new]
-            reads_far, reads_near = reads_far & _columns(rows, *coded, held.total), reads_near & _columns(rows, *exact, held.total)
+            reads_far, reads_near = (
+                reads_far & _columns(rows, *coded, held.total),
+                reads_near & _columns(rows, *exact, held.total),
+            )
             if parts:
-                reads_first &= _columns(rows, 0, held.total, held.total).gather(
-                    2, held.first.clamp(0, held.total - 1)[:, None].expand(len(held.first), rows.shape[1], -1)
-                ) if len(rows) == len(held.first) else True
+                reads_first &= (
+                    _columns(rows, 0, held.total, held.total).gather(
+                        2, held.first.clamp(0, held.total - 1)[:, None].expand(len(held.first), rows.shape[1], -1)
+                    )
+                    if len(rows) == len(held.first)
+                    else True
+                )
         parts += [reads_far, reads_near]
         b = max(len(part) for part in parts)
         return torch.cat([part.expand(b, -1, -1) for part in parts], -1)[:, None]
@@ -403,7 +415,9 @@ class CodedAttention(_Stock):
             skip = 0
         newest = position_ids[:, -1:]
         count = stop - skip
-        average, weight = self._read_codes(queries, held, skip, count, hidden, newest - (total - 1 - held.begin - skip), past_key_values)
+        average, weight = self._read_codes(
+            queries, held, skip, count, hidden, newest - (total - 1 - held.begin - skip), past_key_values
+        )
         near = torch.arange(-recent + 1, 1, device=newest.device) + newest
         keys, values = held.keys[:, :, -recent:], held.values[:, :, -recent:]
         if held.first is not None:
@@ -425,7 +439,11 @@ class CodedAttention(_Stock):
         if positions.device.type != "cpu" or torch.compiler.is_compiling():
             return self._rotary_at(positions, like)
         known = vars(past_key_values).setdefault("key_turns", {})
-        key = (getattr(self, "layer_type", None) if isinstance(self.rotary.rope_type, dict) else None, like.dtype, positions.shape)
+        key = (
+            getattr(self, "layer_type", None) if isinstance(self.rotary.rope_type, dict) else None,
+            like.dtype,
+            positions.shape,
+        )
         if key not in known or not torch.equal(known[key][0], positions):
             known[key] = positions, self._rotary_at(positions, like)
         return known[key][1]

@@ -100,7 +100,14 @@ class PackedLayer(DynamicLayer):
             self._keep_first(keys[:, :, fresh], values[:, :, fresh], end)
             self._store(*encode(keys[:, :, fresh], values[:, :, fresh]))
         held = Held(
-            keys, values, *self._coded(), self.begin, self.total, self.first_keys, self.first_values, self._first_slots()
+            keys,
+            values,
+            *self._coded(),
+            self.begin,
+            self.total,
+            self.first_keys,
+            self.first_values,
+            self._first_slots(),
         )
         self.keys, self.values = (x[:, :, -self.recent :].clone() for x in (keys, values))  # no views of large tensors
         if not self.record_past:

@@ -16,7 +16,9 @@ from mea.models.latent_attention import COMPRESSED_CONFIGS, COMPRESSED_MODELS, t
 CHECKED_EXACT = (2, 6)  # first and newest tokens that the checks read exactly: the others are read by their codes
 
 
-def coded_config(config: Any, reading: str, exact: tuple[int, int], codes: Sequence[LayerCode | None], told: Any) -> Any:
+def coded_config(
+    config: Any, reading: str, exact: tuple[int, int], codes: Sequence[LayerCode | None], told: Any
+) -> Any:
     """The configuration of the compressed model; `told` are the compression's settings."""
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     kept.pop("quantization_config", None)

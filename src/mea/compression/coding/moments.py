@@ -48,10 +48,9 @@ class LayerMoments:
     sample: Float[Tensor, "s two_n"]
     head_dim: int
 
-    @property
-    def heads(self) -> int:
-        """``g``."""
-        return len(self.mean) // 2 // self.head_dim
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by name."""
+        return {name: getattr(self, name) for name in ("mean", "covariance", "cost", "sample")}
 
 
 class _Sum:
@@ -80,9 +79,7 @@ class _Sum:
         mean = self.tensors["sum"] / self.count
         covariance = self.tensors["square"] / self.count - torch.outer(mean, mean)
         sample = torch.cat(self.samples)
-        return LayerMoments(
-            mean + self.shift.double(), covariance, self.tensors["cost"] / self.count, sample, head_dim
-        )
+        return LayerMoments(mean + self.shift.double(), covariance, self.tensors["cost"] / self.count, sample, head_dim)
 
 
 def layer_moments(

@@ -12,7 +12,9 @@ from mea.names import DEFAULT_METHOD, DEFAULT_WEIGHTING, did_you_mean
 __all__ = ["DEFAULT_METHOD", "DEFAULT_WEIGHTING", "METHODS", "RENAMED", "Method", "find_method"]
 
 METHODS: dict[str, Method] = {
-    method.label: method for file in names.METHODS.values() for method in import_module(f"{__name__}.{file}").METHODS
+    method.label: method
+    for file in dict.fromkeys(names.METHODS.values())
+    for method in import_module(f"{__name__}.{file}").METHODS
 }
 RENAMED = {
     "blended": "post_rope",

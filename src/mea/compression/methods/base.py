@@ -92,6 +92,11 @@ class Method:
         """The name, with the weighting where it is not the default: ``"post_rope:uniform"``."""
         return self.name if self.weighting in (None, DEFAULT_WEIGHTING) else f"{self.name}:{self.weighting}"
 
+    @property
+    def coded(self) -> bool:
+        """Whether the method codes components with bits of their own instead of choosing ranks."""
+        return False
+
     def step(self, head_dim: int) -> Step:
         """The step in which a layer's ranks grow, the same for every group."""
         return Step(head_dim * self.groups, paired=False) if self.whole_heads else Step(RANK_STEP * self.groups)

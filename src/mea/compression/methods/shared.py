@@ -61,7 +61,7 @@ def values(averaged: AveragedValues, factors: Factors, num_kv_heads: int) -> tup
     return Factors(encoder, fitted.reshape(decoder.shape)), output
 
 
-class JointMethod(Method):
+class SharedMethod(Method):
     """Keys and values in one latent; `Method.keys` factorises both stacked, `values` and `averaged` are not used."""
 
     def fit(self, layer: CalibratedLayer, ranks: tuple[int, int]) -> LayerFactors:
@@ -80,4 +80,4 @@ class JointMethod(Method):
         return LayerFactors(*split(keys(statistics, 2 * n)), form=self.form)
 
 
-METHODS = (JointMethod("joint", keys, form=FORMS["joint"]),)
+METHODS = (SharedMethod("shared", keys, form=FORMS["joint"]),)
