@@ -349,7 +349,7 @@ void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low,
 #define LANES (BLOCK / 16)  /* vectors of one number per token */
 #define AT_ONCE 6           /* queries: with LANES or 4 vectors each, 24 of 32 registers are sums */
 #define FINE 16256          /* 127 * 128: a factor in two bytes, 128 * high + low */
-#define COARSE 2            /* rebuilding: codes of so few bits get factors of one byte, far below the codes' own error */
+#define COARSE 4            /* rebuilding: codes of so few bits get factors of one byte: see `lay_decoder` */
 #define TINY 1e-33f         /* smaller largest factors are none */
 
 struct group {
@@ -357,14 +357,23 @@ struct group {
 };
 
 struct reading {
-    long h, g, d, r, rk, half, n, columns, padded, pairs, groups, vectors, bytes, rows, d4;
+    long h, g, d, r, rk, half, n, columns, pairs, groups, vectors, bytes, rows, d4;
     struct group *group;
     long code_stride, scale_stride; /* of a token */
     int32_t *turns;                 /* [pairs][3]: two columns of the query, and their frequency */
     float *places;                  /* [half][cosine, sine][BLOCK] */
     int8_t *decoder;                /* [g] then for each group [high, low][d4][size] */
     float *factors;                 /* [g][groups][scale, rest, sum][d4] */
+    float *mean;                    /* [g][d4] */
 };
+
+/* sum += products of four bytes of each lane, unsigned times signed. Written out, since gcc 12 copies the sums of the
+ * intrinsic from register to register, which takes longer than the products. */
+static inline __attribute__((always_inline)) void add_bytes(__m512i *sum, __m512i codes, __m512i factors) {
+    __m512i x = *sum;
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(x) : "v"(codes), "v"(factors));
+    *sum = x;
+}
 
 /* 16 bytes, or so many words, of each of four tokens. */
 static inline __attribute__((always_inline)) __m512i four(const uint8_t *from, const long *row, const int whole,
@@ -473,8 +482,8 @@ static inline __attribute__((always_inline)) void turn_words(const uint32_t *wor
         }
 }
 
-/* scores[count][BLOCK] += queries[rows][padded] tile[rows][BLOCK], for a few queries. */
-static inline __attribute__((always_inline)) void multiply_few(const int count, const float *queries, long padded,
+/* scores[count][BLOCK] += queries[rows][stride] tile[rows][BLOCK], for a few queries. */
+static inline __attribute__((always_inline)) void multiply_few(const int count, const float *queries, long stride,
                                                                const float *tile, long rows, float *scores) {
     __m512 sum[AT_ONCE][LANES];
 #pragma GCC unroll 6
@@ -487,7 +496,7 @@ static inline __attribute__((always_inline)) void multiply_few(const int count, 
         for (int v = 0; v < LANES; v++) x[v] = _mm512_loadu_ps(tile + c * BLOCK + 16 * v);
 #pragma GCC unroll 6
         for (int a = 0; a < count; a++) {
-            const __m512 q = _mm512_set1_ps(queries[c * padded + a]);
+            const __m512 q = _mm512_set1_ps(queries[c * stride + a]);
 #pragma GCC unroll 4
             for (int v = 0; v < LANES; v++) sum[a][v] = _mm512_fmadd_ps(q, x[v], sum[a][v]);
         }
@@ -504,16 +513,16 @@ static long share(long count) {
     return (count + turns - 1) / turns;
 }
 
-static void multiply(long count, const float *queries, long padded, const float *tile, long rows, float *scores) {
+static void multiply(long count, const float *queries, long stride, const float *tile, long rows, float *scores) {
     const long most = share(count);
     for (long i = 0; i < count; i += most, queries += most, scores += most * BLOCK)
         switch (count - i < most ? count - i : most) {
-        case 6: multiply_few(6, queries, padded, tile, rows, scores); break;
-        case 5: multiply_few(5, queries, padded, tile, rows, scores); break;
-        case 4: multiply_few(4, queries, padded, tile, rows, scores); break;
-        case 3: multiply_few(3, queries, padded, tile, rows, scores); break;
-        case 2: multiply_few(2, queries, padded, tile, rows, scores); break;
-        default: multiply_few(1, queries, padded, tile, rows, scores);
+        case 6: multiply_few(6, queries, stride, tile, rows, scores); break;
+        case 5: multiply_few(5, queries, stride, tile, rows, scores); break;
+        case 4: multiply_few(4, queries, stride, tile, rows, scores); break;
+        case 3: multiply_few(3, queries, stride, tile, rows, scores); break;
+        case 2: multiply_few(2, queries, stride, tile, rows, scores); break;
+        default: multiply_few(1, queries, stride, tile, rows, scores);
         }
 }
 
@@ -585,7 +594,7 @@ static inline __attribute__((always_inline)) void gather_codes(const int count, 
                 memcpy(&weight, bytes + a * stride + half * BLOCK + 4 * u, 4);
 #pragma GCC unroll 4
                 for (int v = 0; v < vectors; v++)
-                    sum[a][v] = _mm512_dpbusd_epi32(sum[a][v], x[v], _mm512_set1_epi32(weight));
+                    add_bytes(&sum[a][v], x[v], _mm512_set1_epi32(weight));
             }
         }
     }
@@ -616,8 +625,9 @@ static void average(const struct reading *all, const int8_t *bytes, const uint8_
                     const float *before, float *out) {
     const long most = share(all->h), width = 16 * all->vectors, groups = all->groups, stride = groups * 2 * BLOCK;
     for (long e = 0; e < groups; e++)
-        for (long c = 0; c < all->group[e].vectors; c += 4) {
-            const long some = all->group[e].vectors - c < 4 ? all->group[e].vectors - c : 4;
+        for (long c = 0, some; c < all->group[e].vectors; c += some) {
+            const long left = all->group[e].vectors - c, pieces = (left + 3) / 4;
+            some = (left + pieces - 1) / pieces;
             const long vector = all->group[e].vector + c;
             const uint8_t *unit = units + vector * UNITS * 64;
             for (long i = 0; i < all->h; i += most) {
@@ -650,9 +660,10 @@ static inline __attribute__((always_inline)) void spread(const uint32_t *words, 
         }
 }
 
-/* keys[d4][BLOCK] += a group's share: step * (scale * (rows in bytes) codes + rest) + low * sum. */
+/* keys[d4][BLOCK] += a group's share: step * (scale * (rows in bytes) codes + rest) + low * sum; with `mean`, of rows,
+ * they start from it. */
 static void rebuild(const struct group *group, const int8_t *rows, long d4, const float *factors, const uint32_t *codes,
-                    const float *low, const float *step, float *keys) {
+                    const float *low, const float *step, const float *mean, float *keys) {
     const long size = group->size;
     for (long c = 0; c < d4; c += 4) {
         __m512i sum[4][LANES];
@@ -677,7 +688,7 @@ static void rebuild(const struct group *group, const int8_t *rows, long d4, cons
                     memcpy(&factor, row + a * size + 4 * j, 4);
 #pragma GCC unroll 4
                     for (int v = 0; v < LANES; v++)
-                        sum[a][v] = _mm512_dpbusd_epi32(sum[a][v], x[v], _mm512_set1_epi32(factor));
+                        add_bytes(&sum[a][v], x[v], _mm512_set1_epi32(factor));
                 }
             }
         }
@@ -689,7 +700,8 @@ static void rebuild(const struct group *group, const int8_t *rows, long d4, cons
             for (int v = 0; v < LANES; v++) {
                 float *to = keys + (c + a) * BLOCK + 16 * v;
                 __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[a][v]), scale, rest);
-                x = _mm512_fmadd_ps(x, _mm512_loadu_ps(step + 16 * v), _mm512_loadu_ps(to));
+                const __m512 old = mean ? _mm512_set1_ps(mean[c + a]) : _mm512_loadu_ps(to);
+                x = _mm512_fmadd_ps(x, _mm512_loadu_ps(step + 16 * v), old);
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_loadu_ps(low + 16 * v), x));
             }
         }
@@ -743,18 +755,19 @@ static void turn_keys(float *keys, long half, const float *places) {
         }
 }
 
-/* Queries [columns][padded] turned back by a block's angles. */
+/* Queries [columns][h] turned back by a block's angles. */
 static void turn_queries(const struct reading *all, const float *queries, const float *cosines, const float *sines,
                          float *turned) {
-    const long padded = all->padded;
+    const long h = all->h;
     for (long p = 0; p < all->pairs; p++) {
         const int32_t *turn = all->turns + 3 * p;
         const __m512 cosine = _mm512_set1_ps(cosines[turn[2]]), sine = _mm512_set1_ps(sines[turn[2]]);
-        for (long i = 0; i < padded; i += 16) {
-            const __m512 x = _mm512_loadu_ps(queries + turn[0] * padded + i);
-            const __m512 y = _mm512_loadu_ps(queries + turn[1] * padded + i);
-            _mm512_storeu_ps(turned + turn[0] * padded + i, _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
-            _mm512_storeu_ps(turned + turn[1] * padded + i, _mm512_fnmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
+        const float *first = queries + turn[0] * h, *second = queries + turn[1] * h;
+        for (long i = 0; i < h; i += 16) {
+            const __mmask16 mask = h - i >= 16 ? 0xffff : (__mmask16)((1u << (h - i)) - 1);
+            const __m512 x = _mm512_maskz_loadu_ps(mask, first + i), y = _mm512_maskz_loadu_ps(mask, second + i);
+            _mm512_mask_storeu_ps(turned + turn[0] * h + i, mask, _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
+            _mm512_mask_storeu_ps(turned + turn[1] * h + i, mask, _mm512_fnmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
         }
     }
 }
@@ -779,7 +792,7 @@ static long cut_scratch(const struct reading *all, char *from, struct scratch *t
     to->codes = cut(&at, all->d ? all->r * BLOCK : 0);
     to->units = cut(&at, all->vectors * UNITS * 64);
     to->tile = cut(&at, all->rows * BLOCK * 4);
-    to->queries = cut(&at, all->columns * all->padded * 4);
+    to->queries = cut(&at, all->columns * all->h * 4);
     to->scores = cut(&at, all->h * BLOCK * 4);
     to->scale = cut(&at, all->h * all->groups * 4);
     to->before = cut(&at, all->h * 4);
@@ -791,8 +804,8 @@ static long cut_scratch(const struct reading *all, char *from, struct scratch *t
 
 /* Scores of a block, predictive: pairs are turned and multiplied; the constant part of the keys is the angles alone. */
 static void score_pairs(const struct reading *all, const struct scratch *my) {
-    const long padded = all->padded;
-    multiply(all->h, my->queries + all->rk * padded, padded, all->places, 2 * all->half, my->scores);
+    const long h = all->h;
+    multiply(h, my->queries + all->rk * h, h, all->places, 2 * all->half, my->scores);
     for (long e = 0; e < all->groups && all->group[e].first < all->rk; e++) {
         const struct group *group = all->group + e;
         const long bits = group->bits;
@@ -806,13 +819,13 @@ static void score_pairs(const struct reading *all, const struct scratch *my) {
             case 4: turn_words(words, count, 4, low, step, turns, all->places, my->tile); break;
             default: turn_words(words, count, 2, low, step, turns, all->places, my->tile);
             }
-            multiply(all->h, my->queries + first * padded, padded, my->tile, count * 32 / bits, my->scores);
+            multiply(h, my->queries + first * h, h, my->tile, count * 32 / bits, my->scores);
         }
     }
 }
 
 /* Scores of a block, joint: the keys of one head after the other are rebuilt, turned and multiplied. */
-static void score_joint(const struct reading *all, const struct scratch *my, const float *mean) {
+static void score_joint(const struct reading *all, const struct scratch *my) {
     for (long e = 0; e < all->groups; e++) {
         const struct group *group = all->group + e;
         const uint32_t *words = my->words + group->byte / 4 * BLOCK;
@@ -824,25 +837,22 @@ static void score_joint(const struct reading *all, const struct scratch *my, con
         }
     }
     for (long g = 0; g < all->g; g++) {
-        for (long c = 0; c < all->d4; c++)
-            for (int v = 0; v < BLOCK; v += 16)
-                _mm512_storeu_ps(my->tile + c * BLOCK + v, _mm512_set1_ps(c < all->d ? mean[g * all->d + c] : 0));
         for (long e = 0; e < all->groups; e++) {
             const struct group *group = all->group + e;
             rebuild(group, all->decoder + 2 * all->d4 * (g * all->r + group->first), all->d4,
                     all->factors + (g * all->groups + e) * 3 * all->d4, my->codes + group->first / 4 * BLOCK,
-                    my->low + e * BLOCK, my->step + e * BLOCK, my->tile);
+                    my->low + e * BLOCK, my->step + e * BLOCK, e ? 0 : all->mean + g * all->d4, my->tile);
         }
         turn_keys(my->tile, all->half, all->places);
         const long some = all->h / all->g;
-        multiply(some, my->queries + g * some, all->padded, my->tile, all->d, my->scores + g * some * BLOCK);
+        multiply(some, my->queries + g * some, all->h, my->tile, all->d, my->scores + g * some * BLOCK);
     }
 }
 
 /* n tokens of one sequence, from the start of a block: unnormalised out[h][16 vectors] and lows[h][groups][16], and each
  * query's maximum and sum of exponentials. */
 static void read_part(const struct reading *all, const float *queries, const uint8_t *codes, const bf16 *scales,
-                      const uint8_t *hidden, const float *cosines, const float *sines, const float *mean, long n,
+                      const uint8_t *hidden, const float *cosines, const float *sines, long n,
                       const struct scratch *my, float *out, float *lows, float *highest, float *sum) {
     const long h = all->h, groups = all->groups;
     memset(out, 0, h * 16 * all->vectors * sizeof *out);
@@ -867,7 +877,7 @@ static void read_part(const struct reading *all, const float *queries, const uin
         for (long e = 0; e < groups; e++) lay(from, row, all->group + e, my->words, my->units);
         turn_queries(all, queries, cosines, sines, my->queries);
         memset(my->scores, 0, h * BLOCK * sizeof(float));
-        if (all->d) score_joint(all, my, mean);
+        if (all->d) score_joint(all, my);
         else score_pairs(all, my);
         for (long i = 0; i < h; i++) {
             float *weights = my->scores + i * BLOCK;
@@ -927,7 +937,7 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
     const long b = sizes[0], h = all.h, n = all.n, half = all.half, groups = all.groups;
     all.g = decoder ? sizes[6] : 1, all.d = decoder ? 2 * half : 0, all.d4 = round_up(all.d, 4);
     all.code_stride = sizes[7], all.scale_stride = sizes[8];
-    all.padded = round_up(h, 16), all.columns = decoder ? all.d : all.rk + 2 * half, all.pairs = all.columns / 2;
+    all.columns = decoder ? all.d : all.rk + 2 * half, all.pairs = all.columns / 2;
     all.rows = all.d4 > 64 ? all.d4 : 64;
     struct group *group = all.group = malloc(groups * sizeof *group);
     if (!group) return 1;
@@ -940,7 +950,7 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
     parts = parts < most ? parts : most;
     const long size = round_up((n + parts - 1) / parts, BLOCK);
     parts = (n + size - 1) / size;
-    const long of_part = round_up(h * (16 * all.vectors + 16 * groups + 2), 16), of_queries = all.columns * all.padded;
+    const long of_part = round_up(h * (16 * all.vectors + 16 * groups + 2), 16), of_queries = all.columns * h;
     struct scratch mine;
     const long of_thread = cut_scratch(&all, 0, &mine);
     char *memory = 0;
@@ -955,6 +965,7 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
         all.places = cut(&at, half * 2 * BLOCK * 4);
         all.decoder = cut(&at, 2 * all.d4 * all.g * all.r);
         all.factors = cut(&at, all.g * groups * 3 * all.d4 * 4);
+        all.mean = cut(&at, all.g * all.d4 * 4);
         if (!counted && !(memory = aligned_alloc(64, at - memory))) {
             free(group);
             return 1;
@@ -967,8 +978,10 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
                 const uint32_t x = (uint32_t)queries[(s * h + i) * all.columns + c] << 16;
                 float y;
                 memcpy(&y, &x, 4);
-                laid[s * of_queries + c * all.padded + i] = scale * y;
+                laid[s * of_queries + c * h + i] = scale * y;
             }
+    for (long c = 0; c < all.g * all.d4; c++)
+        all.mean[c] = c % all.d4 < all.d ? mean[c / all.d4 * all.d + c % all.d4] : 0;
     for (long p = 0; p < all.pairs; p++) {
         int32_t *turn = all.turns + 3 * p;
         turn[0] = decoder ? p : 2 * p, turn[1] = decoder ? half + p : 2 * p + 1;
@@ -1001,7 +1014,7 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
                 float *highest = lows + h * groups * 16;
                 read_part(&all, laid + s * of_queries, codes + s * sizes[9] + from * all.code_stride,
                           scales + s * sizes[10] + from * all.scale_stride, hidden ? hidden + s * n + from : 0,
-                          block_cosines + angles, block_sines + angles, mean, to - from, &my, out, lows, highest,
+                          block_cosines + angles, block_sines + angles, to - from, &my, out, lows, highest,
                           highest + h);
             }
         }
