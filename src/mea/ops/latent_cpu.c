@@ -338,8 +338,8 @@ void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low,
  * Nothing is decoded for the averages: sum_s w_s (low_s + step_s * code_s) needs the sum of w * low once per group, and the
  * sum of (w * step) * code as a product of bytes. The products of bytes (vpdpbusd: four of them to a lane, twice a cycle)
  * are eight times as many as bf16 products, so that a factor of 15 bits, in two bytes, is the faster and closer one.
- * Blocks of BLOCK tokens are laid out twice, both straight from the packed bytes:
- *   words   [bytes / 4][BLOCK]: lanes are tokens, each with four bytes of its own. For scores: no sums across lanes.
+ * Blocks of BLOCK tokens are laid out twice, a little at a time, both straight from the packed bytes:
+ *   words   [4][BLOCK]: lanes are tokens, each with four bytes of its own. For scores: no sums across lanes.
  *   units   [vectors][BLOCK / 4][16][4]: lanes are 16 components, each with the codes of four tokens. For averages. A vector
  *           takes the same bits of 16 bytes; the order of components is put right once, at the end.
  * The angle of a token is its block's plus its place's: the block's turns the queries, so that the places' angles, the same
@@ -347,6 +347,7 @@ void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low,
 
 #define UNITS (BLOCK / 4)
 #define LANES (BLOCK / 16)  /* vectors of one number per token */
+#define LARGEST 128         /* components of a group */
 #define AT_ONCE 6           /* queries: with LANES or 4 vectors each, 24 of 32 registers are sums */
 #define FINE 16256          /* 127 * 128: a factor in two bytes, 128 * high + low */
 #define COARSE 4            /* rebuilding: codes of so few bits get factors of one byte: see `lay_decoder` */
@@ -387,14 +388,13 @@ static inline __attribute__((always_inline)) __m512i four(const uint8_t *from, c
     return _mm512_inserti32x4(_mm512_inserti32x4(y, x[2], 2), x[3], 3);
 }
 
-static inline __attribute__((always_inline)) void lay_chunk(const uint8_t *from, const long *row, const int bits,
-                                                            const int whole, long live, uint32_t *words,
-                                                            uint8_t *units) {
-    const __mmask8 mask = (__mmask8)((1u << live) - 1);
+/* words[live][BLOCK]: so many words of each token; row[BLOCK] are the tokens' places in bytes. */
+static inline __attribute__((always_inline)) void lay_words(const uint8_t *from, const long *row, const int whole,
+                                                            long live, uint32_t *words) {
     for (int v = 0; v < LANES; v++) {
         __m512i z[4], a[4], b[4];
 #pragma GCC unroll 4
-        for (int i = 0; i < 4; i++) z[i] = four(from, row + 16 * v + i, whole, mask);
+        for (int i = 0; i < 4; i++) z[i] = four(from, row + 16 * v + i, whole, (__mmask8)((1u << live) - 1));
         a[0] = _mm512_unpacklo_epi32(z[0], z[1]), a[1] = _mm512_unpackhi_epi32(z[0], z[1]);
         a[2] = _mm512_unpacklo_epi32(z[2], z[3]), a[3] = _mm512_unpackhi_epi32(z[2], z[3]);
         b[0] = _mm512_unpacklo_epi64(a[0], a[2]), b[1] = _mm512_unpackhi_epi64(a[0], a[2]);
@@ -402,6 +402,16 @@ static inline __attribute__((always_inline)) void lay_chunk(const uint8_t *from,
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++)
             if (whole || j < live) _mm512_storeu_si512(words + j * BLOCK + 16 * v, b[j]);
+    }
+}
+
+/* units[8 / bits][UNITS][64]: 16 bytes, or so many words, of each token. */
+static inline __attribute__((always_inline)) void lay_units(const uint8_t *from, const long *row, const int bits,
+                                                            const int whole, long live, uint8_t *units) {
+    for (int v = 0; v < LANES; v++) {
+        __m512i z[4], a[4], b[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) z[i] = four(from, row + 16 * v + i, whole, (__mmask8)((1u << live) - 1));
         a[0] = _mm512_unpacklo_epi8(z[0], z[1]), a[1] = _mm512_unpackhi_epi8(z[0], z[1]);
         a[2] = _mm512_unpacklo_epi8(z[2], z[3]), a[3] = _mm512_unpackhi_epi8(z[2], z[3]);
         b[0] = _mm512_unpacklo_epi16(a[0], a[2]), b[1] = _mm512_unpackhi_epi16(a[0], a[2]);
@@ -421,21 +431,28 @@ static inline __attribute__((always_inline)) void lay_chunk(const uint8_t *from,
     }
 }
 
-/* The codes of one group and block; row[BLOCK] are the tokens' places in bytes. */
-static void lay(const uint8_t *from, const long *row, const struct group *group, uint32_t *words, uint8_t *units) {
-    words += group->byte / 4 * BLOCK, units += group->vector * UNITS * 64;
-    for (long c = 0; c < group->bytes; c += 16) {
-        const uint8_t *here = from + group->byte + c;
-        const long live = group->bytes - c < 16 ? (group->bytes - c) / 4 : 4;
-        uint32_t *to = words + c / 4 * BLOCK;
-        uint8_t *unit = units + c / 16 * (8 / group->bits) * UNITS * 64;
+/* How many words of a group there are from word j, at most 4. */
+static long words_from(const struct group *group, long j) {
+    return group->bytes / 4 - j < 4 ? group->bytes / 4 - j : 4;
+}
+
+static void words_of(const uint8_t *from, const long *row, const struct group *group, long j, uint32_t *words) {
+    const long live = words_from(group, j);
+    if (live == 4) lay_words(from + group->byte + 4 * j, row, 1, 4, words);
+    else lay_words(from + group->byte + 4 * j, row, 0, live, words);
+}
+
+static void units_of(const uint8_t *from, const long *row, const struct group *group, uint8_t *units) {
+    for (long j = 0; j < group->bytes / 4; j += 4, units += 8 / group->bits * UNITS * 64) {
+        const uint8_t *here = from + group->byte + 4 * j;
+        const long live = words_from(group, j);
         switch (group->bits * 2 + (live == 4)) {
-        case 17: lay_chunk(here, row, 8, 1, live, to, unit); break;
-        case 16: lay_chunk(here, row, 8, 0, live, to, unit); break;
-        case 9: lay_chunk(here, row, 4, 1, live, to, unit); break;
-        case 8: lay_chunk(here, row, 4, 0, live, to, unit); break;
-        case 5: lay_chunk(here, row, 2, 1, live, to, unit); break;
-        default: lay_chunk(here, row, 2, 0, live, to, unit);
+        case 17: lay_units(here, row, 8, 1, live, units); break;
+        case 16: lay_units(here, row, 8, 0, live, units); break;
+        case 9: lay_units(here, row, 4, 1, live, units); break;
+        case 8: lay_units(here, row, 4, 0, live, units); break;
+        case 5: lay_units(here, row, 2, 1, live, units); break;
+        default: lay_units(here, row, 2, 0, live, units);
         }
     }
 }
@@ -621,15 +638,16 @@ static inline __attribute__((always_inline)) void gather_vectors(const int count
 }
 
 /* The averages of all queries and components, one block further. */
-static void average(const struct reading *all, const int8_t *bytes, const uint8_t *units, const float *scale,
-                    const float *before, float *out) {
+static void average(const struct reading *all, const uint8_t *codes, const long *row, const int8_t *bytes,
+                    uint8_t *units, const float *scale, const float *before, float *out) {
     const long most = share(all->h), width = 16 * all->vectors, groups = all->groups, stride = groups * 2 * BLOCK;
-    for (long e = 0; e < groups; e++)
+    for (long e = 0; e < groups; e++) {
+        units_of(codes, row, all->group + e, units);
         for (long c = 0, some; c < all->group[e].vectors; c += some) {
             const long left = all->group[e].vectors - c, pieces = (left + 3) / 4;
             some = (left + pieces - 1) / pieces;
             const long vector = all->group[e].vector + c;
-            const uint8_t *unit = units + vector * UNITS * 64;
+            const uint8_t *unit = units + c * UNITS * 64;
             for (long i = 0; i < all->h; i += most) {
                 const int8_t *w = bytes + i * stride + e * 2 * BLOCK;
                 const float *s = scale + i * groups + e, *b = before + i;
@@ -644,6 +662,7 @@ static void average(const struct reading *all, const int8_t *bytes, const uint8_
                 }
             }
         }
+    }
 }
 
 /* The codes of a group in bytes: codes[size / 4][BLOCK], each word's codes k side by side, in the order of `lay_decoder`. */
@@ -712,7 +731,7 @@ static void rebuild(const struct group *group, const int8_t *rows, long d4, cons
  * codes' middle exact, whatever the bytes round away. */
 static void lay_decoder(const bf16 *row, const struct group *group, int8_t *high, int8_t *low, float *factors, long d4) {
     const long size = group->size, bits = group->bits, fine = bits > COARSE;
-    int8_t bytes[2][128];
+    int8_t bytes[2][LARGEST];
     float largest = 0, sum = 0;
     long total = 0;
     for (long c = 0; c < size; c += 16) {
@@ -788,9 +807,9 @@ struct scratch {
 
 static long cut_scratch(const struct reading *all, char *from, struct scratch *to) {
     char *at = from;
-    to->words = cut(&at, all->bytes * BLOCK);
+    to->words = cut(&at, 4 * BLOCK * 4);
     to->codes = cut(&at, all->d ? all->r * BLOCK : 0);
-    to->units = cut(&at, all->vectors * UNITS * 64);
+    to->units = cut(&at, (LARGEST / 16 + 3) * UNITS * 64); /* the last 16 bytes of 2 bits may be 4 */
     to->tile = cut(&at, all->rows * BLOCK * 4);
     to->queries = cut(&at, all->columns * all->h * 4);
     to->scores = cut(&at, all->h * BLOCK * 4);
@@ -803,17 +822,18 @@ static long cut_scratch(const struct reading *all, char *from, struct scratch *t
 }
 
 /* Scores of a block, predictive: pairs are turned and multiplied; the constant part of the keys is the angles alone. */
-static void score_pairs(const struct reading *all, const struct scratch *my) {
+static void score_pairs(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
     const long h = all->h;
     multiply(h, my->queries + all->rk * h, h, all->places, 2 * all->half, my->scores);
     for (long e = 0; e < all->groups && all->group[e].first < all->rk; e++) {
         const struct group *group = all->group + e;
         const long bits = group->bits;
         for (long j = 0; j < group->bytes / 4; j += 4) {
-            const long count = group->bytes / 4 - j < 4 ? group->bytes / 4 - j : 4, first = group->first + j * 32 / bits;
-            const uint32_t *words = my->words + (group->byte / 4 + j) * BLOCK;
+            const long count = words_from(group, j), first = group->first + j * 32 / bits;
+            const uint32_t *words = my->words;
             const float *low = my->low + e * BLOCK, *step = my->step + e * BLOCK;
             const int32_t *turns = all->turns + first / 2 * 3;
+            words_of(codes, row, group, j, my->words);
             switch (bits) {
             case 8: turn_words(words, count, 8, low, step, turns, all->places, my->tile); break;
             case 4: turn_words(words, count, 4, low, step, turns, all->places, my->tile); break;
@@ -825,15 +845,18 @@ static void score_pairs(const struct reading *all, const struct scratch *my) {
 }
 
 /* Scores of a block, joint: the keys of one head after the other are rebuilt, turned and multiplied. */
-static void score_joint(const struct reading *all, const struct scratch *my) {
+static void score_joint(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
     for (long e = 0; e < all->groups; e++) {
         const struct group *group = all->group + e;
-        const uint32_t *words = my->words + group->byte / 4 * BLOCK;
-        uint32_t *codes = my->codes + group->first / 4 * BLOCK;
-        switch (group->bits) {
-        case 8: spread(words, group->bytes / 4, 8, codes); break;
-        case 4: spread(words, group->bytes / 4, 4, codes); break;
-        default: spread(words, group->bytes / 4, 2, codes);
+        uint32_t *to = my->codes + group->first / 4 * BLOCK;
+        for (long j = 0; j < group->bytes / 4; j += 4, to += 4 * (8 / group->bits) * BLOCK) {
+            const long count = words_from(group, j);
+            words_of(codes, row, group, j, my->words);
+            switch (group->bits) {
+            case 8: spread(my->words, count, 8, to); break;
+            case 4: spread(my->words, count, 4, to); break;
+            default: spread(my->words, count, 2, to);
+            }
         }
     }
     for (long g = 0; g < all->g; g++) {
@@ -874,11 +897,10 @@ static void read_part(const struct reading *all, const float *queries, const uin
             _mm_prefetch((const char *)(scales + (start + BLOCK + u) * all->scale_stride), _MM_HINT_T1);
         }
         lay_scales(scales + start * all->scale_stride, all->scale_stride, groups, visible, my->low, my->step);
-        for (long e = 0; e < groups; e++) lay(from, row, all->group + e, my->words, my->units);
         turn_queries(all, queries, cosines, sines, my->queries);
         memset(my->scores, 0, h * BLOCK * sizeof(float));
-        if (all->d) score_joint(all, my);
-        else score_pairs(all, my);
+        if (all->d) score_joint(all, my, from, row);
+        else score_pairs(all, my, from, row);
         for (long i = 0; i < h; i++) {
             float *weights = my->scores + i * BLOCK;
             const float before = my->before[i] = weigh_visible(weights, visible, highest + i, sum + i);
@@ -891,7 +913,7 @@ static void read_part(const struct reading *all, const float *queries, const uin
                 _mm512_storeu_ps(lows + place * 16, x);
             }
         }
-        average(all, my->bytes, my->units, my->scale, my->before, out);
+        average(all, from, row, my->bytes, my->units, my->scale, my->before, out);
     }
 }
 
@@ -997,7 +1019,7 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
 #pragma omp for schedule(static)
         for (long row = 0; row < all.g * all.d4; row++) /* the decoder is there for all before anyone reads it */
             for (long e = 0; e < groups; e++) {
-                static const bf16 none[128];
+                static const bf16 none[LARGEST];
                 const long g = row / all.d4, c = row % all.d4;
                 int8_t *to = all.decoder + 2 * all.d4 * (g * all.r + group[e].first) + c * group[e].size;
                 lay_decoder(c < all.d ? decoder + (g * all.d + c) * all.r + group[e].first : none, group + e, to,
