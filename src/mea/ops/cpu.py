@@ -1,4 +1,4 @@
-"""Our own kernels for processors: a few queries over a long cache, in bf16 or quantised (``latent_cpu.c``).
+"""Our own kernels for processors: a few queries over a long cache, in bf16 or in codes (``latent_cpu.c``).
 
 PyTorch's kernel converts a bf16 cache and multiplies at a fraction of what the processor can do, and gives one kv head
 to one core. The kernel is compiled when it is first wanted, once per version of its source and processor, into the
@@ -29,7 +29,6 @@ LARGEST_GROUP = 128  # components
 PLACES = 64  # tokens of a block of codes, whose angles are its own plus those of its places
 
 Groups = list[tuple[int, int]]  # bits of a code and number of components, of each group of a token in its order
-Angles = tuple[Float32[Tensor, "_ n f"], Float32[Tensor, "_ n f"]]  # cosines and sines
 
 
 def usable(queries: Tensor, *others: Tensor) -> bool:
@@ -44,10 +43,10 @@ def usable(queries: Tensor, *others: Tensor) -> bool:
 
 
 def codes_usable(queries: Tensor, groups: Groups) -> bool:
-    """Whether `read_pairs` and `read_joint` take these queries and groups, here: see `usable`; sizes are multiples of 16."""
+    """Whether `read_pairs` and `read_joint` take these queries and groups, here: see `usable`; sizes are 16, 32, ..."""
     return (
         all(bits in (2, 4, 8) and 0 <= size <= LARGEST_GROUP and size % 16 == 0 for bits, size in groups)
-        and 0 < len(groups)
+        and len(groups) > 0
         and queries.shape[-1] % 2 == 0
         and usable(queries)
     )
@@ -142,25 +141,25 @@ def read_pairs(
     hidden: UInt8[Tensor, "b n"] | None,
     scale: float,
 ) -> tuple[Float32[Tensor, "b h r"], Float32[Tensor, "b h"]]:
-    """One new token reads tokens ``[begin, begin + n)`` of a cache whose first components are pairs of a key before RoPE.
+    """One new token reads tokens ``[begin, begin + n)`` of codes whose first components are pairs of a key before RoPE.
 
     Component ``i`` of a group is ``low + step * code``. The pairs ``(re, im)``, the first ``2 * half`` components, are
     turned by the angle of their token; behind them stand, for each frequency, the cosine and the sine of that angle.
-    The score of a token is ``scale`` times the product of these ``columns = 2 * half + 2 * f`` numbers with a query. The
-    weighted average is that of all components, not turned.
+    The score of a token is ``scale`` times the product of these ``columns = 2 * half + 2 * f`` numbers with a query.
+    The weighted average is that of all components, not turned.
 
     Parameters
     ----------
     queries
         Absorbed.
     codes, scales
-        Of any strides of sequence and token. ``scales`` holds ``low, step`` of each group; a code's first is in the lowest
-        bits of a byte; no group has both pairs and other components.
+        Of any strides of sequence and token. ``scales`` holds ``low, step`` of each group; the first code of a byte is
+        in its lowest bits; no group has both pairs and other components. At most 128 components are a group.
     frequency
         Which angle turns a pair.
     base, offsets
-        Cosines and sines of the angles of each block of 64 tokens, counted from ``begin``, and of the places in a block,
-        which add up to a token's. Any factor is in ``base``.
+        Cosines and sines of the angles of each block of 64 tokens, counted from ``begin``, and of the places in a
+        block, which add up to a token's. Any factor is in ``base``.
     hidden
         Not 0: the token gets no weight.
 
@@ -199,10 +198,11 @@ def read_joint(
     hidden: UInt8[Tensor, "b n"] | None,
     scale: float,
 ) -> tuple[Float32[Tensor, "b h r"], Float32[Tensor, "b h"]]:
-    """As `read_pairs`, where the ``r`` components are a latent ``c`` and a head's keys are ``decoder c + mean``, turned.
+    """As `read_pairs`, where the ``r`` components are a latent ``c`` and a head's keys ``decoder c + mean``, turned.
 
-    Channels ``c`` and ``c + d / 2`` of a key are a pair, turned by angle ``c``. Queries are in the order of kv heads. The
-    decoder is multiplied with in 15 bits of its largest number in a row and group, with codes of 2 bits in 8.
+    Channels ``c`` and ``c + d / 2`` of a key are a pair, turned by angle ``c``. Queries are in the order of kv heads. A
+    row of the decoder is rounded to 15 bits of its largest number in a group, and to 8 bits where codes have 4 or 2:
+    those are coarse enough for that.
 
     Raises
     ------
@@ -213,11 +213,15 @@ def read_joint(
     """
     heads, width, latent = decoder.shape
     if (queries.shape[-1], mean.shape, sum(size for _, size in groups)) != (width, (heads, width), latent):
-        raise ValueError(f"a decoder {tuple(decoder.shape)} does not fit queries of {queries.shape[-1]} channels, "
-                         f"a mean {tuple(mean.shape)} and groups {groups}")
+        raise ValueError(
+            f"a decoder {tuple(decoder.shape)} does not fit queries of {queries.shape[-1]} channels, "
+            f"a mean {tuple(mean.shape)} and groups {groups}"
+        )
     if queries.shape[1] % heads or width != 2 * offsets[0].shape[-1]:
-        raise ValueError(f"{queries.shape[1]} queries of {width} channels do not fit {heads} kv heads and "
-                         f"{offsets[0].shape[-1]} angles")
+        raise ValueError(
+            f"{queries.shape[1]} queries of {width} channels do not fit {heads} kv heads and "
+            f"{offsets[0].shape[-1]} angles"
+        )
     return _read_codes(queries, codes, scales, groups, None, decoder, mean, base, offsets, begin, n, hidden, scale)
 
 

@@ -728,7 +728,9 @@ static void rebuild(const struct group *group, const int8_t *rows, long d4, cons
 }
 
 /* One row of a decoder, of one group: its bytes in the order of `spread`, and factors scale, rest and sum. `rest` keeps the
- * codes' middle exact, whatever the bytes round away. */
+ * codes' middle exact, whatever the bytes round away, so that a rounded factor counts by a code's distance from there. With
+ * one byte of the largest factor, about 2.6 deviations of 128 normal ones, it is off by 0.006 deviations; codes of 4 bits
+ * are 3.5 steps from the middle and off by 0.29 steps themselves, 14 times as much. Codes of 8 bits get both bytes. */
 static void lay_decoder(const bf16 *row, const struct group *group, int8_t *high, int8_t *low, float *factors, long d4) {
     const long size = group->size, bits = group->bits, fine = bits > COARSE;
     int8_t bytes[2][LARGEST];
