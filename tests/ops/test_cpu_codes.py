@@ -150,7 +150,7 @@ def joint_error(cache, queries, decoder, mean):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("some_hidden", "factor"), [(False, 1.0), (True, 1e-20), (True, 1e20)])
 def test_pairs_are_turned_and_averaged_as_defined(case, some_hidden, factor):
-    cache, own, _ = made(*case, factor)
+    cache, own, _ = made(*case, factor=factor)
     hidden = (torch.arange(cache["n"]) % 3 == 1).to(torch.uint8).expand(case[0], -1) if some_hidden else None
     pairs, scale = 2 * len(own["frequency"]), 0.1 / max(factor, 1)
     average, lse = cpu.read_pairs(**own, **cache, hidden=hidden, scale=scale)
@@ -167,7 +167,7 @@ def test_pairs_are_turned_and_averaged_as_defined(case, some_hidden, factor):
 @pytest.mark.parametrize("case", CASES, ids=str)
 @pytest.mark.parametrize(("some_hidden", "factor"), [(False, 1.0), (True, 1e-20), (True, 1e20)])
 def test_keys_are_rebuilt_turned_and_averaged_as_defined(case, some_hidden, factor):
-    cache, _, own = made(*case, factor)
+    cache, _, own = made(*case, factor=factor)
     hidden = (torch.arange(cache["n"]) % 3 == 1).to(torch.uint8).expand(case[0], -1) if some_hidden else None
     scale, latents = 0.02 / factor, decoded(cache)[0]
     average, lse = cpu.read_joint(**own, **cache, hidden=hidden, scale=scale)

@@ -263,7 +263,8 @@ def _read_codes(
     query, *others = [None if x is None else x.data_ptr() for x in kept]
     starts = [x.data_ptr() + begin * x.stride(1) * x.element_size() for x in (codes, scales)]
     of_sequence = 0 if base[0].shape[0] == 1 else tables[0].stride(0)
-    pairs, heads = (0, decoder.shape[0]) if frequency is None else (2 * frequency.numel(), 1)
+    pairs = 0 if frequency is None else 2 * frequency.numel()
+    heads = 1 if decoder is None else decoder.shape[0]
     strides = (codes.stride(1), scales.stride(1), codes.stride(0), scales.stride(0), of_sequence)
     sizes = (ctypes.c_long * 12)(b, h, n, angles, pairs, len(groups), heads, *strides)
     table = (ctypes.c_long * (2 * len(groups)))(*(x for group in groups for x in group))
