@@ -457,10 +457,15 @@ static void units_of(const uint8_t *from, const long *row, const struct group *g
     }
 }
 
+/* 0, step, 2 step, ... */
+static inline __m512i multiples(long step) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)step));
+}
+
 /* low[groups][BLOCK] and step[groups][BLOCK]; 0 where a token is not visible. */
 static void lay_scales(const bf16 *scales, long stride, long groups, uint64_t visible, float *low, float *step) {
-    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    const __m512i index = _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)stride));
+    const __m512i index = multiples(stride);
     for (int v = 0; v < LANES; v++)
         for (long i = 0; i < groups; i++) {
             __m512i x = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), (__mmask16)(visible >> 16 * v), index,
@@ -928,18 +933,22 @@ static void join_parts(const struct reading *all, const float *part, long parts,
     for (long p = 0; p < parts; p++) top = fmaxf(top, highest[p * of_part + i]);
     for (long p = 0; p < parts; p++) total += expf(highest[p * of_part + i] - top) * sum[p * of_part + i];
     *lse = total > 0 ? top + logf(total) : NONE;
-    memset(average, 0, all->r * sizeof *average);
-    for (long p = 0; p < parts && total > 0; p++) {
-        const float share = expf(highest[p * of_part + i] - top) / total;
-        for (long e = 0; e < groups; e++) {
-            const struct group *group = all->group + e;
-            const long per = 8 / group->bits;
-            const float low = _mm512_reduce_add_ps(_mm512_loadu_ps(lows + p * of_part + (i * groups + e) * 16));
-            for (long b = 0; b < group->bytes; b++)
-                for (long k = 0; k < per; k++)
-                    average[group->first + b * per + k] +=
-                        share * (low + part[p * of_part + i * width +
-                                            16 * (group->vector + b / 16 * per + k) + b % 16]);
+    for (long e = 0; e < groups; e++) {
+        const struct group *group = all->group + e;
+        const long per = 8 / group->bits;
+        float shares[parts], low = 0;
+        for (long p = 0; p < parts; p++) {
+            shares[p] = total > 0 ? expf(highest[p * of_part + i] - top) / total : 0;
+            low += shares[p] * _mm512_reduce_add_ps(_mm512_loadu_ps(lows + p * of_part + (i * groups + e) * 16));
+        }
+        for (long v = 0; v < group->vectors; v++) {
+            const long left = group->bytes - v / per * 16, first = group->first + v / per * 16 * per + v % per;
+            __m512 x = _mm512_set1_ps(low);
+            for (long p = 0; p < parts; p++)
+                x = _mm512_fmadd_ps(_mm512_set1_ps(shares[p]),
+                                    _mm512_loadu_ps(part + p * of_part + i * width + 16 * (group->vector + v)), x);
+            _mm512_mask_i32scatter_ps(average + first, left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1),
+                                      multiples(per), x, 4);
         }
     }
 }
@@ -995,14 +1004,14 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
             return 1;
         }
     }
-    memset(laid, 0, b * of_queries * 4);
     for (long s = 0; s < b; s++)
         for (long i = 0; i < h; i++)
-            for (long c = 0; c < all.columns; c++) {
-                const uint32_t x = (uint32_t)queries[(s * h + i) * all.columns + c] << 16;
-                float y;
-                memcpy(&y, &x, 4);
-                laid[s * of_queries + c * h + i] = scale * y;
+            for (long c = 0; c < all.columns; c += 16) {
+                const long left = all.columns - c;
+                const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+                const __m512 x = load_floats(queries + (s * h + i) * all.columns + c, mask);
+                _mm512_mask_i32scatter_ps(laid + s * of_queries + c * h + i, mask, multiples(h),
+                                          _mm512_mul_ps(x, _mm512_set1_ps(scale)), 4);
             }
     for (long c = 0; c < all.g * all.d4; c++)
         all.mean[c] = c % all.d4 < all.d ? mean[c / all.d4 * all.d + c % all.d4] : 0;
@@ -1012,9 +1021,10 @@ int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales
         turn[2] = decoder ? p : p < all.rk / 2 ? frequency[p] : p - all.rk / 2;
     }
     for (long f = 0; f < half; f++)
-        for (long u = 0; u < BLOCK; u++) {
-            all.places[2 * f * BLOCK + u] = place_cosines[u * half + f];
-            all.places[(2 * f + 1) * BLOCK + u] = place_sines[u * half + f];
+        for (long u = 0; u < BLOCK; u += 16) {
+            float *to = all.places + 2 * f * BLOCK + u;
+            _mm512_storeu_ps(to, _mm512_i32gather_ps(multiples(half), place_cosines + u * half + f, 4));
+            _mm512_storeu_ps(to + BLOCK, _mm512_i32gather_ps(multiples(half), place_sines + u * half + f, 4));
         }
 #pragma omp parallel num_threads(threads)
     {
