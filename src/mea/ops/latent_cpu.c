@@ -585,7 +585,7 @@ static inline float in_bytes(const float *weights, const float *step, int8_t *by
     }
     _mm512_storeu_si512(bytes, _mm512_packs_epi16(high[0], high[1]));
     _mm512_storeu_si512(bytes + BLOCK, _mm512_packs_epi16(low[0], low[1]));
-    return largest > TINY ? largest / FINE : 0;
+    return largest > TINY ? largest * (1.0f / FINE) : 0;
 }
 
 /* `count` queries x `vectors` x 16 components: out = before * out + scale * (weights in bytes) codes. Strides of a query:
@@ -902,6 +902,10 @@ static void read_part(const struct reading *all, const float *queries, const uin
             for (long c = 0; c < all->bytes; c += 64)
                 _mm_prefetch((const char *)from + (BLOCK + u) * all->code_stride + c, _MM_HINT_T1);
             _mm_prefetch((const char *)(scales + (start + BLOCK + u) * all->scale_stride), _MM_HINT_T1);
+        }
+        for (long f = 0; ahead && f < all->half; f += 16) {
+            _mm_prefetch((const char *)(cosines + all->half + f), _MM_HINT_T0);
+            _mm_prefetch((const char *)(sines + all->half + f), _MM_HINT_T0);
         }
         lay_scales(scales + start * all->scale_stride, all->scale_stride, groups, visible, my->low, my->step);
         turn_queries(all, queries, cosines, sines, my->queries);
