@@ -485,7 +485,23 @@ class CodedAttention(_Stock):
         past_key_values: Any,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """As `_read_codes`, by the kernel for processors; None where it cannot be used."""
-        return None
+        code, kind = self.code, str(self.rotary.rope_type)
+        # The kernel adds angles, which these scalings change with the length of the text.
+        if cpu is None or "dynamic" in kind or "longrope" in kind or not cpu.codes_usable(queries[:, :, 0], code.groups):
+            return None
+        steps = torch.arange(-(-count // BLOCK)) * BLOCK
+        half, like = queries.shape[-1] // 2, torch.empty(0)
+        base = [x[..., :half] for x in self._shared_turns(position + steps, like, past_key_values)]
+        cos, sin = (x[0, :, :half] for x in self._shared_turns(torch.arange(BLOCK)[None], like, past_key_values))
+        factor = cos[0, 0]  # of attention scaling, which `base` has
+        angles = base, (cos / factor, sin / factor)
+        mask = None if hidden is None else hidden.to(torch.uint8)
+        read = (held.codes, held.scales, code.groups)
+        if code.reading == "joint":
+            decoder, mean = code.key_decoder.contiguous(), code.key_mean.float()
+            return cpu.read_joint(queries[:, :, 0], *read, decoder, mean, *angles, skip, count, mask, self.scaling)
+        absorbed = code.absorb(queries)[:, :, 0]
+        return cpu.read_pairs(absorbed, *read, code.frequency, *angles, skip, count, mask, self.scaling)
 
 
 def _visible(mask: Any, queries: int, slots: int) -> Tensor | None:
