@@ -262,7 +262,7 @@ class CodedAttention(_Stock):
         else:
             if positions is None:
                 raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
-            layer = packed_layer(past_key_values, self.layer_idx, *self.exact, getattr(self, "sliding_window", None))
+            layer = packed_layer(past_key_values, self.layer_idx, *self.exact, self.window())
             slots, hidden = layer.get_mask_sizes(q)
             seen = _visible(attention_mask, len(queries), q, slots)
             held = layer.append(keys, values, self.code.encode, None if hidden or layer.is_sliding else _padding(seen))
@@ -286,7 +286,7 @@ class CodedAttention(_Stock):
 
     def _whole(self, keys: Tensor, values: Tensor, seen: Tensor | None) -> Held:
         """A text that is read at once, without a cache: everything is exact, and what is read by its code follows."""
-        first, t = 0 if getattr(self, "sliding_window", None) else self.exact[0], keys.shape[2]
+        first, t = 0 if self.window() else self.exact[0], keys.shape[2]
         slots = torch.arange(min(first, t), device=keys.device).expand(len(keys), -1)
         if (padding := _padding(seen)) is not None:
             slots = (slots + padding[:, None]).clamp_max(t - 1)
@@ -306,8 +306,12 @@ class CodedAttention(_Stock):
         kind = [self.layer_type] if isinstance(self.rotary.rope_type, dict) else []
         return self.rotary(like, positions, *kind)
 
+    def window(self) -> int | None:
+        """The sliding window in tokens; Mistral's attention has it in the configuration only."""
+        return getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+
     def _recent(self) -> int:
-        window = getattr(self, "sliding_window", None)
+        window = self.window()
         return self.exact[1] if window is None else min(self.exact[1], window - 1)
 
     def _read_many(
@@ -361,7 +365,7 @@ class CodedAttention(_Stock):
 
         A query reads the newest slots up to its own exactly, less those that a cropped cache has as codes only.
         """
-        device, window, start = held.keys.device, getattr(self, "sliding_window", None), held.total - held.keys.shape[2]
+        device, window, start = held.keys.device, self.window(), held.total - held.keys.shape[2]
         i = torch.arange(*queries, device=device)[:, None]
         edge = (i - self._recent()).clamp_min(start - 1)  # the newest slot that is read by its code
         reads = []
@@ -391,7 +395,7 @@ class CodedAttention(_Stock):
 
         That is with hidden tokens in the middle, few codes in a row, or old tokens beyond a sliding window.
         """
-        total, recent, window = held.total, min(self._recent(), held.keys.shape[2]), getattr(self, "sliding_window", None)
+        total, recent, window = held.total, min(self._recent(), held.keys.shape[2]), self.window()
         stop = total - recent - held.begin  # codes to read
         skip, hidden = 0 if held.first is None else held.first.shape[1], None
         if stop <= skip or (window is not None and held.begin < total - window):
