@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Complex, Float
@@ -36,6 +36,7 @@ class LayerCode:
     loss: float = 0.0
 
 
+@runtime_checkable
 class Reading(Protocol):
     """One way of coding a layer: sections of components, and what they become at given tiers."""
 
