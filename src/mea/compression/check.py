@@ -7,15 +7,11 @@
 Both run in fp32 on the first tokens of the calibration text, whatever the model's dtype.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.calibrate.layerwise import LayerWalk, run_layer_cached
+from mea.compression.calibrate.layerwise import LayerWalk, attention_outputs, run_layer_cached
 from mea.compression.convert import CHECKED_TOKENS, TOLERANCE, ConversionError, latent_copy
 from mea.compression.fit import FittedLayer
 
@@ -48,10 +44,10 @@ class SelfCheck:
             return
         self.full = latent_copy(layer, fitted.full_rank, inputs.rotary)(self.full, **inputs.options)
         chosen = latent_copy(layer, fitted.factors, inputs.rotary)
-        with _attention_outputs(chosen) as cached:
+        with attention_outputs(chosen) as cached:
             chosen.self_attn.reading = "absorbed"
             run_layer_cached(chosen, self.chosen, inputs)
-        with _attention_outputs(chosen) as at_once:
+        with attention_outputs(chosen) as at_once:
             chosen.self_attn.reading = "materialised"
             self.chosen = chosen(self.chosen, **inputs.options)
         expected = at_once[0]
@@ -85,14 +81,3 @@ class SelfCheck:
                     f"attention has a feature that the conversion does not support; please report the model's config"
                 )
         return errors
-
-
-@contextmanager
-def _attention_outputs(layer: Any) -> Iterator[list[Tensor]]:
-    """A list to which every call of the layer's attention appends its output."""
-    outputs: list[Tensor] = []
-    handle = layer.self_attn.o_proj.register_forward_hook(lambda _module, _args, output: outputs.append(output))
-    try:
-        yield outputs
-    finally:
-        handle.remove()

@@ -327,3 +327,14 @@ def run_layer_cached(layer: Any, hidden: Float[Tensor, "1 t D"], inputs: LayerIn
     finally:
         layer.self_attn.layer_idx = layer_idx
     return torch.cat(steps, dim=1)
+
+
+@contextmanager
+def attention_outputs(layer: Any) -> Iterator[list[Tensor]]:
+    """A list to which every call of the layer's attention appends its output."""
+    outputs: list[Tensor] = []
+    handle = layer.self_attn.o_proj.register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    try:
+        yield outputs
+    finally:
+        handle.remove()

@@ -1,7 +1,7 @@
 """How many bits each component gets: reverse water-filling (Cover & Thomas, Elements of Information Theory, ch. 10).
 
-A component whose loss without it is ``v`` nats costs ``v D(b)`` with ``b`` bits, where ``D(b)`` is the relative error of
-rounding to ``b`` bits. Under a budget of bits, each component by itself takes the ``b`` that minimises
+A component whose loss without it is ``v`` nats costs ``v D(b)`` with ``b`` bits, where ``D(b)`` is the relative cost
+of rounding to ``b`` bits. Under a budget of bits, each component by itself takes the ``b`` that minimises
 ``v D(b) + theta b``; one ``theta`` for all layers meets the budget. Rank truncation is 0 bits.
 """
 

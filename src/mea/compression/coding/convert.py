@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.calibrate.layerwise import LayerWalk, run_layer_cached
+from mea.compression.calibrate.layerwise import LayerWalk, attention_outputs, run_layer_cached
 from mea.compression.calibrate.offload import resident, weights_of
 from mea.compression.coding.fit import LayerCode, Reading, full_code
 from mea.compression.convert import CHECKED_TOKENS, TOLERANCE, ConversionError, sharing_copy, use_own_forward
@@ -88,13 +88,12 @@ def check_codes(
         exact.self_attn.code.exactly = True
         full = exact(full, **given.options)
         coded = _copy(loaded, code, reading.name, given.rotary)
-        by_step, at_once = [], []
-        handle = coded.self_attn.o_proj.register_forward_hook(lambda *call: at_once.append(call[2]))
-        run_layer_cached(coded, chosen, given)
-        by_step, at_once[:] = torch.cat(at_once, 1), []
-        chosen = coded(chosen, **given.options)
-        handle.remove()
-        cached.append(((by_step - at_once[0]).abs().max() / at_once[0].abs().max().clamp_min(1e-30)).item())
+        with attention_outputs(coded) as by_step:
+            run_layer_cached(coded, chosen, given)
+        with attention_outputs(coded) as at_once:
+            chosen = coded(chosen, **given.options)
+        difference, size = torch.cat(by_step, 1) - at_once[0], at_once[0].abs().max()
+        cached.append((difference.abs().max() / size.clamp_min(1e-30)).item())
     logits, expected = walk.read_out(ids, torch.cat([full, original]))
     errors = {
         "full_rank": ((logits - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item(),
@@ -106,8 +105,8 @@ def check_codes(
     ):
         if not errors[name] <= TOLERANCE:
             raise ConversionError(
-                f"{what} by {errors[name]:.1e} (allowed: {TOLERANCE:.0e}); nothing was saved. The model's attention has "
-                "a feature that the conversion does not support; please report the model's config"
+                f"{what} by {errors[name]:.1e} (allowed: {TOLERANCE:.0e}); nothing was saved. The model's attention "
+                "has a feature that the conversion does not support; please report the model's config"
             )
     return errors
 

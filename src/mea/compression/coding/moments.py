@@ -3,8 +3,8 @@
 To second order, small errors ``e`` of the keys and values ``z = [k; v]`` of a token change the divergence between the
 model's next-token distributions before and after by ``E[(g^T e)^2] / 2``, where ``g`` is the gradient of the loss of
 labels *drawn from the model's own distribution* (the Fisher information, arXiv 1412.1193). ``E[g g^T]`` therefore is
-the metric of errors: it weighs keys against values, heads, channels and layers in one unit, nats per token. The gradient
-with respect to keys before RoPE is averaged over all the distances at which the calibration text reads them.
+the metric of errors: it weighs keys against values, heads, channels and layers in one unit, nats per token. The
+gradient with respect to keys before RoPE is averaged over all the distances at which the text reads them.
 
 Layers run one at a time, forwards and then backwards, so that only one layer's weights need be in memory.
 """
