@@ -439,10 +439,9 @@ class CodedAttention(_Stock):
             keys, values = torch.cat([held.first_keys, keys], 2), torch.cat([held.first_values, values], 2)
         keys = rotate(keys, *self._shared_turns(near, keys, past_key_values))
         (b, h, _, d), g = queries.shape, keys.shape[1]
-        scores = wide(queries.reshape(b, g, h // g, d) @ keys.mT) * self.scaling
-        exact_weight = scores.logsumexp(-1, keepdim=True)
-        exact = wide((scores - exact_weight).exp().to(values.dtype) @ values).view(b, h, d)
-        share = torch.sigmoid(weight - exact_weight.view(b, h))[..., None]  # of the coded tokens
+        exact, exact_weight = _attend(queries.reshape(b, g, h // g, d), keys, values, self.scaling)
+        exact = wide(exact).reshape(b, h, d)
+        share = torch.sigmoid(weight - exact_weight.reshape(b, h))[..., None]  # of the coded tokens
         decoder = self.code.value_decoder
         coded = average.to(decoder.dtype).reshape(b, g, h // g, -1) @ decoder.mT + self.code.value_mean[:, None]
         return (share * wide(coded).view(b, h, d) + (1 - share) * exact)[:, :, None]
@@ -512,6 +511,16 @@ class CodedAttention(_Stock):
             return cpu.read_joint(queries[:, :, 0], *read, decoder, mean, *angles, skip, count, mask, self.scaling)
         absorbed = code.absorb(queries)[:, :, 0]
         return cpu.read_pairs(absorbed, *read, code.frequency, *angles, skip, count, mask, self.scaling)
+
+
+def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention ``[b, g, n, d]`` of packed queries over few tokens, and the logarithm of its weight ``[b, g, n]``."""
+    if keys.device.type == "cpu" and not torch.is_grad_enabled():
+        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what SDPA calls; SDPA drops the sums
+        return flash(queries, keys, values, scale=scale)
+    scores = wide(queries @ keys.mT) * scale
+    weight = scores.logsumexp(-1)
+    return (scores - weight[..., None]).exp().to(values.dtype) @ values, weight
 
 
 def _visible(mask: Any, batch: int, queries: int, slots: int) -> Tensor | None:
