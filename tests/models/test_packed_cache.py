@@ -49,7 +49,7 @@ def test_every_query_finds_every_token(sizes, recent, window):
         assert held.total == at
         exact, codes = at - held.keys.shape[2], held.codes.shape[1]
         assert torch.equal(held.keys[0, 0, :, 0], torch.arange(exact, at).float())
-        assert torch.equal(held.codes[0, :, 0].long(), torch.arange(held.begin, held.begin + codes))
+        assert held.codes[0, :, :1].flatten().tolist() == list(range(held.begin, held.begin + codes))
         reach = 0 if window is None else max(0, begin - window + 1)
         assert held.begin <= reach
         assert exact <= max(0, begin - min(recent, layer.recent) + 1)
@@ -133,21 +133,21 @@ def test_a_recorded_past_comes_back():
             end = held.begin + held.codes.shape[1]
             assert end >= 57
             assert held.codes[0, :, 0].tolist() == list(range(held.begin, end))
+        layer.crop(0)
+        assert [tensor.shape for tensor in layer.stored()] == [tensor.shape for tensor in expected.stored()]
         assert layer.begin == expected.begin
 
 
 def test_layers_take_the_place_of_empty_ones_only():
-    for cache in (DynamicCache(), DynamicCache(), StaticCache):
-        if cache is StaticCache:
-            continue
-        layer = packed_layer(cache, 2, 3, 8, None)
-        assert [type(each) for each in cache.layers] == [DynamicLayer, DynamicLayer, PackedLayer]
-        assert packed_layer(cache, 2, 3, 8, None) is layer
-        cache.update(*numbered(4), 0)
-        with pytest.raises(ValueError, match="tokens of another model"):
-            packed_layer(cache, 0, 3, 8, None)
-        with pytest.raises(NotImplementedError, match="give other models an empty cache of their own"):
-            cache.update(*numbered(4), 2)
+    cache = DynamicCache()
+    layer = packed_layer(cache, 2, 3, 8, None)
+    assert [type(each) for each in cache.layers] == [DynamicLayer, DynamicLayer, PackedLayer]
+    assert packed_layer(cache, 2, 3, 8, None) is layer
+    cache.update(*numbered(4), 0)
+    with pytest.raises(ValueError, match="tokens of another model"):
+        packed_layer(cache, 0, 3, 8, None)
+    with pytest.raises(NotImplementedError, match="give other models an empty cache of their own"):
+        cache.update(*numbered(4), 2)
 
 
 def test_a_recorded_past_is_taken_over():

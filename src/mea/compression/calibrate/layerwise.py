@@ -315,12 +315,11 @@ def run_layer_cached(layer: Any, hidden: Float[Tensor, "1 t D"], inputs: LayerIn
     layer.self_attn.layer_idx = 0
     try:
         for t in range(hidden.shape[1]):
-            slots, past = cache.layers[0].get_mask_sizes(1) if cache.layers else (1, 0)
             step = {
                 **inputs.options,
                 "position_ids": inputs.options["position_ids"][:, t : t + 1],
                 "position_embeddings": (cos[:, t : t + 1], sin[:, t : t + 1]),
-                "attention_mask": inputs.mask[:, :, t : t + 1, past : past + slots],
+                "attention_mask": inputs.mask[:, :, t : t + 1, : t + 1],
                 "past_key_values": cache,
                 "use_cache": True,
             }
