@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import StaticLayer
+from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mea.models.packed_cache import Held, PackedLayer, packed_layer
 from mea.ops import cpu
@@ -101,7 +101,8 @@ class PredictiveCode(nn.Module):
 
     def rest_components(self, values: Tensor, seen: Tensor) -> Tensor:
         """Components of what the rounded key components do not tell about values."""
-        predicted = seen @ wide(self.value_decoder[..., : seen.shape[-1]]).flatten(0, 1).T.to(seen.dtype)
+        decoder = wide(self.value_decoder[..., : seen.shape[-1]]).flatten(0, 1)
+        predicted = seen.to(decoder.dtype) @ decoder.T
         return (_flat(values, self.value_mean) - predicted) @ wide(self.value_encoder).T
 
     def rebuild(self, components: Tensor) -> tuple[Tensor, Tensor]:
@@ -315,11 +316,14 @@ class CodedAttention(_Stock):
         ValueError
             The cache is filled, or of a kind that stores tokens in its own way.
         """
-        tiers = (getattr(self.config, "cache_code", None) or {}).get("tiers", ())
-        if None in tiers and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+        layers, tiers = cache.layers, (getattr(self.config, "cache_code", None) or {}).get("tiers", ())
+        given = layers[self.layer_idx] if self.layer_idx < len(layers) else None
+        wrong = any(isinstance(layer, StaticLayer) for layer in layers)
+        wrong |= self.window() is not None and (given is None or type(given) is DynamicLayer)
+        if None in tiers and wrong:
             raise ValueError(
-                "this model packs the cache of some layers only, which cannot share a static cache with the others: "
-                "give an empty DynamicCache, or none"
+                "this model packs the cache of some layers only, and its masks are made for all layers alike: give "
+                "DynamicCache(config=model.config) instead of a static cache or one without windows, or none"
             )
         return packed_layer(cache, self.layer_idx, *self.exact, self.window())
 

@@ -24,14 +24,22 @@ def transform(covariance: Tensor, metric: Tensor) -> Transform:
 
     Complex components have real and imaginary parts of unit variance, and the loss is that of each part.
     """
+    # In units of each number's deviation, so that scales of keys and values do not matter.
+    unit = covariance.diagonal(dim1=-2, dim2=-1).real
+    unit = torch.where(unit > 0, unit, 1).sqrt()
+    pairs = unit[..., :, None] * unit[..., None, :]
+    covariance, metric = covariance / pairs, metric * pairs
     values, vectors = torch.linalg.eigh(metric)
-    mean = values.mean(-1, keepdim=True)
-    values = torch.maximum(values, FLOOR * mean).clamp_min(torch.finfo(values.dtype).tiny).sqrt()
+    mean = values.mean(-1, keepdim=True).clamp_min(0)
+    values = torch.where(mean > 0, values / mean, 1).clamp_min(FLOOR).sqrt()
     root = vectors * values[..., None, :] @ vectors.mH
     inverse = vectors / values[..., None, :] @ vectors.mH
     energies, basis = torch.linalg.eigh(root @ covariance @ root)
     energies, basis = energies.flip(-1).clamp_min(0), basis.flip(-1)
     if covariance.is_complex():
         energies = energies / 2
-    size = torch.maximum(energies, 1e-12 * energies[..., :1]).clamp_min(1e-200).sqrt()
-    return Transform(basis.mH @ root / size[..., None], inverse @ basis * size[..., None, :], energies / 2)
+    largest = energies[..., :1]
+    size = torch.where(largest > 0, torch.maximum(energies, 1e-12 * largest), 1).sqrt()
+    encoder = basis.mH @ root / size[..., None] / unit[..., None, :]
+    decoder = unit[..., None] * (inverse @ basis) * size[..., None, :]
+    return Transform(encoder, decoder, mean * energies / 2)
