@@ -119,7 +119,9 @@ def test_budgets_that_cannot_be(refused: Any, saved: Path, tmp_path: Path) -> No
 def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: Calibration) -> None:
     model = tiny("gemma3_text", num_key_value_heads=1, num_attention_heads=4, head_dim=16)
     for method in ("svd", "gram"):
-        with pytest.raises(ValueError, match=f"{method!r} mixes whole heads.* only one kv head: give predictive, joint, post_rope, "):
+        with pytest.raises(
+            ValueError, match=f"{method!r} mixes whole heads.* only one kv head: give predictive, joint, post_rope, "
+        ):
             mea.compress(model, tokenizer, method=method, calibration=calibration)
     for method in ("post_rope:frequency", "post_rope:uniform"):  # these can: a head has many frequencies
         mea.compress(model, tokenizer, method=method, calibration=calibration)

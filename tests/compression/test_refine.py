@@ -155,7 +155,7 @@ def test_position_embeddings_are_the_models_own(architecture: str) -> None:
 
 def test_what_cannot_be_is_refused(tokenizer: Any, calibration: Calibration) -> None:
     with pytest.raises(ValueError, match="at least 1 pass"):
-        mea.compress(tiny(), tokenizer, calibration=calibration, refine=-1)
+        mea.compress(tiny(), tokenizer, method="post_rope", calibration=calibration, refine=-1)
     with pytest.raises(ValueError, match="learning rates must be positive"):
         Refinement(lr=0.0)
     model = tiny()

@@ -15,7 +15,6 @@ from mea.models.latent_attention import (
     COMPRESSED_CONFIGS,
     COMPRESSED_MODELS,
     NormedProjection,
-    to_coded_attention,
     to_latent_attention,
 )
 from mea.ops.cache_forms import FORMS, PostRope

@@ -27,9 +27,8 @@ from mea.compression.options import Allocation, CompressOptions
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
+from mea.names import DEFAULT_CODED_KEEP, DEFAULT_KEEP, DEFAULT_RANKED
 
-DEFAULT_KEEP = 0.5  # of methods that lower ranks
-DEFAULT_CODED_KEEP = 0.2
 REACH = 2  # steps above and below the start that an allocation tries for each rank
 
 
@@ -40,7 +39,8 @@ class Plan:
     Attributes
     ----------
     layout
-        Ranks per layer; with an allocation, the start of the search or its result.
+        Ranks per layer; with an allocation, the start of the search or its result. Of a packed cache its budget, and
+        the bits of components once they are known.
     cached
         Cache of the given model as a fraction of `shape`: below 1 for this package's models with fewer component heads
         than key/value heads.
@@ -90,7 +90,7 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
     itemsize
         Bytes of a cached number.
     options
-        By default half of the bytes with the default method.
+        By default the default method at its default `keep`.
 
     Raises
     ------
@@ -140,8 +140,8 @@ def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, lo
     ):  # fmt: skip
         if given:
             raise ValueError(
-                f"{name} is an option of methods that lower ranks: {options.method} spends bits by one threshold over "
-                "all layers"
+                f"{name} is an option of methods that lower ranks, such as {DEFAULT_RANKED}: {options.method} spends "
+                "bits by one threshold over all layers"
             )
     if options.budget is not None:
         return coded_layout_for_bytes(shape, *parse_budget(options.budget))
@@ -152,8 +152,8 @@ def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, lo
     if str(options.layout) in PRESETS:
         return coded_layout(shape, keep, context, preset_layers(shape, str(options.layout)))
     raise ValueError(
-        f"{options.method} has bits, not ranks: give keep, budget or a layout of {', '.join(PRESETS)}, or a method with "
-        "ranks for a file of ranks"
+        f"{options.method} has bits, not ranks: give keep, budget or a layout of {', '.join(PRESETS)}, or for a file "
+        f"of ranks a method that lowers them, such as {DEFAULT_RANKED}"
     )
 
 

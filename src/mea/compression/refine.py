@@ -81,7 +81,8 @@ def refine_layers(
     walk
         Of the original model, which does not change.
     compressed
-        Result of `mea.compression.convert.assemble`, or of `mea.compression.coding.convert.assemble_coded`. Trained weights replace the weights shared with the original.
+        Result of `mea.compression.convert.assemble`, or of `mea.compression.coding.convert.assemble_coded`. Trained
+        weights replace the weights shared with the original.
     tokens
         Calibration windows.
     known, keep

@@ -254,8 +254,8 @@ def check_not_packed(config: Any) -> None:
     """
     if getattr(config, "cache_code", None):
         raise ValueError(
-            "the model packs its cache by itself, in bits that were chosen for each component: leave out cache bits, or "
-            "give the uncompressed model or one with lower ranks"
+            "the model packs its cache by itself, in bits that were chosen for each component: leave out cache bits, "
+            "or give the uncompressed model or one with lower ranks"
         )
 
 

@@ -77,7 +77,9 @@ def part(attention, config, place: int):
 
 @torch.no_grad()
 def test_each_group_is_the_part_of_one_rank(tokenizer, calibration):
-    small = mea.compress(tiny(), tokenizer, method="post_rope", groups=GROUPS, keep=0.5, calibration=calibration).double()
+    small = mea.compress(
+        tiny(), tokenizer, method="post_rope", groups=GROUPS, keep=0.5, calibration=calibration
+    ).double()
     config = LlamaConfig(**tiny().config.to_dict())
     config._attn_implementation = "sdpa"
     x = torch.randn(2, 9, 32, dtype=torch.float64)

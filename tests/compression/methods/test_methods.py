@@ -260,7 +260,9 @@ def test_a_joint_latent_as_wide_as_the_input_loses_nothing() -> None:
 
 def test_methods_are_found_by_name() -> None:
     assert find_method("gram", 4) is METHODS["gram"]
-    with pytest.raises(ValueError, match=r"the methods are predictive, joint, post_rope, .*, gram, .*, not 'garm'; did you mean 'gram'"):
+    with pytest.raises(
+        ValueError, match=r"the methods are predictive, joint, post_rope, .*, gram, .*, not 'garm'; did you mean 'gram'"
+    ):
         find_method("garm", 4)
     with pytest.raises(ValueError, match="only one kv head: give predictive, joint, post_rope, post_rope:uniform"):
         find_method("svd", 1)

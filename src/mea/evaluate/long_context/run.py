@@ -64,7 +64,8 @@ class LongContext(Suite):
         Raises
         ------
         ValueError, OSError
-            A name, a length or a text is wrong, the model cannot have such a cache, or the models read the prompts as different tokens.
+            A name, a length or a text is wrong, the model cannot have such a cache, or the models read the prompts as
+            different tokens.
         """
         check_cache_bits(models[0].source, self.cache_bits)
         tasks = select(LONG_CONTEXT, self.tasks, TASKS)
