@@ -46,11 +46,14 @@ def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32, **change
     return model.to(dtype)
 
 
-def packed(method: str = "predictive", model_type: str = "llama", keep: float = 0.3, **changes: Any) -> tuple[Any, Any]:
+def packed(
+    method: str = "predictive", model_type: str = "llama", keep: float = 0.3, layout: str | None = None, **changes: Any
+) -> tuple[Any, Any]:
     """A tiny model with a packed cache, fitted on random tokens, and its original; beyond 68 tokens codes are read."""
     original = tiny(model_type, **{"max_position_embeddings": 8192, **changes})
     tokens = torch.randint(0, SIZES["vocab_size"], (8, 128), generator=torch.Generator().manual_seed(1))
-    plan = planned(original.config, method=method, keep=keep, calibration=Calibration(tokens=1024, window=128))
+    calibration = Calibration(tokens=1024, window=128)
+    plan = planned(original.config, method=method, keep=keep, layout=layout, calibration=calibration)
     return run_plans(LayerWalk(original), tokens, [plan])[0].model, original
 
 
