@@ -170,8 +170,9 @@ class _Run:
         if not plans:
             return
         walk, keys = LayerWalk(checked_stock_form(model, tokens), tokens.shape[1]), list(plans)
-        for start in range(0, len(keys), AT_ONCE):
-            some = keys[start : start + AT_ONCE]
+        coded = [key for key in keys if plans[key].method.coded]  # these share all weights, and one calibration
+        ranked = [key for key in keys if key not in coded]
+        for some in [coded, *(ranked[start : start + AT_ONCE] for start in range(0, len(ranked), AT_ONCE))]:
             chosen = [allocated(walk, tokenizer, tokens, plans[key], self.progress)[0] for key in some]
             for key, result in zip(some, run_plans(walk, tokens, chosen, progress=self.progress), strict=True):
                 same = [config for config in configs if config.options == key]

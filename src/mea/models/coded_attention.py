@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mea.models.packed_cache import Held, packed_layer
 from mea.ops import cpu
-from mea.ops.codes import Groups, from_codes, group_sizes, rounded, to_codes
+from mea.ops.codes import Groups, code_bytes, from_codes, group_sizes, rounded, to_codes, wide
 from mea.ops.latent import key_positions, rotate
 
 QUERIES = 256  # queries that read together in a pass over many tokens
@@ -89,13 +89,10 @@ class PredictiveCode(nn.Module):
 
     def decode(self, codes: Tensor, scales: Tensor) -> Tensor:
         """The components ``[b, t, r]``."""
-        at, pairs = (
-            sum(bits * size // 8 for bits, size in group_sizes(self.keys_tiers)),
-            2 * len(group_sizes(self.keys_tiers)),
-        )
-        parts = ((codes[..., :at], scales[..., :pairs]), (codes[..., at:], scales[..., pairs:]))
-        tiers = (self.keys_tiers, self.rest_tiers)
-        return torch.cat([from_codes(*part, tier) for part, tier in zip(parts, tiers, strict=True)], -1)
+        groups = group_sizes(self.keys_tiers)
+        at, pairs = sum(code_bytes(*group) for group in groups), 2 * len(groups)
+        keys = from_codes(codes[..., :at], scales[..., :pairs], self.keys_tiers)
+        return torch.cat([keys, from_codes(codes[..., at:], scales[..., pairs:], self.rest_tiers)], -1)
 
     def key_components(self, keys: Tensor) -> Tensor:
         """Components of keys before they are rounded."""
@@ -103,11 +100,11 @@ class PredictiveCode(nn.Module):
 
     def rest_components(self, values: Tensor, seen: Tensor) -> Tensor:
         """Components of what the rounded key components do not tell about values."""
-        predicted = seen @ self.value_decoder[..., : seen.shape[-1]].float().flatten(0, 1).T
-        return (_flat(values, self.value_mean) - predicted) @ self.value_encoder.float().T
+        predicted = seen @ wide(self.value_decoder[..., : seen.shape[-1]]).flatten(0, 1).T.to(seen.dtype)
+        return (_flat(values, self.value_mean) - predicted) @ wide(self.value_encoder).T
 
     def rebuild(self, components: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys before RoPE and values ``[b, g, t, d]``, in fp32."""
+        """Keys before RoPE and values ``[b, g, t, d]``, in fp32 or fp64."""
         r_k = 2 * len(self.frequency)
         keys = _heads(components[..., :r_k], self._dense(self.key_decoder), self.key_mean)
         return keys, _heads(components, self.value_decoder, self.value_mean)
@@ -119,13 +116,14 @@ class PredictiveCode(nn.Module):
         """
         pairs = components[..., : 2 * len(self.frequency)].unflatten(-1, (-1, 2))
         index = self.frequency.long()
-        c, s = cos[..., index].float(), sin[..., index].float()
+        c, s = wide(cos[..., index]), wide(sin[..., index])
         real, imaginary = pairs.unbind(-1)
         turned = torch.stack([real * c - imaginary * s, real * s + imaginary * c], -1).flatten(-2)
         half = cos.shape[-1] // 2
-        mean = torch.stack([cos[..., :half], sin[..., :half]], -1).float().flatten(-2)
+        mean = wide(torch.stack([cos[..., :half], sin[..., :half]], -1)).flatten(-2)
         keys = torch.cat([turned, mean.expand(*turned.shape[:2], -1)], -1)
-        return self.absorb(queries).float() @ keys[:, None].mT
+        absorbed = wide(self.absorb(queries))
+        return absorbed @ keys[:, None].mT.to(absorbed.dtype)
 
     def absorb(self, queries: Tensor) -> Tensor:
         """Queries ``[b, h, q, r_k + d]`` for turned components, followed by the turns themselves."""
@@ -151,7 +149,7 @@ class PredictiveCode(nn.Module):
     def _dense(self, pairs: Tensor, sign: int = 1) -> Tensor:
         """Real matrices ``[g, d, r_k]`` of complex numbers ``[g, r_k / 2, 2]``; ``sign`` -1 conjugates them."""
         (g, count, _), half = pairs.shape, self.key_mean.shape[1] // 2
-        real, imaginary = pairs.float().unbind(-1)
+        real, imaginary = wide(pairs).unbind(-1)
         imaginary = sign * imaginary
         block = torch.stack([torch.stack([real, -imaginary], -1), torch.stack([imaginary, real], -1)], 1)  # g a p b
         here = nn.functional.one_hot(self.frequency.long(), half).T.to(real.dtype)  # f p
@@ -208,31 +206,32 @@ class JointCode(nn.Module):
     def components(self, keys: Tensor, values: Tensor) -> Tensor:
         """Components before they are rounded."""
         both = torch.cat([_flat(keys, self.key_mean), _flat(values, self.value_mean)], -1)
-        return both @ self.encoder.float().T
+        return both @ wide(self.encoder).T
 
     def rebuild(self, components: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys before RoPE and values ``[b, g, t, d]``, in fp32."""
+        """Keys before RoPE and values ``[b, g, t, d]``, in fp32 or fp64."""
         keys = _heads(components, self.key_decoder, self.key_mean)
         return keys, _heads(components, self.value_decoder, self.value_mean)
 
     def scores(self, queries: Tensor, components: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Products ``[b, h, q, t]`` of rotated queries with the coded keys at positions with these angles."""
-        keys = rotate(_heads(components, self.key_decoder, self.key_mean), cos.float(), sin.float())
+        keys = rotate(_heads(components, self.key_decoder, self.key_mean), wide(cos), wide(sin))
         (_, g, t, _), (b, h, q, d) = keys.shape, queries.shape
-        return (queries.float().reshape(b, g, h // g * q, d) @ keys.mT).view(b, h, q, t)
+        return (wide(queries).reshape(b, g, h // g * q, d) @ keys.mT).view(b, h, q, t)
 
 
 CODES: dict[str, Any] = {code.reading: code for code in (PredictiveCode, JointCode)}
 
 
 def _flat(heads: Tensor, mean: Tensor) -> Tensor:
-    """``[b, t, g * d]`` in fp32, without the mean."""
-    return (heads.float() - mean.float()[:, None]).transpose(1, 2).flatten(2)
+    """``[b, t, g * d]`` in fp32 or fp64, without the mean."""
+    return (wide(heads) - wide(mean)[:, None]).transpose(1, 2).flatten(2)
 
 
 def _heads(components: Tensor, decoder: Tensor, mean: Tensor) -> Tensor:
-    """``[b, g, t, d]`` in fp32."""
-    return components[:, None] @ decoder.float().mT + mean.float()[:, None]
+    """``[b, g, t, d]`` in fp32 or fp64."""
+    decoder = wide(decoder)
+    return components[:, None].to(decoder.dtype) @ decoder.mT + wide(mean)[:, None]
 
 
 # The base of a mixin that uses the attributes of the stock class after it.
@@ -254,25 +253,23 @@ class CodedAttention(_Stock):
         if kwargs.get("cache") is not None:
             raise NotImplementedError("a packed cache cannot be paged: use generate() instead of continuous batching")
         queries, keys, values = self._projected(hidden_states, position_embeddings)
-        q, code = queries.shape[2], self.code
-        if past_key_values is None:
-            held = None
-            seen = _visible(attention_mask, q, q)
-        else:
-            layer = packed_layer(past_key_values, self.layer_idx, *self.exact, getattr(self, "sliding_window", None))
-            slots = layer.get_mask_sizes(q)[0]
-            seen = _visible(attention_mask, q, slots)
-            offset = layer.total + q - slots
-            held = layer.append(keys, values, code.encode, _padding(seen, offset, layer))
+        q, positions = queries.shape[2], kwargs.get("position_ids")
         dropout = self.attention_dropout if self.training else 0.0
-        few = q == 1 and held is not None and held.total - self.exact[1] > 0 and not dropout
-        output = self._read_one(queries, held, seen, past_key_values, kwargs.get("position_ids")) if few else None
+        output = None
+        if past_key_values is None:
+            seen = _visible(attention_mask, len(queries), q, q)
+            held, turn = self._whole(keys, values, seen), position_embeddings
+        else:
+            if positions is None:
+                raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
+            layer = packed_layer(past_key_values, self.layer_idx, *self.exact, self.window())
+            slots, hidden = layer.get_mask_sizes(q)
+            seen = _visible(attention_mask, len(queries), q, slots)
+            held = layer.append(keys, values, self.code.encode, None if hidden or layer.is_sliding else _padding(seen))
+            if q == 1 and not dropout:
+                output = self._read_one(queries, held, seen, past_key_values, positions)
+            turn = self._turns(held, seen, positions) if output is None else None
         if output is None:
-            if held is None:
-                held = self._whole(keys, values, seen)
-                turn = position_embeddings
-            else:
-                turn = self._turns(held, seen, past_key_values, kwargs.get("position_ids"))
             output = self._read_many(queries, keys, values, held, seen, turn, dropout)
         output = output.to(hidden_states.dtype).transpose(1, 2)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
@@ -289,135 +286,134 @@ class CodedAttention(_Stock):
 
     def _whole(self, keys: Tensor, values: Tensor, seen: Tensor | None) -> Held:
         """A text that is read at once, without a cache: everything is exact, and what is read by its code follows."""
-        first, t = 0 if getattr(self, "sliding_window", None) else self.exact[0], keys.shape[2]
+        first, t = 0 if self.window() else self.exact[0], keys.shape[2]
         slots = torch.arange(min(first, t), device=keys.device).expand(len(keys), -1)
-        if (padding := _padding(seen, 0, None)) is not None:
+        if (padding := _padding(seen)) is not None:
             slots = (slots + padding[:, None]).clamp_max(t - 1)
         index = slots[:, None, :, None].expand(-1, keys.shape[1], -1, keys.shape[3])
         none = keys.new_empty(len(keys), 0, 0)
         first_tokens = (keys.gather(2, index), values.gather(2, index), slots) if slots.shape[1] else (None, None, None)
         return Held(keys, values, none, none, 0, t, *first_tokens)
 
-    def _turns(
-        self, held: Held, seen: Tensor | None, past_key_values: Any, position_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _turns(self, held: Held, seen: Tensor | None, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[_, slots, d]`` of all slots from the first one that is held."""
-        if position_ids is None:
-            raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
         begin = min(held.begin, held.total - held.keys.shape[2])
-        slots = held.total - begin
-        hidden = None if seen is None else _columns(~seen[:, 0, 0], begin, held.total)
+        hidden = None if seen is None else _columns(~seen[:, 0, 0], begin, held.total, held.total)
         past = held.total - position_ids.shape[1]
-        return self._rotary_at(key_positions(position_ids, hidden, past, slots), held.keys)
+        return self._rotary_at(key_positions(position_ids, hidden, past, held.total - begin), held.keys)
 
     def _rotary_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         kind = [self.layer_type] if isinstance(self.rotary.rope_type, dict) else []
         return self.rotary(like, positions, *kind)
+
+    def window(self) -> int | None:
+        """The sliding window in tokens; Mistral's attention has it in the configuration only."""
+        return getattr(self, "sliding_window", getattr(self.config, "sliding_window", None))
+
+    def _recent(self) -> int:
+        window = self.window()
+        return self.exact[1] if window is None else min(self.exact[1], window - 1)
 
     def _read_many(
         self, queries: Tensor, keys: Tensor, values: Tensor, held: Held, seen: Tensor | None, turn: Any, dropout: float
     ) -> Tensor:
         """Attention of any number of queries ``[b, h, q, d]``: keys and values of this layer are rebuilt for the call."""
         recent, total, q = self._recent(), held.total, queries.shape[2]
-        start = total - held.keys.shape[2]
-        base = min(held.begin, start)
+        begin, start = held.begin, total - held.keys.shape[2]  # first slots in codes, and exact
+        base = min(begin, start)
         cos, sin = (x[:, -(total - base) :] for x in turn)
         exact = rotate(held.keys, cos[:, start - base :], sin[:, start - base :])
-        begin, stop = held.begin, max(held.begin, total - recent)  # slots that some query reads by their code
+        stop = max(begin, start, total - recent)  # of the slots that some query reads by their code
+        coded_keys, coded_values = exact[:, :, :0], held.values[:, :, :0]
         if stop > begin:
-            if held.codes.shape[-1] or held.codes.shape[1]:
-                components = self.code.decode(held.codes[:, : stop - begin], held.scales[:, : stop - begin])
-            else:
-                components = self.code.rounded(keys[:, :, : stop - begin], values[:, :, : stop - begin])
-            coded_keys, coded_values = self.code.rebuild(components)
-            coded_keys = rotate(
-                coded_keys, cos[:, begin - base : stop - base].float(), sin[:, begin - base : stop - base].float()
-            )
-            coded_keys, coded_values = coded_keys.to(exact.dtype), coded_values.to(exact.dtype)
-        else:
-            coded_keys, coded_values = exact[:, :, :0], held.values[:, :, :0]
+            slots = slice(begin - base, stop - base)
+            coded_keys, coded_values = self.code.rebuild(self._components(keys, values, held, stop - begin))
+            coded_keys = rotate(coded_keys, wide(cos[:, slots]), wide(sin[:, slots])).to(exact.dtype)
+            coded_values = coded_values.to(exact.dtype)
         first_keys = first_values = exact[:, :, :0]
         if held.first is not None:
             # Only layers without a window have first tokens, and they hold all slots: `base` is 0.
-            place = held.first[..., None].expand(-1, -1, cos.shape[-1])
+            place = held.first.clamp_max(total - 1)[..., None].expand(-1, -1, cos.shape[-1])
             there = [x.expand(len(place), -1, -1).gather(1, place) for x in (cos, sin)]
             first_keys, first_values = rotate(held.first_keys, *there), held.first_values
         outputs = []
         for low in range(total - q, total, QUERIES):
             high = min(low + QUERIES, total)
-            near, far = max(start, low - recent + 1), max(begin, min(stop, high - recent))
-            mask = self._mask(held, seen, (low, high), (begin, far), (near, high), total - q)
+            near, far = max(start, low - recent + 1), max(begin, min(stop, max(start, high - recent)))
+            old, new = slice(0, far - begin), slice(near - start, high - start)
+            read_keys = torch.cat([first_keys, coded_keys[:, :, old], exact[:, :, new]], 2)
+            read_values = torch.cat([first_values, coded_values[:, :, old], held.values[:, :, new]], 2)
+            rows = slice(low - total + q, high - total + q)
+            mask = self._mask(held, None if seen is None else seen[:, 0, rows], (low, high), (begin, far), (near, high))
             outputs.append(
                 nn.functional.scaled_dot_product_attention(
-                    queries[:, :, low - total + q : high - total + q],
-                    torch.cat([first_keys, coded_keys[:, :, : far - begin], exact[:, :, near - start : high - start]], 2),
-                    torch.cat([first_values, coded_values[:, :, : far - begin], held.values[:, :, near - start : high - start]], 2),
-                    mask, dropout_p=dropout, scale=self.scaling, enable_gqa=True,
+                    queries[:, :, rows], read_keys, read_values, mask, dropout, scale=self.scaling, enable_gqa=True
                 )
-            )  # fmt: skip
+            )
         return torch.cat(outputs, 2)
 
-    def _recent(self) -> int:
-        window = getattr(self, "sliding_window", None)
-        return self.exact[1] if window is None else min(self.exact[1], window - 1)
+    def _components(self, keys: Tensor, values: Tensor, held: Held, count: int) -> Tensor:
+        """The first components that are held as they are read, from a cache or in a pass without one."""
+        if held.codes.shape[1]:
+            return self.code.decode(held.codes[:, :count], held.scales[:, :count])
+        return self.code.rounded(keys[:, :, :count], values[:, :, :count])
 
     def _mask(
-        self, held: Held, seen: Tensor | None, queries: tuple[int, int], coded: tuple[int, int], exact: tuple[int, int],
-        new: int,
-    ) -> Tensor:  # fmt: skip
-        """Which first, coded and exact tokens the queries of these slots read, ``[b or 1, 1, q, tokens]``."""
-        device, recent = held.keys.device, self._recent()
+        self, held: Held, seen: Tensor | None, queries: tuple[int, int], coded: tuple[int, int], exact: tuple[int, int]
+    ) -> Tensor:
+        """Which first, coded and exact slots the queries at these slots read, ``[b or 1, 1, q, n]``.
+
+        A query reads the newest slots up to its own exactly, less those that a cropped cache has as codes only.
+        """
+        device, window, start = held.keys.device, self.window(), held.total - held.keys.shape[2]
         i = torch.arange(*queries, device=device)[:, None]
-        far, near = torch.arange(*coded, device=device), torch.arange(*exact, device=device)
-        reads_far, reads_near = (far <= i - recent)[None], ((near > i - recent) & (near <= i))[None]
-        parts = []
+        edge = (i - self._recent()).clamp_min(start - 1)  # the newest slot that is read by its code
+        reads = []
+        for slots, is_exact in ((coded, False), (exact, True)):
+            j = torch.arange(*slots, device=device)
+            part = ((j > edge) & (j <= i) if is_exact else j <= edge)[None]
+            if window is not None:
+                part = part & (j > i - window)
+            if seen is not None:
+                part = part & _columns(seen, *slots, held.total)
+            if held.first is not None and not is_exact:
+                part = part & ~(j[:, None] == held.first[:, None]).any(-1)[:, None]
+            reads.append(part)
         if held.first is not None:
-            reads_far = reads_far & ~(far[None, :, None] == held.first[:, None]).any(-1)[:, None]
-            reads_first = held.first[:, None] <= i - recent
-            parts.append(reads_first)
-        if seen is not None:
-            rows = seen[:, 0, queries[0] - new : queries[1] - new]
-            reads_far, reads_near = (
-                reads_far & _columns(rows, *coded, held.total),
-                reads_near & _columns(rows, *exact, held.total),
-            )
-            if parts:
-                reads_first &= (
-                    _columns(rows, 0, held.total, held.total).gather(
-                        2, held.first.clamp(0, held.total - 1)[:, None].expand(len(held.first), rows.shape[1], -1)
-                    )
-                    if len(rows) == len(held.first)
-                    else True
-                )
-        parts += [reads_far, reads_near]
-        b = max(len(part) for part in parts)
-        return torch.cat([part.expand(b, -1, -1) for part in parts], -1)[:, None]
+            part = held.first[:, None] <= edge
+            if seen is not None:
+                place = held.first.clamp_max(held.total - 1)[:, None].expand(-1, seen.shape[1], -1)
+                part = part & seen.gather(2, place)
+            reads.insert(0, part)
+        b = max(map(len, reads))
+        return torch.cat([part.expand(b, -1, -1) for part in reads], -1)[:, None]
 
     def _read_one(
-        self, queries: Tensor, held: Held, seen: Tensor | None, past_key_values: Any, position_ids: Tensor | None
+        self, queries: Tensor, held: Held, seen: Tensor | None, past_key_values: Any, position_ids: Tensor
     ) -> Tensor | None:
-        """Attention of one query ``[b, h, 1, d]`` over the codes; None where tokens in the middle are hidden."""
-        if position_ids is None:
-            raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
-        recent, total = self._recent(), held.total
+        """Attention of one query ``[b, h, 1, d]`` over the codes; None where `_read_many` has to do it.
+
+        That is with hidden tokens in the middle, few codes in a row, or old tokens beyond a sliding window.
+        """
+        total, recent, window = held.total, min(self._recent(), held.keys.shape[2]), self.window()
         stop = total - recent - held.begin  # codes to read
         skip, hidden = 0 if held.first is None else held.first.shape[1], None
-        if stop <= skip:
+        if stop <= skip or (window is not None and held.begin < total - window):
             return None
         if seen is not None and not seen.all():
             row = _columns(seen[:, 0, 0], held.begin, total, total)
             if (row[:, 1:] < row[:, :-1]).any() or not row[:, -recent:].all():
-                return None  # hidden tokens behind visible ones, or few visible tokens
+                return None
             hidden = ~row[:, :stop]
             if held.first is not None:
+                if (held.first >= total - recent).any():
+                    return None
                 slots = torch.arange(held.begin, held.begin + stop, device=row.device)
                 hidden = hidden | (slots[None, :, None] == held.first[:, None]).any(-1)
             skip = 0
         newest = position_ids[:, -1:]
-        count = stop - skip
-        average, weight = self._read_codes(
-            queries, held, skip, count, hidden, newest - (total - 1 - held.begin - skip), past_key_values
-        )
+        oldest = newest - (total - 1 - held.begin - skip)
+        average, weight = self._read_codes(queries, held, skip, stop - skip, hidden, oldest, past_key_values)
         near = torch.arange(-recent + 1, 1, device=newest.device) + newest
         keys, values = held.keys[:, :, -recent:], held.values[:, :, -recent:]
         if held.first is not None:
@@ -426,24 +422,21 @@ class CodedAttention(_Stock):
             keys, values = torch.cat([held.first_keys, keys], 2), torch.cat([held.first_values, values], 2)
         keys = rotate(keys, *self._shared_turns(near, keys, past_key_values))
         (b, h, _, d), g = queries.shape, keys.shape[1]
-        scores = (queries.reshape(b, g, h // g, d) @ keys.mT).float() * self.scaling
+        scores = wide(queries.reshape(b, g, h // g, d) @ keys.mT) * self.scaling
         exact_weight = scores.logsumexp(-1, keepdim=True)
-        exact = ((scores - exact_weight).exp().to(values.dtype) @ values).float().view(b, h, d)
+        exact = wide((scores - exact_weight).exp().to(values.dtype) @ values).view(b, h, d)
         share = torch.sigmoid(weight - exact_weight.view(b, h))[..., None]  # of the coded tokens
         decoder = self.code.value_decoder
         coded = average.to(decoder.dtype).reshape(b, g, h // g, -1) @ decoder.mT + self.code.value_mean[:, None]
-        return (share * coded.float().view(b, h, d) + (1 - share) * exact)[:, :, None]
+        return (share * wide(coded).view(b, h, d) + (1 - share) * exact)[:, :, None]
 
     def _shared_turns(self, positions: Tensor, like: Tensor, past_key_values: Any) -> tuple[Tensor, Tensor]:
         """Cosines and sines at these positions; the layers of a step share them."""
         if positions.device.type != "cpu" or torch.compiler.is_compiling():
             return self._rotary_at(positions, like)
         known = vars(past_key_values).setdefault("key_turns", {})
-        key = (
-            getattr(self, "layer_type", None) if isinstance(self.rotary.rope_type, dict) else None,
-            like.dtype,
-            positions.shape,
-        )
+        kind = self.layer_type if isinstance(self.rotary.rope_type, dict) else None
+        key = kind, like.dtype, positions.shape
         if key not in known or not torch.equal(known[key][0], positions):
             known[key] = positions, self._rotary_at(positions, like)
         return known[key][1]
@@ -464,7 +457,7 @@ class CodedAttention(_Stock):
         best, total, average = None, None, None
         for low in range(skip, skip + count, TOKENS):
             high = min(low + TOKENS, skip + count)
-            components = code.decode(held.codes[:, low:high], held.scales[:, low:high])
+            components = code.decode(held.codes[:, low:high], held.scales[:, low:high]).to(wide(queries[:0]).dtype)
             positions = position + torch.arange(low - skip, high - skip, device=position.device)
             turn = self._rotary_at(positions, components)
             scores = code.scores(queries, components, *turn)[:, :, 0] * self.scaling
@@ -485,10 +478,26 @@ class CodedAttention(_Stock):
         past_key_values: Any,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """As `_read_codes`, by the kernel for processors; None where it cannot be used."""
-        return None
+        code, kind = self.code, str(self.rotary.rope_type)
+        # The kernel adds angles, which these scalings change with the length of the text.
+        if cpu is None or "dynamic" in kind or "longrope" in kind or not cpu.codes_usable(queries[:, :, 0], code.groups):
+            return None
+        steps = torch.arange(-(-count // BLOCK)) * BLOCK
+        half, like = queries.shape[-1] // 2, torch.empty(0)
+        base = [x[..., :half] for x in self._shared_turns(position + steps, like, past_key_values)]
+        cos, sin = (x[0, :, :half] for x in self._shared_turns(torch.arange(BLOCK)[None], like, past_key_values))
+        factor = cos[0, 0]  # of attention scaling, which `base` has
+        angles = base, (cos / factor, sin / factor)
+        mask = None if hidden is None else hidden.to(torch.uint8)
+        read = (held.codes, held.scales, code.groups)
+        if code.reading == "joint":
+            decoder, mean = code.key_decoder.contiguous(), code.key_mean.float()
+            return cpu.read_joint(queries[:, :, 0], *read, decoder, mean, *angles, skip, count, mask, self.scaling)
+        absorbed = code.absorb(queries)[:, :, 0]
+        return cpu.read_pairs(absorbed, *read, code.frequency, *angles, skip, count, mask, self.scaling)
 
 
-def _visible(mask: Any, queries: int, slots: int) -> Tensor | None:
+def _visible(mask: Any, batch: int, queries: int, slots: int) -> Tensor | None:
     """What each new token sees, ``[b, 1, q, slots]``, or None for everything before it.
 
     Masks of transformers are boolean, added to scores, or (flash attention) ``[b, slots]``. A mask for a longer cache
@@ -500,20 +509,23 @@ def _visible(mask: Any, queries: int, slots: int) -> Tensor | None:
         mask = (mask != 0)[:, None, None, -slots:]
         i = torch.arange(slots - queries, slots, device=mask.device)[:, None]
         return mask & (torch.arange(slots, device=mask.device) <= i)
-    mask = mask[..., :slots]
+    mask = mask[..., :slots].expand(batch, -1, -1, -1)
     return mask > torch.finfo(mask.dtype).min / 2 if mask.is_floating_point() else mask != 0
 
 
-def _padding(seen: Tensor | None, offset: int, layer: Any) -> Tensor | None:
+def _padding(seen: Tensor | None) -> Tensor | None:
     """How many leading slots of each row no query sees; None where every row begins with a token."""
-    if seen is None or offset or (layer is not None and layer.is_sliding):
+    if seen is None:
         return None
     leading = (~seen.any(2)[:, 0]).long().cumprod(-1).sum(-1)
     return leading if bool(leading.any()) else None
 
 
-def _columns(rows: Tensor, low: int, high: int, total: int | None = None) -> Tensor:
-    """The columns of slots ``low .. high - 1`` of a mask whose last column is slot ``total - 1`` (or ``high - 1``)."""
-    total = high if total is None else total
+def _columns(rows: Tensor, low: int, high: int, total: int) -> Tensor:
+    """The columns of slots ``low .. high - 1`` of a mask whose last column is slot ``total - 1``.
+
+    Slots before its first column are hidden.
+    """
     offset = total - rows.shape[-1]
-    return rows[..., max(0, low - offset) : high - offset]
+    columns = rows[..., max(0, low - offset) : max(0, high - offset)]
+    return nn.functional.pad(columns, (high - low - columns.shape[-1], 0))

@@ -109,7 +109,7 @@ class PackedLayer(DynamicLayer):
             self.first_values,
             self._first_slots(),
         )
-        self.keys, self.values = (x[:, :, -self.recent :].clone() for x in (keys, values))  # no views of large tensors
+        self.keys, self.values = keys, values
         if not self.record_past:
             self._forget()
         return held
@@ -154,7 +154,9 @@ class PackedLayer(DynamicLayer):
         return None if self.first_keys is None else self._slots(self.first_keys)
 
     def _forget(self) -> None:
-        """Drop the codes of tokens outside the sliding window, and the memory that this frees."""
+        """Drop exact tokens that are no longer new and codes outside the sliding window, and the memory that this frees."""
+        if self.keys.shape[2] > self.recent:
+            self.keys, self.values = (x[:, :, -self.recent :].clone() for x in (self.keys, self.values))
         if self.sliding_window is None:
             return
         outside = min(self.coded, self.total - self.sliding_window + 1 - self.begin)
@@ -187,11 +189,13 @@ class PackedLayer(DynamicLayer):
         self._clear()
 
     def activate_past_recording(self) -> None:
-        """Keep tokens outside the sliding window until the next `crop`."""
+        """Keep exact tokens and the codes of those outside the sliding window until the next `crop`."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens. What was coded stays coded; the exact ones among the rest stay exact.
+        """Remove the newest tokens. What is left reads as if they had not been there if the past was recorded.
+
+        Otherwise the newest tokens of the rest are those that were: what was dropped as exact is read by its code.
 
         Raises
         ------
@@ -210,7 +214,7 @@ class PackedLayer(DynamicLayer):
             self.total += tokens_to_remove
             self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]
             self.coded = min(self.coded, self.total - self.begin)
-        if self.record_past:
+        if self.record_past and self.is_initialized:
             self._forget()
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -256,8 +260,9 @@ def packed_layer(cache: Any, index: int, first: int, recent: int, window: int | 
         raise ValueError(
             f"this model packs its cache by itself, and the given cache has {held}: give an empty DynamicCache, or none"
         )
-    layers[index] = PackedLayer(first, recent, window)
-    return layers[index]
+    layers[index] = packed = PackedLayer(first, recent, window)
+    packed.record_past = getattr(layer, "record_past", False)
+    return packed
 
 
 def packed_tokens(recent: int, context: int, window: int | None = None) -> tuple[int, int]:

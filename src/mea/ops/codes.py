@@ -28,16 +28,26 @@ def group_sizes(tiers: Sequence[int]) -> Groups:
     """
     cut: Groups = []
     for bits, count in zip(TIERS, tiers, strict=True):
-        unit = UNIT if count % UNIT == 0 else 8 // bits
+        unit = next(unit for unit in (UNIT, 8 // bits, 1) if count % unit == 0)
         parts = -(-count // GROUP)
-        edges = [count // unit * part // parts * unit for part in range(parts)] + [count] if parts else []
+        edges = [count // unit * part // parts * unit for part in range(parts + 1)] if parts else []
         cut += [(bits, b - a) for a, b in pairwise(edges)]
     return cut
 
 
 def bits_per_token(tiers: Sequence[int]) -> int:
-    """Bits of a token's codes with their lowest numbers and steps."""
-    return sum(bits * size + 32 for bits, size in group_sizes(tiers))
+    """Bits of a token's codes, in whole bytes for each group, with their lowest numbers and steps."""
+    return sum(8 * code_bytes(bits, size) + 32 for bits, size in group_sizes(tiers))
+
+
+def code_bytes(bits: int, size: int) -> int:
+    """Bytes of the codes of a group."""
+    return -(-bits * size // 8)
+
+
+def wide(x: Float[Tensor, "*n"]) -> Float[Tensor, "*n"]:
+    """In fp32, or fp64 if it is that already."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def to_codes(
@@ -49,7 +59,7 @@ def to_codes(
     """
     packed, scales, start = [], [], 0
     for bits, size in group_sizes(tiers):
-        part = components[..., start : start + size].float()
+        part = wide(components[..., start : start + size])
         start += size
         largest = 2**bits - 1
         low, high = part.amin(-1, keepdim=True), part.amax(-1, keepdim=True)
@@ -70,7 +80,7 @@ def from_codes(
     """The rounded components, in fp32."""
     parts, start = [scales[..., :0].float()], 0
     for index, (bits, size) in enumerate(group_sizes(tiers)):
-        stop = start + size * bits // 8
+        stop = start + code_bytes(bits, size)
         numbers = unpack(codes[..., start:stop], bits, size).float()
         low, step = scales[..., 2 * index, None].float(), scales[..., 2 * index + 1, None].float()
         parts.append(low + step * numbers)
@@ -80,7 +90,7 @@ def from_codes(
 
 def rounded(components: Float[Tensor, "*t r"], tiers: Sequence[int]) -> Float[Tensor, "*t r"]:
     """What `from_codes` gives back of these components; gradients pass as if nothing were rounded."""
-    exact = components.float()
+    exact = wide(components)
     with torch.no_grad():
         error = from_codes(*to_codes(exact, tiers), tiers) - exact
     return exact + error

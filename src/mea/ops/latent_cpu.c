@@ -331,3 +331,734 @@ void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low,
         }
     }
 }
+
+/* A new token's reading of a cache of codes in groups: what is written once per call, and one part of the tokens.
+ *
+ * A token's components stand in groups, each with codes of 8, 4 or 2 bits and a number pair (low, step): low + step * code.
+ * Nothing is decoded for the averages: sum_s w_s (low_s + step_s * code_s) needs the sum of w * low once per group, and the
+ * sum of (w * step) * code as a product of bytes. The products of bytes (vpdpbusd: four of them to a lane, twice a cycle)
+ * are eight times as many as bf16 products, so that a factor of 15 bits, in two bytes, is the faster and closer one.
+ * Blocks of BLOCK tokens are laid out twice, a little at a time, both straight from the packed bytes:
+ *   words   [4][BLOCK]: lanes are tokens, each with four bytes of its own. For scores: no sums across lanes.
+ *   units   [vectors][BLOCK / 4][16][4]: lanes are 16 components, each with the codes of four tokens. For averages. A vector
+ *           takes the same bits of 16 bytes; the order of components is put right once, at the end.
+ * The angle of a token is its block's plus its place's: the block's turns the queries, so that the places' angles, the same
+ * for each block, are all that the tokens are turned by. */
+
+#define UNITS (BLOCK / 4)
+#define LANES (BLOCK / 16)  /* vectors of one number per token */
+#define LARGEST 128         /* components of a group */
+#define AT_ONCE 6           /* queries: with LANES or 4 vectors each, 24 of 32 registers are sums */
+#define FINE 16256          /* 127 * 128: a factor in two bytes, 128 * high + low */
+#define COARSE 4            /* rebuilding: codes of so few bits get factors of one byte: see `lay_decoder` */
+#define TINY 1e-33f         /* smaller largest factors are none */
+
+struct group {
+    long bits, size, first, byte, bytes, vector, vectors; /* first component, byte and vector of units; their numbers */
+};
+
+struct reading {
+    long h, g, d, r, rk, half, n, columns, pairs, groups, vectors, bytes, rows, d4;
+    struct group *group;
+    long code_stride, scale_stride; /* of a token */
+    int32_t *turns;                 /* [pairs][3]: two columns of the query, and their frequency */
+    float *places;                  /* [half][cosine, sine][BLOCK] */
+    int8_t *decoder;                /* [g] then for each group [high, low][d4][size] */
+    float *factors;                 /* [g][groups][scale, rest, sum][d4] */
+    float *mean;                    /* [g][d4] */
+};
+
+/* sum += products of four bytes of each lane, unsigned times signed. Written out, since gcc 12 copies the sums of the
+ * intrinsic from register to register, which takes longer than the products. */
+static inline __attribute__((always_inline)) void add_bytes(__m512i *sum, __m512i codes, __m512i factors) {
+    __m512i x = *sum;
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(x) : "v"(codes), "v"(factors));
+    *sum = x;
+}
+
+/* 16 bytes, or so many words, of each of four tokens. */
+static inline __attribute__((always_inline)) __m512i four(const uint8_t *from, const long *row, const int whole,
+                                                          __mmask8 mask) {
+    __m128i x[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++)
+        x[i] = whole ? _mm_loadu_si128((const __m128i *)(from + row[4 * i]))
+                     : _mm_maskz_loadu_epi32(mask, from + row[4 * i]);
+    __m512i y = _mm512_inserti32x4(_mm512_castsi128_si512(x[0]), x[1], 1);
+    return _mm512_inserti32x4(_mm512_inserti32x4(y, x[2], 2), x[3], 3);
+}
+
+/* words[live][BLOCK]: so many words of each token; row[BLOCK] are the tokens' places in bytes. */
+static inline __attribute__((always_inline)) void lay_words(const uint8_t *from, const long *row, const int whole,
+                                                            long live, uint32_t *words) {
+    for (int v = 0; v < LANES; v++) {
+        __m512i z[4], a[4], b[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) z[i] = four(from, row + 16 * v + i, whole, (__mmask8)((1u << live) - 1));
+        a[0] = _mm512_unpacklo_epi32(z[0], z[1]), a[1] = _mm512_unpackhi_epi32(z[0], z[1]);
+        a[2] = _mm512_unpacklo_epi32(z[2], z[3]), a[3] = _mm512_unpackhi_epi32(z[2], z[3]);
+        b[0] = _mm512_unpacklo_epi64(a[0], a[2]), b[1] = _mm512_unpackhi_epi64(a[0], a[2]);
+        b[2] = _mm512_unpacklo_epi64(a[1], a[3]), b[3] = _mm512_unpackhi_epi64(a[1], a[3]);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++)
+            if (whole || j < live) _mm512_storeu_si512(words + j * BLOCK + 16 * v, b[j]);
+    }
+}
+
+/* units[8 / bits][UNITS][64]: 16 bytes, or so many words, of each token. */
+static inline __attribute__((always_inline)) void lay_units(const uint8_t *from, const long *row, const int bits,
+                                                            const int whole, long live, uint8_t *units) {
+    for (int v = 0; v < LANES; v++) {
+        __m512i z[4], a[4], b[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++) z[i] = four(from, row + 16 * v + i, whole, (__mmask8)((1u << live) - 1));
+        a[0] = _mm512_unpacklo_epi8(z[0], z[1]), a[1] = _mm512_unpackhi_epi8(z[0], z[1]);
+        a[2] = _mm512_unpacklo_epi8(z[2], z[3]), a[3] = _mm512_unpackhi_epi8(z[2], z[3]);
+        b[0] = _mm512_unpacklo_epi16(a[0], a[2]), b[1] = _mm512_unpackhi_epi16(a[0], a[2]);
+        b[2] = _mm512_unpacklo_epi16(a[1], a[3]), b[3] = _mm512_unpackhi_epi16(a[1], a[3]);
+        a[0] = _mm512_shuffle_i32x4(b[0], b[1], 0x44), a[1] = _mm512_shuffle_i32x4(b[2], b[3], 0x44);
+        a[2] = _mm512_shuffle_i32x4(b[0], b[1], 0xee), a[3] = _mm512_shuffle_i32x4(b[2], b[3], 0xee);
+        z[0] = _mm512_shuffle_i32x4(a[0], a[1], 0x88), z[1] = _mm512_shuffle_i32x4(a[0], a[1], 0xdd);
+        z[2] = _mm512_shuffle_i32x4(a[2], a[3], 0x88), z[3] = _mm512_shuffle_i32x4(a[2], a[3], 0xdd);
+        /* Unit 4 v + i goes to the place 4 i + v, where `in_bytes` puts its weights. */
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+#pragma GCC unroll 4
+            for (int k = 0; k < 8 / bits; k++)
+                _mm512_storeu_si512(units + (k * UNITS + 4 * i + v) * 64,
+                                    _mm512_and_si512(_mm512_srli_epi16(z[i], k * bits),
+                                                     _mm512_set1_epi8((char)((1 << bits) - 1))));
+    }
+}
+
+/* How many words of a group there are from word j, at most 4. */
+static long words_from(const struct group *group, long j) {
+    return group->bytes / 4 - j < 4 ? group->bytes / 4 - j : 4;
+}
+
+static void words_of(const uint8_t *from, const long *row, const struct group *group, long j, uint32_t *words) {
+    const long live = words_from(group, j);
+    if (live == 4) lay_words(from + group->byte + 4 * j, row, 1, 4, words);
+    else lay_words(from + group->byte + 4 * j, row, 0, live, words);
+}
+
+static void units_of(const uint8_t *from, const long *row, const struct group *group, uint8_t *units) {
+    for (long j = 0; j < group->bytes / 4; j += 4, units += 8 / group->bits * UNITS * 64) {
+        const uint8_t *here = from + group->byte + 4 * j;
+        const long live = words_from(group, j);
+        switch (group->bits * 2 + (live == 4)) {
+        case 17: lay_units(here, row, 8, 1, live, units); break;
+        case 16: lay_units(here, row, 8, 0, live, units); break;
+        case 9: lay_units(here, row, 4, 1, live, units); break;
+        case 8: lay_units(here, row, 4, 0, live, units); break;
+        case 5: lay_units(here, row, 2, 1, live, units); break;
+        default: lay_units(here, row, 2, 0, live, units);
+        }
+    }
+}
+
+/* 0, step, 2 step, ... */
+static inline __m512i multiples(long step) {
+    const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    return _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)step));
+}
+
+/* low[groups][BLOCK] and step[groups][BLOCK]; 0 where a token is not visible. */
+static void lay_scales(const bf16 *scales, long stride, long groups, uint64_t visible, float *low, float *step) {
+    const __m512i index = multiples(stride);
+    for (int v = 0; v < LANES; v++)
+        for (long i = 0; i < groups; i++) {
+            __m512i x = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), (__mmask16)(visible >> 16 * v), index,
+                                                    scales + 16 * v * stride + 2 * i, 2);
+            _mm512_storeu_si512(low + i * BLOCK + 16 * v, _mm512_slli_epi32(x, 16));
+            _mm512_storeu_si512(step + i * BLOCK + 16 * v,
+                                _mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
+        }
+}
+
+/* Code k of each word as fp32. A table of 16 numbers looks at the lowest 4 bits alone. */
+static inline __attribute__((always_inline)) __m512 code_of(__m512i words, const int bits, const int k) {
+    const __m512i x = _mm512_srli_epi32(words, k * bits);
+    if (bits == 8) return _mm512_cvtepi32_ps(_mm512_and_si512(x, _mm512_set1_epi32(255)));
+    return _mm512_permutexvar_ps(x, bits == 4 ? _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0)
+                                              : _mm512_set_ps(3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0, 3, 2, 1, 0));
+}
+
+/* tile[32 / bits * count][BLOCK]: the pairs of so many words, turned by the angles of the places in a block. */
+static inline __attribute__((always_inline)) void turn_words(const uint32_t *words, long count, const int bits,
+                                                             const float *low, const float *step, const int32_t *turns,
+                                                             const float *places, float *tile) {
+    for (long j = 0; j < count; j++, words += BLOCK, turns += 3 * (16 / bits), tile += 32 / bits * BLOCK)
+        for (int v = 0; v < BLOCK; v += 16) {
+            const __m512i x = _mm512_loadu_si512(words + v);
+            const __m512 l = _mm512_loadu_ps(low + v), s = _mm512_loadu_ps(step + v);
+#pragma GCC unroll 8
+            for (int m = 0; m < 16 / bits; m++) {
+                const float *turn = places + 2 * BLOCK * turns[3 * m + 2] + v;
+                const __m512 cosine = _mm512_loadu_ps(turn), sine = _mm512_loadu_ps(turn + BLOCK);
+                const __m512 re = _mm512_fmadd_ps(code_of(x, bits, 2 * m), s, l);
+                const __m512 im = _mm512_fmadd_ps(code_of(x, bits, 2 * m + 1), s, l);
+                _mm512_storeu_ps(tile + 2 * m * BLOCK + v, _mm512_fnmadd_ps(im, sine, _mm512_mul_ps(re, cosine)));
+                _mm512_storeu_ps(tile + (2 * m + 1) * BLOCK + v, _mm512_fmadd_ps(re, sine, _mm512_mul_ps(im, cosine)));
+            }
+        }
+}
+
+/* scores[count][BLOCK] += queries[rows][stride] tile[rows][BLOCK], for a few queries. */
+static inline __attribute__((always_inline)) void multiply_few(const int count, const float *queries, long stride,
+                                                               const float *tile, long rows, float *scores) {
+    __m512 sum[AT_ONCE][LANES];
+#pragma GCC unroll 6
+    for (int a = 0; a < count; a++)
+#pragma GCC unroll 4
+        for (int v = 0; v < LANES; v++) sum[a][v] = _mm512_loadu_ps(scores + a * BLOCK + 16 * v);
+    for (long c = 0; c < rows; c++) {
+        __m512 x[LANES];
+#pragma GCC unroll 4
+        for (int v = 0; v < LANES; v++) x[v] = _mm512_loadu_ps(tile + c * BLOCK + 16 * v);
+#pragma GCC unroll 6
+        for (int a = 0; a < count; a++) {
+            const __m512 q = _mm512_set1_ps(queries[c * stride + a]);
+#pragma GCC unroll 4
+            for (int v = 0; v < LANES; v++) sum[a][v] = _mm512_fmadd_ps(q, x[v], sum[a][v]);
+        }
+    }
+#pragma GCC unroll 6
+    for (int a = 0; a < count; a++)
+#pragma GCC unroll 4
+        for (int v = 0; v < LANES; v++) _mm512_storeu_ps(scores + a * BLOCK + 16 * v, sum[a][v]);
+}
+
+/* How many of `count` queries to take at once, so that all turns are about as large. */
+static long share(long count) {
+    const long turns = (count + AT_ONCE - 1) / AT_ONCE;
+    return (count + turns - 1) / turns;
+}
+
+static void multiply(long count, const float *queries, long stride, const float *tile, long rows, float *scores) {
+    const long most = share(count);
+    for (long i = 0; i < count; i += most, queries += most, scores += most * BLOCK)
+        switch (count - i < most ? count - i : most) {
+        case 6: multiply_few(6, queries, stride, tile, rows, scores); break;
+        case 5: multiply_few(5, queries, stride, tile, rows, scores); break;
+        case 4: multiply_few(4, queries, stride, tile, rows, scores); break;
+        case 3: multiply_few(3, queries, stride, tile, rows, scores); break;
+        case 2: multiply_few(2, queries, stride, tile, rows, scores); break;
+        default: multiply_few(1, queries, stride, tile, rows, scores);
+        }
+}
+
+/* Scores of one query to weights in fp32, in their place; returns what the sums so far have to be multiplied with. */
+static inline float weigh_visible(float *scores, uint64_t visible, float *highest, float *sum) {
+    __m512 s[LANES], top = _mm512_set1_ps(*highest), total = _mm512_setzero_ps();
+    for (int v = 0; v < LANES; v++) {
+        s[v] = _mm512_loadu_ps(scores + 16 * v);
+        top = _mm512_mask_max_ps(top, (__mmask16)(visible >> 16 * v), top, s[v]);
+    }
+    const float now = _mm512_reduce_max_ps(top);
+    for (int v = 0; v < LANES; v++) {
+        const __m512 p = exponential(_mm512_sub_ps(s[v], _mm512_set1_ps(now)));
+        s[v] = _mm512_maskz_mov_ps((__mmask16)(visible >> 16 * v), p);
+        total = _mm512_add_ps(total, s[v]);
+        _mm512_storeu_ps(scores + 16 * v, s[v]);
+    }
+    const float before = expf(*highest - now);
+    *highest = now;
+    *sum = *sum * before + _mm512_reduce_add_ps(total);
+    return before;
+}
+
+/* weights * step as 128 * high + low: high[BLOCK], low[BLOCK] bytes in the order of units; returns their scale. */
+static inline float in_bytes(const float *weights, const float *step, int8_t *bytes) {
+    __m512 x[LANES], top = _mm512_setzero_ps();
+    __m512i y[LANES], high[2], low[2];
+    for (int v = 0; v < LANES; v++) {
+        x[v] = _mm512_mul_ps(_mm512_loadu_ps(weights + 16 * v), _mm512_loadu_ps(step + 16 * v));
+        top = _mm512_max_ps(top, _mm512_abs_ps(x[v]));
+    }
+    const float largest = _mm512_reduce_max_ps(top), scale = largest > TINY ? FINE / largest : 0;
+    for (int v = 0; v < LANES; v++) y[v] = _mm512_cvtps_epi32(_mm512_mul_ps(x[v], _mm512_set1_ps(scale)));
+    for (int i = 0; i < 2; i++) {
+        const __m512i both = _mm512_packs_epi32(y[2 * i], y[2 * i + 1]);
+        high[i] = _mm512_srai_epi16(_mm512_add_epi16(both, _mm512_set1_epi16(64)), 7);
+        low[i] = _mm512_sub_epi16(both, _mm512_slli_epi16(high[i], 7));
+    }
+    _mm512_storeu_si512(bytes, _mm512_packs_epi16(high[0], high[1]));
+    _mm512_storeu_si512(bytes + BLOCK, _mm512_packs_epi16(low[0], low[1]));
+    return largest > TINY ? largest * (1.0f / FINE) : 0;
+}
+
+/* `count` queries x `vectors` x 16 components: out = before * out + scale * (weights in bytes) codes. Strides of a query:
+ * `stride` of bytes, `width` of out, `groups` of scale. */
+static inline __attribute__((always_inline)) void gather_codes(const int count, const int vectors, const int8_t *bytes,
+                                                               long stride, const uint8_t *units, const float *scale,
+                                                               long groups, const float *before, float *out,
+                                                               long width) {
+    __m512i sum[AT_ONCE][4];
+#pragma GCC unroll 6
+    for (int a = 0; a < count; a++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) sum[a][v] = _mm512_setzero_si512();
+#pragma GCC unroll 2
+    for (int half = 0; half < 2; half++) {
+        if (half)
+#pragma GCC unroll 6
+            for (int a = 0; a < count; a++)
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++) sum[a][v] = _mm512_slli_epi32(sum[a][v], 7);
+        for (int u = 0; u < UNITS; u++) {
+            __m512i x[4];
+#pragma GCC unroll 4
+            for (int v = 0; v < vectors; v++) x[v] = _mm512_loadu_si512(units + (v * UNITS + u) * 64);
+#pragma GCC unroll 6
+            for (int a = 0; a < count; a++) {
+                int32_t weight;
+                memcpy(&weight, bytes + a * stride + half * BLOCK + 4 * u, 4);
+#pragma GCC unroll 4
+                for (int v = 0; v < vectors; v++)
+                    add_bytes(&sum[a][v], x[v], _mm512_set1_epi32(weight));
+            }
+        }
+    }
+#pragma GCC unroll 6
+    for (int a = 0; a < count; a++)
+#pragma GCC unroll 4
+        for (int v = 0; v < vectors; v++) {
+            float *to = out + a * width + 16 * v;
+            const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(to), _mm512_set1_ps(before[a]));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[a][v]), _mm512_set1_ps(scale[a * groups]), old));
+        }
+}
+
+static inline __attribute__((always_inline)) void gather_vectors(const int count, long vectors, const int8_t *bytes,
+                                                                 long stride, const uint8_t *units, const float *scale,
+                                                                 long groups, const float *before, float *out,
+                                                                 long width) {
+    switch (vectors) {
+    case 4: gather_codes(count, 4, bytes, stride, units, scale, groups, before, out, width); break;
+    case 3: gather_codes(count, 3, bytes, stride, units, scale, groups, before, out, width); break;
+    case 2: gather_codes(count, 2, bytes, stride, units, scale, groups, before, out, width); break;
+    default: gather_codes(count, 1, bytes, stride, units, scale, groups, before, out, width);
+    }
+}
+
+/* The averages of all queries and components, one block further. */
+static void average(const struct reading *all, const uint8_t *codes, const long *row, const int8_t *bytes,
+                    uint8_t *units, const float *scale, const float *before, float *out) {
+    const long most = share(all->h), width = 16 * all->vectors, groups = all->groups, stride = groups * 2 * BLOCK;
+    for (long e = 0; e < groups; e++) {
+        units_of(codes, row, all->group + e, units);
+        for (long c = 0, some; c < all->group[e].vectors; c += some) {
+            const long left = all->group[e].vectors - c, pieces = (left + 3) / 4;
+            some = (left + pieces - 1) / pieces;
+            const long vector = all->group[e].vector + c;
+            const uint8_t *unit = units + c * UNITS * 64;
+            for (long i = 0; i < all->h; i += most) {
+                const int8_t *w = bytes + i * stride + e * 2 * BLOCK;
+                const float *s = scale + i * groups + e, *b = before + i;
+                float *to = out + i * width + 16 * vector;
+                switch (all->h - i < most ? all->h - i : most) {
+                case 6: gather_vectors(6, some, w, stride, unit, s, groups, b, to, width); break;
+                case 5: gather_vectors(5, some, w, stride, unit, s, groups, b, to, width); break;
+                case 4: gather_vectors(4, some, w, stride, unit, s, groups, b, to, width); break;
+                case 3: gather_vectors(3, some, w, stride, unit, s, groups, b, to, width); break;
+                case 2: gather_vectors(2, some, w, stride, unit, s, groups, b, to, width); break;
+                default: gather_vectors(1, some, w, stride, unit, s, groups, b, to, width);
+                }
+            }
+        }
+    }
+}
+
+/* The codes of a group in bytes: codes[size / 4][BLOCK], each word's codes k side by side, in the order of `lay_decoder`. */
+static inline __attribute__((always_inline)) void spread(const uint32_t *words, long count, const int bits,
+                                                         uint32_t *codes) {
+    for (long j = 0; j < count; j++)
+        for (int v = 0; v < BLOCK; v += 16) {
+            const __m512i x = _mm512_loadu_si512(words + j * BLOCK + v);
+#pragma GCC unroll 4
+            for (int k = 0; k < 8 / bits; k++)
+                _mm512_storeu_si512(codes + (j * (8 / bits) + k) * BLOCK + v,
+                                    _mm512_and_si512(_mm512_srli_epi16(x, k * bits),
+                                                     _mm512_set1_epi8((char)((1 << bits) - 1))));
+        }
+}
+
+/* keys[d4][BLOCK] += a group's share: step * (scale * (rows in bytes) codes + rest) + low * sum; with `mean`, of rows,
+ * they start from it. */
+static void rebuild(const struct group *group, const int8_t *rows, long d4, const float *factors, const uint32_t *codes,
+                    const float *low, const float *step, const float *mean, float *keys) {
+    const long size = group->size;
+    for (long c = 0; c < d4; c += 4) {
+        __m512i sum[4][LANES];
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++)
+#pragma GCC unroll 4
+            for (int v = 0; v < LANES; v++) sum[a][v] = _mm512_setzero_si512();
+        for (int half = 0; half < (group->bits > COARSE ? 2 : 1); half++) {
+            const int8_t *row = rows + (half * d4 + c) * size;
+            if (half)
+#pragma GCC unroll 4
+                for (int a = 0; a < 4; a++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < LANES; v++) sum[a][v] = _mm512_slli_epi32(sum[a][v], 7);
+            for (long j = 0; j < size / 4; j++) {
+                __m512i x[LANES];
+#pragma GCC unroll 4
+                for (int v = 0; v < LANES; v++) x[v] = _mm512_loadu_si512(codes + j * BLOCK + 16 * v);
+#pragma GCC unroll 4
+                for (int a = 0; a < 4; a++) {
+                    int32_t factor;
+                    memcpy(&factor, row + a * size + 4 * j, 4);
+#pragma GCC unroll 4
+                    for (int v = 0; v < LANES; v++)
+                        add_bytes(&sum[a][v], x[v], _mm512_set1_epi32(factor));
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int a = 0; a < 4; a++) {
+            const __m512 scale = _mm512_set1_ps(factors[c + a]), rest = _mm512_set1_ps(factors[d4 + c + a]);
+            const __m512 whole = _mm512_set1_ps(factors[2 * d4 + c + a]);
+#pragma GCC unroll 4
+            for (int v = 0; v < LANES; v++) {
+                float *to = keys + (c + a) * BLOCK + 16 * v;
+                __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[a][v]), scale, rest);
+                const __m512 old = mean ? _mm512_set1_ps(mean[c + a]) : _mm512_loadu_ps(to);
+                x = _mm512_fmadd_ps(x, _mm512_loadu_ps(step + 16 * v), old);
+                _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_loadu_ps(low + 16 * v), x));
+            }
+        }
+    }
+}
+
+/* One row of a decoder, of one group: its bytes in the order of `spread`, and factors scale, rest and sum. `rest` keeps the
+ * codes' middle exact, whatever the bytes round away, so that a rounded factor counts by a code's distance from there. With
+ * one byte of the largest factor, about 2.6 deviations of 128 normal ones, it is off by 0.006 deviations; codes of 4 bits
+ * are 3.5 steps from the middle and off by 0.29 steps themselves, 14 times as much. Codes of 8 bits get both bytes. */
+static void lay_decoder(const bf16 *row, const struct group *group, int8_t *high, int8_t *low, float *factors, long d4) {
+    const long size = group->size, bits = group->bits, fine = bits > COARSE;
+    int8_t bytes[2][LARGEST];
+    float largest = 0, sum = 0;
+    long total = 0;
+    for (long c = 0; c < size; c += 16) {
+        const __m512 x = load_floats(row + c, 0xffff);
+        largest = fmaxf(largest, _mm512_reduce_max_ps(_mm512_abs_ps(x))), sum += _mm512_reduce_add_ps(x);
+    }
+    const float most = fine ? FINE : 127, scale = largest > TINY ? most / largest : 0;
+    for (long c = 0; c < size; c += 16) {
+        const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(load_floats(row + c, 0xffff), _mm512_set1_ps(scale)));
+        const __m512i top = fine ? _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(64)), 7) : x;
+        total += _mm512_reduce_add_epi32(x);
+        _mm_storeu_si128((__m128i *)(bytes[0] + c), _mm512_cvtepi32_epi8(top));
+        _mm_storeu_si128((__m128i *)(bytes[1] + c),
+                         _mm512_cvtepi32_epi8(_mm512_sub_epi32(x, _mm512_slli_epi32(top, 7))));
+    }
+    const __m128i order =
+        bits == 8   ? _mm_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)
+        : bits == 4 ? _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15)
+                    : _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+    for (long c = 0; c < size; c += 16) {
+        _mm_storeu_si128((__m128i *)(high + c), _mm_shuffle_epi8(_mm_loadu_si128((__m128i *)(bytes[0] + c)), order));
+        _mm_storeu_si128((__m128i *)(low + c), _mm_shuffle_epi8(_mm_loadu_si128((__m128i *)(bytes[1] + c)), order));
+    }
+    const float back = largest > TINY ? largest / most : 0;
+    factors[0] = back;
+    factors[d4] = 0.5f * ((1 << bits) - 1) * (sum - back * total);
+    factors[2 * d4] = sum;
+}
+
+/* Channels c and c + d / 2 of the keys of a block, turned by the angles of the places in a block. */
+static void turn_keys(float *keys, long half, const float *places) {
+    for (long c = 0; c < half; c++)
+        for (int v = 0; v < BLOCK; v += 16) {
+            float *first = keys + c * BLOCK + v, *second = keys + (half + c) * BLOCK + v;
+            const __m512 cosine = _mm512_loadu_ps(places + 2 * c * BLOCK + v);
+            const __m512 sine = _mm512_loadu_ps(places + (2 * c + 1) * BLOCK + v);
+            const __m512 x = _mm512_loadu_ps(first), y = _mm512_loadu_ps(second);
+            _mm512_storeu_ps(first, _mm512_fnmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
+            _mm512_storeu_ps(second, _mm512_fmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
+        }
+}
+
+/* Queries [columns][h] turned back by a block's angles. */
+static void turn_queries(const struct reading *all, const float *queries, const float *cosines, const float *sines,
+                         float *turned) {
+    const long h = all->h;
+    for (long p = 0; p < all->pairs; p++) {
+        const int32_t *turn = all->turns + 3 * p;
+        const __m512 cosine = _mm512_set1_ps(cosines[turn[2]]), sine = _mm512_set1_ps(sines[turn[2]]);
+        const float *first = queries + turn[0] * h, *second = queries + turn[1] * h;
+        for (long i = 0; i < h; i += 16) {
+            const __mmask16 mask = h - i >= 16 ? 0xffff : (__mmask16)((1u << (h - i)) - 1);
+            const __m512 x = _mm512_maskz_loadu_ps(mask, first + i), y = _mm512_maskz_loadu_ps(mask, second + i);
+            _mm512_mask_storeu_ps(turned + turn[0] * h + i, mask, _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
+            _mm512_mask_storeu_ps(turned + turn[1] * h + i, mask, _mm512_fnmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
+        }
+    }
+}
+
+/* A place in memory that is cut into pieces, each at a cache line. With nothing to cut, it only counts. */
+static void *cut(char **from, long bytes) {
+    char *piece = *from;
+    *from += round_up(bytes, 64);
+    return piece;
+}
+
+struct scratch {
+    uint32_t *words, *codes;
+    uint8_t *units;
+    float *tile, *queries, *scores, *scale, *before, *low, *step;
+    int8_t *bytes;
+};
+
+static long cut_scratch(const struct reading *all, char *from, struct scratch *to) {
+    char *at = from;
+    to->words = cut(&at, 4 * BLOCK * 4);
+    to->codes = cut(&at, all->d ? all->r * BLOCK : 0);
+    to->units = cut(&at, (LARGEST / 16 + 3) * UNITS * 64); /* the last 16 bytes of 2 bits may be 4 */
+    to->tile = cut(&at, all->rows * BLOCK * 4);
+    to->queries = cut(&at, all->columns * all->h * 4);
+    to->scores = cut(&at, all->h * BLOCK * 4);
+    to->scale = cut(&at, all->h * all->groups * 4);
+    to->before = cut(&at, all->h * 4);
+    to->low = cut(&at, all->groups * BLOCK * 4);
+    to->step = cut(&at, all->groups * BLOCK * 4);
+    to->bytes = cut(&at, all->h * all->groups * 2 * BLOCK);
+    return at - from;
+}
+
+/* Scores of a block, predictive: pairs are turned and multiplied; the constant part of the keys is the angles alone. */
+static void score_pairs(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
+    const long h = all->h;
+    multiply(h, my->queries + all->rk * h, h, all->places, 2 * all->half, my->scores);
+    for (long e = 0; e < all->groups && all->group[e].first < all->rk; e++) {
+        const struct group *group = all->group + e;
+        const long bits = group->bits;
+        for (long j = 0; j < group->bytes / 4; j += 4) {
+            const long count = words_from(group, j), first = group->first + j * 32 / bits;
+            const uint32_t *words = my->words;
+            const float *low = my->low + e * BLOCK, *step = my->step + e * BLOCK;
+            const int32_t *turns = all->turns + first / 2 * 3;
+            words_of(codes, row, group, j, my->words);
+            switch (bits) {
+            case 8: turn_words(words, count, 8, low, step, turns, all->places, my->tile); break;
+            case 4: turn_words(words, count, 4, low, step, turns, all->places, my->tile); break;
+            default: turn_words(words, count, 2, low, step, turns, all->places, my->tile);
+            }
+            multiply(h, my->queries + first * h, h, my->tile, count * 32 / bits, my->scores);
+        }
+    }
+}
+
+/* Scores of a block, joint: the keys of one head after the other are rebuilt, turned and multiplied. */
+static void score_joint(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
+    for (long e = 0; e < all->groups; e++) {
+        const struct group *group = all->group + e;
+        uint32_t *to = my->codes + group->first / 4 * BLOCK;
+        for (long j = 0; j < group->bytes / 4; j += 4, to += 4 * (8 / group->bits) * BLOCK) {
+            const long count = words_from(group, j);
+            words_of(codes, row, group, j, my->words);
+            switch (group->bits) {
+            case 8: spread(my->words, count, 8, to); break;
+            case 4: spread(my->words, count, 4, to); break;
+            default: spread(my->words, count, 2, to);
+            }
+        }
+    }
+    for (long g = 0; g < all->g; g++) {
+        for (long e = 0; e < all->groups; e++) {
+            const struct group *group = all->group + e;
+            rebuild(group, all->decoder + 2 * all->d4 * (g * all->r + group->first), all->d4,
+                    all->factors + (g * all->groups + e) * 3 * all->d4, my->codes + group->first / 4 * BLOCK,
+                    my->low + e * BLOCK, my->step + e * BLOCK, e ? 0 : all->mean + g * all->d4, my->tile);
+        }
+        turn_keys(my->tile, all->half, all->places);
+        const long some = all->h / all->g;
+        multiply(some, my->queries + g * some, all->h, my->tile, all->d, my->scores + g * some * BLOCK);
+    }
+}
+
+/* n tokens of one sequence, from the start of a block: unnormalised out[h][16 vectors] and lows[h][groups][16], and each
+ * query's maximum and sum of exponentials. */
+static void read_part(const struct reading *all, const float *queries, const uint8_t *codes, const bf16 *scales,
+                      const uint8_t *hidden, const float *cosines, const float *sines, long n,
+                      const struct scratch *my, float *out, float *lows, float *highest, float *sum) {
+    const long h = all->h, groups = all->groups;
+    memset(out, 0, h * 16 * all->vectors * sizeof *out);
+    memset(lows, 0, h * groups * 16 * sizeof *lows);
+    for (long i = 0; i < h; i++) highest[i] = NONE, sum[i] = 0;
+    for (long start = 0; start < n; start += BLOCK, cosines += all->half, sines += all->half) {
+        const long count = n - start < BLOCK ? n - start : BLOCK, ahead = n - start - count;
+        const uint8_t *from = codes + start * all->code_stride;
+        uint64_t visible = count == BLOCK ? ~0ull : (1ull << count) - 1;
+        if (hidden)
+            visible = _mm512_mask_cmpeq_epi8_mask(visible, _mm512_maskz_loadu_epi8(visible, hidden + start),
+                                                  _mm512_setzero_si512());
+        if (!visible) continue;
+        long row[BLOCK];
+        for (long u = 0; u < BLOCK; u++) row[u] = (u < count ? u : count - 1) * all->code_stride;
+        for (long u = 0; u < (ahead < BLOCK ? ahead : BLOCK); u++) {
+            for (long c = 0; c < all->bytes; c += 64)
+                _mm_prefetch((const char *)from + (BLOCK + u) * all->code_stride + c, _MM_HINT_T1);
+            _mm_prefetch((const char *)(scales + (start + BLOCK + u) * all->scale_stride), _MM_HINT_T1);
+        }
+        for (long f = 0; ahead && f < all->half; f += 16) {
+            _mm_prefetch((const char *)(cosines + all->half + f), _MM_HINT_T0);
+            _mm_prefetch((const char *)(sines + all->half + f), _MM_HINT_T0);
+        }
+        lay_scales(scales + start * all->scale_stride, all->scale_stride, groups, visible, my->low, my->step);
+        turn_queries(all, queries, cosines, sines, my->queries);
+        memset(my->scores, 0, h * BLOCK * sizeof(float));
+        if (all->d) score_joint(all, my, from, row);
+        else score_pairs(all, my, from, row);
+        for (long i = 0; i < h; i++) {
+            float *weights = my->scores + i * BLOCK;
+            const float before = my->before[i] = weigh_visible(weights, visible, highest + i, sum + i);
+            for (long e = 0; e < groups; e++) {
+                const long place = i * groups + e;
+                my->scale[place] = in_bytes(weights, my->step + e * BLOCK, my->bytes + place * 2 * BLOCK);
+                __m512 x = _mm512_mul_ps(_mm512_loadu_ps(lows + place * 16), _mm512_set1_ps(before));
+                for (int v = 0; v < BLOCK; v += 16)
+                    x = _mm512_fmadd_ps(_mm512_loadu_ps(weights + v), _mm512_loadu_ps(my->low + e * BLOCK + v), x);
+                _mm512_storeu_ps(lows + place * 16, x);
+            }
+        }
+        average(all, from, row, my->bytes, my->units, my->scale, my->before, out);
+    }
+}
+
+/* The parts of one query: its average in the order of components, and its log of the sum of exponentials. */
+static void join_parts(const struct reading *all, const float *part, long parts, long of_part, long i, float *average,
+                       float *lse) {
+    const long width = 16 * all->vectors, groups = all->groups, h = all->h;
+    const float *lows = part + h * width, *highest = lows + h * groups * 16, *sum = highest + h;
+    float top = NONE, total = 0;
+    for (long p = 0; p < parts; p++) top = fmaxf(top, highest[p * of_part + i]);
+    for (long p = 0; p < parts; p++) total += expf(highest[p * of_part + i] - top) * sum[p * of_part + i];
+    *lse = total > 0 ? top + logf(total) : NONE;
+    for (long e = 0; e < groups; e++) {
+        const struct group *group = all->group + e;
+        const long per = 8 / group->bits;
+        float shares[parts], low = 0;
+        for (long p = 0; p < parts; p++) {
+            shares[p] = total > 0 ? expf(highest[p * of_part + i] - top) / total : 0;
+            low += shares[p] * _mm512_reduce_add_ps(_mm512_loadu_ps(lows + p * of_part + (i * groups + e) * 16));
+        }
+        for (long v = 0; v < group->vectors; v++) {
+            const long left = group->bytes - v / per * 16, first = group->first + v / per * 16 * per + v % per;
+            __m512 x = _mm512_set1_ps(low);
+            for (long p = 0; p < parts; p++)
+                x = _mm512_fmadd_ps(_mm512_set1_ps(shares[p]),
+                                    _mm512_loadu_ps(part + p * of_part + i * width + 16 * (group->vector + v)), x);
+            _mm512_mask_i32scatter_ps(average + first, left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1),
+                                      multiples(per), x, 4);
+        }
+    }
+}
+
+/* One new token reads the codes of n tokens: averages [b, h, r] of the decoded components, normalised over these
+ * tokens, and lse [b, h], the log of their sum of exponentials; both fp32.
+ *
+ * sizes: b, h, n, F = half the width of a head, rk, groups, kv heads, token strides of codes (bytes) and scales (numbers),
+ * strides of sequence of both and of the blocks' angles. Without a decoder the first rk components are pairs whose
+ * frequencies are `frequency` [rk / 2], and queries are [b, h, rk + 2 F]; with one, [g, 2 F, r], keys are rebuilt from it
+ * and from `mean` [g, 2 F], and queries are [b, h, 2 F]. table: bits and size of each group. codes and scales start at the
+ * first token read, and so does `hidden` [b, n], if there is one. cosines and sines are [b or 1, blocks, F] and [BLOCK, F].
+ * Returns 0, or 1 if memory is short. */
+int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales, const uint8_t *hidden,
+                   const int32_t *frequency, const bf16 *decoder, const float *mean, const float *block_cosines,
+                   const float *block_sines, const float *place_cosines, const float *place_sines, float *averages,
+                   float *lse, const long *sizes, const long *table, float scale, int threads) {
+    struct reading all = {.h = sizes[1], .n = sizes[2], .half = sizes[3], .rk = sizes[4], .groups = sizes[5]};
+    const long b = sizes[0], h = all.h, n = all.n, half = all.half, groups = all.groups;
+    all.g = decoder ? sizes[6] : 1, all.d = decoder ? 2 * half : 0, all.d4 = round_up(all.d, 4);
+    all.code_stride = sizes[7], all.scale_stride = sizes[8];
+    all.columns = decoder ? all.d : all.rk + 2 * half, all.pairs = all.columns / 2;
+    all.rows = all.d4 > 64 ? all.d4 : 64;
+    struct group *group = all.group = malloc(groups * sizeof *group);
+    if (!group) return 1;
+    for (long e = 0; e < groups; e++) {
+        const long bits = table[2 * e], size = table[2 * e + 1], bytes = size * bits / 8;
+        group[e] = (struct group){bits, size, all.r, all.bytes, bytes, all.vectors, (bytes + 15) / 16 * (8 / bits)};
+        all.r += size, all.bytes += bytes, all.vectors += group[e].vectors;
+    }
+    long parts = (threads + b - 1) / b, most = (n + 4 * BLOCK - 1) / (4 * BLOCK);
+    parts = parts < most ? parts : most;
+    const long size = round_up((n + parts - 1) / parts, BLOCK);
+    parts = (n + size - 1) / size;
+    const long of_part = round_up(h * (16 * all.vectors + 16 * groups + 2), 16), of_queries = all.columns * h;
+    struct scratch mine;
+    const long of_thread = cut_scratch(&all, 0, &mine);
+    char *memory = 0;
+    float *partial, *laid;
+    char *work;
+    for (int counted = 0; counted < 2; counted++) { /* first only how much there is to be had */
+        char *at = memory;
+        partial = cut(&at, b * parts * of_part * 4);
+        laid = cut(&at, b * of_queries * 4);
+        work = cut(&at, threads * of_thread);
+        all.turns = cut(&at, all.pairs * 3 * 4);
+        all.places = cut(&at, half * 2 * BLOCK * 4);
+        all.decoder = cut(&at, 2 * all.d4 * all.g * all.r);
+        all.factors = cut(&at, all.g * groups * 3 * all.d4 * 4);
+        all.mean = cut(&at, all.g * all.d4 * 4);
+        if (!counted && !(memory = aligned_alloc(64, at - memory))) {
+            free(group);
+            return 1;
+        }
+    }
+    for (long s = 0; s < b; s++)
+        for (long i = 0; i < h; i++)
+            for (long c = 0; c < all.columns; c += 16) {
+                const long left = all.columns - c;
+                const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
+                const __m512 x = load_floats(queries + (s * h + i) * all.columns + c, mask);
+                _mm512_mask_i32scatter_ps(laid + s * of_queries + c * h + i, mask, multiples(h),
+                                          _mm512_mul_ps(x, _mm512_set1_ps(scale)), 4);
+            }
+    for (long c = 0; c < all.g * all.d4; c++)
+        all.mean[c] = c % all.d4 < all.d ? mean[c / all.d4 * all.d + c % all.d4] : 0;
+    for (long p = 0; p < all.pairs; p++) {
+        int32_t *turn = all.turns + 3 * p;
+        turn[0] = decoder ? p : 2 * p, turn[1] = decoder ? half + p : 2 * p + 1;
+        turn[2] = decoder ? p : p < all.rk / 2 ? frequency[p] : p - all.rk / 2;
+    }
+    for (long f = 0; f < half; f++)
+        for (long u = 0; u < BLOCK; u += 16) {
+            float *to = all.places + 2 * f * BLOCK + u;
+            _mm512_storeu_ps(to, _mm512_i32gather_ps(multiples(half), place_cosines + u * half + f, 4));
+            _mm512_storeu_ps(to + BLOCK, _mm512_i32gather_ps(multiples(half), place_sines + u * half + f, 4));
+        }
+#pragma omp parallel num_threads(threads)
+    {
+#pragma omp for schedule(static)
+        for (long row = 0; row < all.g * all.d4; row++) /* the decoder is there for all before anyone reads it */
+            for (long e = 0; e < groups; e++) {
+                static const bf16 none[LARGEST];
+                const long g = row / all.d4, c = row % all.d4;
+                int8_t *to = all.decoder + 2 * all.d4 * (g * all.r + group[e].first) + c * group[e].size;
+                lay_decoder(c < all.d ? decoder + (g * all.d + c) * all.r + group[e].first : none, group + e, to,
+                            to + all.d4 * group[e].size, all.factors + (g * groups + e) * 3 * all.d4 + c, all.d4);
+            }
+#pragma omp for schedule(static, 1)
+        for (long thread = 0; thread < threads; thread++) {
+            struct scratch my;
+            cut_scratch(&all, work + thread * of_thread, &my);
+            for (long task = thread; task < b * parts; task += threads) {
+                const long s = task / parts, from = task % parts * size, to = from + size < n ? from + size : n;
+                const long angles = s * sizes[11] + from / BLOCK * half;
+                float *out = partial + task * of_part, *lows = out + h * 16 * all.vectors;
+                float *highest = lows + h * groups * 16;
+                read_part(&all, laid + s * of_queries, codes + s * sizes[9] + from * all.code_stride,
+                          scales + s * sizes[10] + from * all.scale_stride, hidden ? hidden + s * n + from : 0,
+                          block_cosines + angles, block_sines + angles, to - from, &my, out, lows, highest,
+                          highest + h);
+            }
+        }
+    }
+    for (long i = 0; i < b * h; i++)
+        join_parts(&all, partial + i / h * parts * of_part, parts, of_part, i % h, averages + i * all.r, lse + i);
+    free(memory), free(group);
+    return 0;
+}

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float
 from torch import Tensor
 
-from mea.compression.coding.bits import Section, allocate, expected_loss, unit_of
+from mea.compression.coding.bits import Section, allocate, expected_loss
 from mea.compression.coding.klt import Transform, transform
 from mea.compression.coding.moments import LayerMoments
-from mea.ops.codes import UNIT, Tiers, rounded
+from mea.ops.codes import Tiers, rounded
 
 ROUNDS = 3  # of bits and prediction in turns
 RIDGE = 1e-4  # of the components' unit variance
@@ -36,6 +36,7 @@ class LayerCode:
     loss: float = 0.0
 
 
+@runtime_checkable
 class Reading(Protocol):
     """One way of coding a layer: sections of components, and what they become at given tiers."""
 
@@ -51,8 +52,8 @@ class Reading(Protocol):
         """Take into account how the sections will be rounded."""
         ...
 
-    def code(self, tiers: Sequence[Tiers], refit: bool = True) -> LayerCode:
-        """Encoders and decoders with these tiers; decoders are fitted to components as they are read if `refit`."""
+    def code(self, tiers: Sequence[Tiers]) -> LayerCode:
+        """Encoders and decoders with these tiers."""
         ...
 
 
@@ -71,12 +72,9 @@ class Joint:
     def update(self, tiers: Sequence[Tiers]) -> None:
         """Nothing: one transform suits all bits."""
 
-    def code(self, tiers: Sequence[Tiers], refit: bool = True) -> LayerCode:
+    def code(self, tiers: Sequence[Tiers]) -> LayerCode:
         r, d, n = sum(tiers[0]), self.moments.head_dim, len(self.moments.mean) // 2
         encoder, decoder = self.transform.encoder[:r], self.transform.decoder[:, :r]
-        if refit:
-            sample = self.moments.sample.double() - self.moments.mean
-            decoder = _refitted(decoder, rounded(sample @ encoder.T, tiers[0]), sample)
         tensors = {
             "encoder": encoder,
             "key_decoder": decoder[:n].unflatten(0, (-1, d)),
@@ -105,8 +103,8 @@ class Predictive:
         self.key_losses = found.losses.flatten()[order].repeat_interleave(2)
         keys, values = (moments.sample.double() - moments.mean).tensor_split(2, 1)
         heads = keys.unflatten(1, (g, 2, -1))  # s g re/im f
-        self.keys = torch.complex(heads[:, :, 0], heads[:, :, 1])  # s g f
-        components = torch.einsum("sgp,pg->sp", self.keys[:, :, self.frequency], self.encoder)
+        complex_keys = torch.complex(heads[:, :, 0], heads[:, :, 1])  # s g f
+        components = torch.einsum("sgp,pg->sp", complex_keys[:, :, self.frequency], self.encoder)
         self.components = torch.view_as_real(components).flatten(1).float()
         self.values = values
         self.prediction, self.rest = self._predict(self.components)
@@ -118,36 +116,20 @@ class Predictive:
         r = sum(tiers[0])
         self.prediction, self.rest = self._predict(rounded(self.components[:, :r], tiers[0]))
 
-    def code(self, tiers: Sequence[Tiers], refit: bool = True) -> LayerCode:
+    def code(self, tiers: Sequence[Tiers]) -> LayerCode:
         self.update(tiers)
         r, rest, d = sum(tiers[0]), sum(tiers[1]), self.moments.head_dim
-        key_decoder, rest_decoder = self.decoder[: r // 2], self.rest.decoder[:, :rest]
-        if refit:
-            seen = rounded(self.components[:, :r], tiers[0]).double()
-            left = self.values - seen @ self.prediction.T
-            key_decoder = self._key_decoder(seen)
-            rest_decoder = _refitted(rest_decoder, rounded(left @ self.rest.encoder[:rest].T, tiers[1]), left)
-        decoder = torch.cat([self.prediction, rest_decoder], 1)
+        decoder = torch.cat([self.prediction, self.rest.decoder[:, :rest]], 1)
         tensors = {
             "frequency": self.frequency[: r // 2].int(),
             "key_encoder": torch.view_as_real(self.encoder[: r // 2].contiguous()),
-            "key_decoder": torch.view_as_real(key_decoder.T.contiguous()),
+            "key_decoder": torch.view_as_real(self.decoder[: r // 2].T.contiguous()),
             "value_encoder": self.rest.encoder[:rest],
             "value_decoder": decoder.unflatten(0, (-1, d)),
             **_means(self.moments),
         }
         losses = zip((self.key_losses, self.rest.losses), tiers, strict=True)
         return LayerCode(list(tiers), tensors, sum(expected_loss(Section(x, 1), tier) for x, tier in losses))
-
-    def _key_decoder(self, seen: Float[Tensor, "s r"]) -> Complex[Tensor, "p g"]:
-        """Decoders of keys from their components as they are read, frequency by frequency."""
-        parts = torch.view_as_complex(seen.unflatten(1, (-1, 2)).contiguous())
-        decoder = self.decoder[: parts.shape[1]].clone()
-        for f in self.frequency[: parts.shape[1]].unique().tolist():
-            own = self.frequency[: parts.shape[1]] == f
-            keys = self.keys[:, :, f]
-            decoder[own] = _refitted(decoder[own].T, parts[:, own], keys).T
-        return decoder
 
     def _predict(self, seen: Float[Tensor, "s r"]) -> tuple[Float[Tensor, "n r"], Transform]:
         """Least squares of values on the components as they are read, and the transform of what is left."""
@@ -182,23 +164,12 @@ def fit_codes(readings: Sequence[Reading | None], tokens: Sequence[int], bits: f
     return [None if reading is None else next(codes) for reading in readings]
 
 
-def _refitted(decoder: Tensor, seen: Tensor, true: Tensor) -> Tensor:
-    """The decoder ``[n, r]`` that gives `true` ``[s, n]`` back from components as they are read, by least squares.
-
-    `RIDGE` draws it towards the given one, which it is where nothing is rounded.
-    """
-    seen = seen.to(true.dtype)
-    count, unit = len(seen), RIDGE * torch.eye(seen.shape[1], dtype=true.dtype)
-    square, cross = seen.mH @ seen / count + unit, seen.mH @ true / count + unit @ decoder.mT
-    return torch.linalg.solve(square, cross).mT
-
-
 def full_code(reading: Reading) -> LayerCode:
     """All components, in 8 bits: exact where nothing is rounded."""
     tiers: list[Tiers] = []
     for losses in reading.sections():
         tiers.append((len(losses), 0, 0))
-    return reading.code(tiers, refit=False)
+    return reading.code(tiers)
 
 
 def _by_layer(used: Sequence[tuple[Reading, int]], tiers: list[Tiers]) -> list[list[Tiers]]:
