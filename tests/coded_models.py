@@ -41,15 +41,17 @@ def coded(
     kind: str,
     reading: str,
     tiers: dict[str, list[tuple[int, int, int]]] | None = None,
-    dtype: torch.dtype = torch.float64,
+    ordinary: bool = True,
     **changes: Any,
 ) -> Any:
-    """The model with its first layers coded; the last one stays ordinary.
+    """The model with its first layers coded; the last one stays `ordinary`, or is coded as well.
 
     In fp64 sums in another order differ by 1e-16 of their size, and no component is that close to the edge between two
     codes: results are equal up to rounding. In fp32 a code may flip.
     """
-    made = [READINGS[reading](found).code((tiers or TIERS)[reading]) for found in moments(kind, **changes)[:-1]]
+    found = moments(kind, **changes)
+    codes = [READINGS[reading](layer).code((tiers or TIERS)[reading]) for layer in found[: len(found) - ordinary]]
     model = original(kind, **changes)
-    config = coded_config(model.config, reading, (FIRST, RECENT), [*made, None], {})
-    return assemble_coded(model.to(dtype), [*made, None], config)
+    made = [*codes, None] if ordinary else codes
+    config = coded_config(model.config, reading, (FIRST, RECENT), made, {})
+    return assemble_coded(model.double(), made, config)

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticLayer
 
-from mea.models.packed_cache import Held, packed_layer
+from mea.models.packed_cache import Held, PackedLayer, packed_layer
 from mea.ops import cpu
 from mea.ops.codes import Groups, code_bytes, from_codes, group_sizes, rounded, to_codes, wide
 from mea.ops.latent import key_positions, rotate
@@ -262,7 +263,7 @@ class CodedAttention(_Stock):
         else:
             if positions is None:
                 raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
-            layer = packed_layer(past_key_values, self.layer_idx, *self.exact, self.window())
+            layer = self.packed(past_key_values)
             slots, hidden = layer.get_mask_sizes(q)
             seen = _visible(attention_mask, len(queries), q, slots)
             held = layer.append(keys, values, self.code.encode, None if hidden or layer.is_sliding else _padding(seen))
@@ -305,6 +306,22 @@ class CodedAttention(_Stock):
     def _rotary_at(self, positions: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         kind = [self.layer_type] if isinstance(self.rotary.rope_type, dict) else []
         return self.rotary(like, positions, *kind)
+
+    def packed(self, cache: Any) -> PackedLayer:
+        """This layer of a cache, which is packed from now on if it is empty.
+
+        Raises
+        ------
+        ValueError
+            The cache is filled, or of a kind that stores tokens in its own way.
+        """
+        tiers = (getattr(self.config, "cache_code", None) or {}).get("tiers", ())
+        if None in tiers and any(isinstance(layer, StaticLayer) for layer in cache.layers):
+            raise ValueError(
+                "this model packs the cache of some layers only, which cannot share a static cache with the others: "
+                "give an empty DynamicCache, or none"
+            )
+        return packed_layer(cache, self.layer_idx, *self.exact, self.window())
 
     def window(self) -> int | None:
         """The sliding window in tokens; Mistral's attention has it in the configuration only."""

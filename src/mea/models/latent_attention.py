@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea.models import coded_attention, packed_cache
 from mea.models.coded_attention import CODES, CodedAttention
+from mea.models.packed_cache import all_dynamic
 from mea.ops import cache_forms, codes, latent
 from mea.ops.cache_forms import FORMS
 from mea.ops.latent import absorbed_is_cheaper, key_positions, read
@@ -289,6 +290,17 @@ class LatentCausalLM(_Mixin):
         for layer, tiers in zip(layers, code["tiers"], strict=True):
             if tiers is not None:
                 to_coded_attention(layer.self_attn, code, tiers, self.model.rotary_emb)
+
+    def _prepare_cache_for_generation(self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> Any:
+        """As usual, then pack the cache at once: assisted decoding and static caches ask its layers what they are."""
+        prepared = super()._prepare_cache_for_generation(generation_config, model_kwargs, *args)
+        cache = model_kwargs.get("past_key_values")
+        if self.config.cache_code is not None and cache is not None:
+            all_dynamic(cache)
+            for layer in self.model.layers:
+                if isinstance(layer.self_attn, CodedAttention):
+                    layer.self_attn.packed(cache)
+        return prepared
 
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, HeadMixing):

@@ -265,6 +265,14 @@ def packed_layer(cache: Any, index: int, first: int, recent: int, window: int | 
     return packed
 
 
+def all_dynamic(cache: Any) -> None:
+    """Put dynamic layers in the place of empty static ones: masks are made for all layers of a cache alike."""
+    for index, layer in enumerate(cache.layers):
+        if isinstance(layer, StaticLayer) and not (layer.is_initialized and int(layer.get_seq_length()) > 0):
+            sliding = layer.is_sliding
+            cache.layers[index] = DynamicSlidingWindowLayer(layer.max_cache_len) if sliding else DynamicLayer()
+
+
 def packed_tokens(recent: int, context: int, window: int | None = None) -> tuple[int, int]:
     """Tokens for which a layer has memory for codes, and exact newest tokens, after a text of `context` tokens."""
     recent = recent if window is None else min(recent, window - 1)

@@ -34,9 +34,9 @@ def unit_of(count: int) -> int:
 def tiers_at(section: Section, theta: float) -> Tiers:
     """Components with 8, 4 and 2 bits at a threshold, in whole units."""
     losses, weight = section.losses, theta * section.tokens
-    bits = torch.tensor((*TIERS, 0))
-    cost = torch.stack([losses * NOISE[int(b)] + weight * b for b in bits])
-    chosen = bits[cost.argmin(0)]
+    levels = (*TIERS, 0)
+    cost = torch.stack([losses * NOISE[b] + weight * b for b in levels])
+    chosen = torch.tensor(levels)[cost.argmin(0)]
     count, unit = len(losses), unit_of(len(losses))
     edges = [0]
     for b in TIERS:
@@ -45,7 +45,7 @@ def tiers_at(section: Section, theta: float) -> Tiers:
     return edges[1] - edges[0], edges[2] - edges[1], edges[3] - edges[2]
 
 
-def allocate(sections: Sequence[Section], bits: float) -> list[Tiers]:
+def allocate(sections: Sequence[Section], bits: int) -> list[Tiers]:
     """Tiers of all sections that take at most so many bits together, all their tokens counted.
 
     Raises
@@ -66,7 +66,7 @@ def allocate(sections: Sequence[Section], bits: float) -> list[Tiers]:
         fits = taken([tiers_at(section, math.exp(middle)) for section in sections]) <= bits
         low, high = (low, middle) if fits else (middle, high)
     tiers = [tiers_at(section, math.exp(high)) for section in sections]
-    if not any(map(sum, tiers)):
+    if top > 0 and not any(map(sum, tiers)):
         raise ValueError("the budget leaves no room for codes: allow more bytes, or keep fewer tokens exactly")
     return tiers
 

@@ -143,7 +143,7 @@ class Predictive:
 READINGS: dict[str, type[Reading]] = {"predictive": Predictive, "joint": Joint}
 
 
-def fit_codes(readings: Sequence[Reading | None], tokens: Sequence[int], bits: float) -> list[LayerCode | None]:
+def fit_codes(readings: Sequence[Reading | None], tokens: Sequence[int], bits: int) -> list[LayerCode | None]:
     """Codes of all layers that take at most `bits`, if layer ``i`` codes ``tokens[i]`` tokens.
 
     A layer without a reading stays ordinary, one without tokens to code gets the most bits.
