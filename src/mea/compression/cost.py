@@ -77,7 +77,7 @@ def _refinement_cost(config: Any, plan: Plan) -> tuple[int, float]:
     h, d = config.num_attention_heads, plan.shape.head_dim
     part = 2 * tokens * (attention + min(plan.calibration.window, refinement.window) * h * d)
     work = len(plan.layout.ranks) * (3 * refinement.passes * part + 4 * part + 4 * tokens * active)
-    return 4 * 4 * tokens * hidden, work + 2 * tokens * hidden * config.vocab_size * 3 * refinement.passes
+    return 4 * 4 * tokens * hidden, 1.0 * work + 2 * tokens * hidden * config.vocab_size * 3 * refinement.passes
 
 
 def _coded_cost(config: Any, plan: Plan) -> Cost:

@@ -27,7 +27,7 @@ from mea.compression.options import Allocation, CompressOptions
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
-from mea.names import DEFAULT_CODED_KEEP, DEFAULT_KEEP, DEFAULT_RANKED
+from mea.names import CODED_METHODS, DEFAULT_CODED_KEEP, DEFAULT_KEEP, DEFAULT_RANKED
 
 REACH = 2  # steps above and below the start that an allocation tries for each rank
 
@@ -123,6 +123,14 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
 
 
 def _method(options: CompressOptions, num_kv_heads: int) -> Method:
+    """The method; raises ValueError where there is none, or an option is for methods that lower ranks."""
+    ranked = {"groups": options.groups != 1, "allocate": options.allocation, "weighting": options.weighting}
+    for name, given in ranked.items():
+        if given and options.method in CODED_METHODS:
+            raise ValueError(
+                f"{name} is an option of methods that lower ranks, such as {DEFAULT_RANKED}: {options.method} spends "
+                "bits by one threshold over all layers"
+            )
     name = options.method if options.weighting is None else f"{options.method}:{options.weighting}"
     return in_groups(find_method(name, num_kv_heads), options.groups, num_kv_heads)
 
@@ -133,16 +141,8 @@ def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, lo
     Raises
     ------
     ValueError
-        An option is for methods with ranks, or nothing meets the budget.
+        Nothing meets the budget.
     """
-    for name, given in (
-        ("groups", options.groups > 1), ("allocate", options.allocation), ("weighting", options.weighting)
-    ):  # fmt: skip
-        if given:
-            raise ValueError(
-                f"{name} is an option of methods that lower ranks, such as {DEFAULT_RANKED}: {options.method} spends "
-                "bits by one threshold over all layers"
-            )
     if options.budget is not None:
         return coded_layout_for_bytes(shape, *parse_budget(options.budget))
     context = min(CONTEXT, longest)
