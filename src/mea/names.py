@@ -22,6 +22,9 @@ METHODS = {  # name -> its file in mea.compression.methods
     "gqa-procrustes": "baselines.gqa_procrustes",
 }
 DEFAULT_METHOD = "predictive"
+CODED_METHODS = ("predictive", "joint")  # give bits to components; the others lower ranks
+DEFAULT_RANKED = "post_rope"  # where only methods that lower ranks are of use
+DEFAULT_KEEP, DEFAULT_CODED_KEEP = 0.5, 0.2  # of methods that lower ranks, and of the others
 WEIGHTINGS = ("mean", "uniform", "sensitivity", "frequency")
 DEFAULT_WEIGHTING = "mean"
 LAYOUTS = ("full", "half", "deep")

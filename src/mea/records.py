@@ -261,3 +261,10 @@ def _validate_value(value: Any, name: str, where: str) -> None:
         raise ValueError(f"{where}: {name} is {value}")
     elif not isinstance(value, str | int | float | type(None)):
         raise ValueError(f"{where}: {name} is a {type(value).__name__}, which JSON does not have")
+
+
+def mean_bits(tiers: list[Any], numbers: int) -> tuple[float, float, float, float]:
+    """Mean number of components with 8, 4, 2 and 0 bits in the layers of a packed cache, from its record's fields."""
+    layers = [[sum(section[i] for section in layer) for i in range(3)] for layer in tiers if layer is not None]
+    eight, four, two = (sum(layer[i] for layer in layers) / max(1, len(layers)) for i in range(3))
+    return eight, four, two, numbers - eight - four - two

@@ -38,7 +38,7 @@ def test_compare_measures_before_and_after_the_same_training(mea, models_, text,
 
     lrs: dict[str, float] = {}
     monkeypatch.setattr(training, "recover", recorded)
-    options = ("--method", "post_rope:uniform", "--method", "joint", "--keep", 0.5, "--bits", 8, "--decode-steps", 0)
+    options = ("--method", "post_rope:uniform", "--method", "shared", "--keep", 0.5, "--bits", 8, "--decode-steps", 0)
     options += ("--text", text, "--tokens", 256, "--window", 64, "--context", 40)
     options += ("--calibration-tokens", 256, "--calibration-window", 64, "--recover-tokens", 2 * 64)
     Path(text).write_text(5 * Path(text).read_text())
@@ -48,7 +48,7 @@ def test_compare_measures_before_and_after_the_same_training(mea, models_, text,
     assert result.exit_code == 0, result.output
     records = {record["config"]["label"]: record for record in read_records(tmp_path / "records")}
     assert lrs == {"post_rope": 5e-4, "joint": 1.5e-4}
-    for method in ("post_rope:uniform", "joint"):
+    for method in ("post_rope:uniform", "shared"):
         before, after = records[f"{method} 0.5"], records[f"{method} 0.5, recovered"]
         assert after["config"]["recovery"]["steps"] == 2
         assert after["results"]["cache"] == before["results"]["cache"]
@@ -69,7 +69,18 @@ def test_profile_writes_its_record(mea, models_, text, tmp_path):
 def test_compress_allocates(mea, models_, tmp_path):
     out = tmp_path / "out"
     # With 256 tokens the fit is so ill-conditioned that fp32 rounding alone fails the self-check on some processors.
-    options = ("--calibration-tokens", 1024, "--calibration-window", 64, "--measure", 0, "--allocate", "--equal")
+    options = (
+        "--calibration-tokens",
+        1024,
+        "--calibration-window",
+        64,
+        "--measure",
+        0,
+        "--method",
+        "post_rope",
+        "--allocate",
+        "--equal",
+    )
     result = mea("compress", models_["a"], out, *options, "--keep", 0.5)
     assert result.exit_code == 0, result.output
     config = json.loads((out / "config.json").read_text())
@@ -80,8 +91,9 @@ def test_compress_allocates(mea, models_, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--groups", 2), "groups is an option of methods that lower ranks, such as post_rope"),
         (("--equal",), "give --allocate too"),
-        (("--groups", 3), "cannot be divided into 3 equal groups"),
+        (("--method", "post_rope", "--groups", 3), "cannot be divided into 3 equal groups"),
     ],
 )
 def test_mistakes_are_one_line(mea, models_, tmp_path, options, message):

@@ -17,14 +17,14 @@ import typer
 from typer.testing import CliRunner
 
 from mea import names
-from mea.cli import COMMANDS, app, console
+from mea.cli import COMMANDS, app, compare, console
 from mea.cli.command import RENAMED
+from mea.comparison import configs
 from mea.compression import Calibration
 from mea.compression.budget import PRESETS
 from mea.compression.methods import DEFAULT_METHOD, DEFAULT_WEIGHTING, METHODS
 from mea.compression.methods.post_rope import WEIGHTINGS
 from mea.compression.options import CompressOptions
-from mea.compression.plan import DEFAULT_KEEP
 from mea.evaluate.suites import LONG_CONTEXT, SUITES
 from mea.models.quantized_cache import BITS
 from mea.train.recovery import settings
@@ -46,6 +46,9 @@ def shown(command: str) -> str:
 
 def test_names_in_the_help_are_those_of_the_registries():
     assert list(names.METHODS) == list(dict.fromkeys(method.name for method in METHODS.values()))
+    assert [name for name, method in METHODS.items() if method.coded] == list(names.CODED_METHODS)
+    assert not METHODS[names.DEFAULT_RANKED].coded
+    assert (compare.CODED_KEEPS, compare.RANKED_KEEPS) == (configs.CODED_KEEPS, configs.RANKED_KEEPS)
     assert tuple(WEIGHTINGS) == names.WEIGHTINGS
     assert (names.DEFAULT_METHOD, names.DEFAULT_WEIGHTING) == (DEFAULT_METHOD, DEFAULT_WEIGHTING)
     assert names.LAYOUTS == PRESETS
@@ -65,7 +68,7 @@ def test_defaults_in_the_help_are_those_of_the_package():
         assert parameters(command)["copy_fraction"].default == calibration.copy_fraction
     for field in dataclasses.fields(CompressOptions):
         assert field.name == "calibration" or parameters("compress")[field.name].default == field.default
-    assert f"to keep; {DEFAULT_KEEP:g} by default" in shown("compress")
+    assert f"to keep; {names.DEFAULT_CODED_KEEP:g} by default, {names.DEFAULT_KEEP:g} with" in shown("compress")
     stage = recovery()
     for default in (f"stage; {stage.tokens:,} by", f"window; {stage.window} by", f"step; {stage.batch} by"):
         assert default in shown("recover")

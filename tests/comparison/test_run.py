@@ -12,8 +12,8 @@ import torch
 from compression.small import tiny
 from mea.comparison import peers
 from mea.comparison import run as comparison
-from mea.comparison.configs import MethodConfig, method_configs
-from mea.comparison.run import Protocol, compare, describe_cost
+from mea.comparison.configs import DEMO, MethodConfig, method_configs
+from mea.comparison.run import Protocol, compare, describe_cost, possible
 from mea.comparison.training import Training
 from mea.compression import cost
 from mea.models.loading import load_config
@@ -200,3 +200,56 @@ def test_what_no_calibration_text_made_is_not_measured_again_for_another(saved, 
         compare(str(saved), tmp_path / "r", configs, protocol=CONTINUED, calibration=seeded)
     kept = [path.stem for path, written in before.items() if path.stat().st_mtime_ns == written]
     assert kept == ["8-bits"]  # the uncompressed model is measured anew because ratios are to it
+
+
+def test_sizes_follow_the_method_and_bits_go_on_top_of_ranks_only():
+    configs = method_configs(["predictive", "post_rope", "svd"], bits=(8, 4, 2))
+    sizes = {}
+    for config in configs:
+        if config.bits is None:
+            sizes.setdefault(config.method, []).append(config.keep)
+    assert sizes == {"predictive": [0.08, 0.1, 0.14, 0.2, 0.28], "post_rope": [0.5], "svd": [0.5]}
+    on_top = [(config.method, config.bits) for config in configs if config.bits]
+    assert on_top == [("none", 8), ("none", 4), ("none", 2), ("post_rope", 8), ("post_rope", 4)]
+    assert {config.method for config in method_configs(["joint"], [0.2], bits=(4,))} == {"joint", "none"}
+    with pytest.raises(ValueError, match="joint have no ranks to choose"):
+        method_configs(["joint"], allocated=[0.5])
+
+
+def test_bits_on_top_of_a_packed_cache_are_refused(saved, calibration, tmp_path):
+    configs = [MethodConfig("both", "predictive", 0.5, bits=4)]
+    with pytest.raises(ValueError, match="both: predictive packs the cache by itself"):
+        compare(str(saved), tmp_path, configs, protocol=CONTINUED, calibration=calibration)
+
+
+def test_what_a_model_is_too_small_for_is_named(saved, calibration):
+    """At 512 tokens the exact ones take more than a tenth."""
+    configs = method_configs(["joint", "svd"], bits=())
+    kept, reasons = possible(str(saved), configs, calibration)
+    assert [config.label for config in kept] == ["svd 0.5"]
+    assert all("exact tokens" in reason for reason in reasons.values())
+    assert len(reasons) == 5
+
+
+def test_packed_caches_are_measured_at_the_same_length_as_others(tokenizer, calibration, tmp_path):
+    tiny(max_position_embeddings=8192).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    configs = [
+        *(config for config in DEMO if config.method != "svd"),
+        MethodConfig("trained", "joint", 0.2, recovered=True),
+    ]
+    training = Training(lambda student, original, name: student, {"how": "not"})
+    protocol = dataclasses.replace(PROTOCOL, prompt="", positions=(0, 128, 512), context=96)
+    options = {"protocol": protocol, "calibration": calibration, "training": training}
+    records = compare(str(tmp_path / "model"), tmp_path / "r", configs, **options)
+    whole = records[0]["results"]["cache"]
+    shares = [record["results"]["cache"]["bytes_per_token"] / whole["bytes_per_token"] for record in records[1:]]
+    assert all(record["results"]["cache"]["tokens"] == 8192 for record in records)
+    # Of numbers in 32 bits; the quantised cache adds its scales.
+    assert [round(share, 2) for share in shares[:2]] == [0.1, 0.1]
+    assert shares[-1] == shares[1]
+    assert shares[2] < 0.2
+    names = [row.name for row in rows(records)]
+    assert {"predictive 0.2 (default)", "joint 0.2, keys rebuilt", "whole cache in 4 bits"} < set(names)
+    assert all(record["results"]["positions"] for record in records[1:3])
+    assert make_sections(records)

@@ -5,10 +5,15 @@ from typing import Any
 import torch
 import transformers
 
+from mea.compression.api import run_plans
+from mea.compression.calibrate.layerwise import LayerWalk
+from mea.compression.calibrate.text import Calibration
+from mea.compression.methods import METHODS
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
 from mea.models.latent_attention import SUPPORTED
 
+RANKED = [name for name, method in METHODS.items() if not method.coded]  # methods that lower ranks
 # What an architecture needs beyond `SIZES`.
 EXTRAS: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": 24},
@@ -41,6 +46,17 @@ def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32, **change
     return model.to(dtype)
 
 
+def packed(
+    method: str = "predictive", model_type: str = "llama", keep: float = 0.3, layout: str | None = None, **changes: Any
+) -> tuple[Any, Any]:
+    """A tiny model with a packed cache, fitted on random tokens, and its original; beyond 68 tokens codes are read."""
+    original = tiny(model_type, **{"max_position_embeddings": 8192, **changes})
+    tokens = torch.randint(0, SIZES["vocab_size"], (8, 128), generator=torch.Generator().manual_seed(1))
+    calibration = Calibration(tokens=1024, window=128)
+    plan = planned(original.config, method=method, keep=keep, layout=layout, calibration=calibration)
+    return run_plans(LayerWalk(original), tokens, [plan])[0].model, original
+
+
 def planned(config: Any, **fields: Any) -> Plan:
-    """The plan for a model in fp32."""
-    return make_plan(config, 4, CompressOptions(**fields))
+    """The plan for a model in fp32, of a method with ranks unless another is given."""
+    return make_plan(config, 4, CompressOptions(**{"method": "post_rope", **fields}))

@@ -23,7 +23,7 @@ from mea.models.saving import complete_folder
 
 
 def arguments(calibration: Calibration, **changes: Any) -> dict[str, Any]:
-    return {"calibration": calibration, "measure_tokens": 0, **changes}
+    return {"method": "post_rope", "calibration": calibration, "measure_tokens": 0, **changes}
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -70,7 +70,7 @@ def test_a_killed_run_goes_on_from_its_finished_layers(
         def kill(what, done, of):
             if (what, done) == ("compressing", 2):
                 os.kill(os.getpid(), signal.SIGKILL)
-        compress_to_folder(saved, out, calibration=calibration, measure_tokens=0, progress=kill)
+        compress_to_folder(saved, out, method="post_rope", calibration=calibration, measure_tokens=0, progress=kill)
         """,
         saved, out, calibration.text,
     )  # fmt: skip
@@ -109,7 +109,7 @@ def test_an_exception_leaves_the_finished_layers(saved: Path, calibration: Calib
     assert files(tmp_path / "out") == files(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("method", ["pre_rope", "joint"])
+@pytest.mark.parametrize("method", ["pre_rope", "shared"])
 def test_finished_layers_remember_the_form_of_their_latents(
     method: str, saved: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
@@ -164,7 +164,7 @@ LIMITED = """
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing on then fails as on a full disk
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[4]), resource.RLIM_INFINITY))
     try:
-        compress_to_folder(saved, out, calibration=calibration, measure_tokens=0)
+        compress_to_folder(saved, out, method="post_rope", calibration=calibration, measure_tokens=0)
     except OSError as error:
         print(error)
         sys.exit(7)

@@ -31,7 +31,7 @@ def refused(saved: Path, calibration: Calibration, monkeypatch: pytest.MonkeyPat
 
     def check(source: Path | str = saved, **options: Any) -> str:
         with pytest.raises(ValueError) as error:  # noqa: PT011 (the caller checks the text)
-            compress_to_folder(str(source), out, **{"calibration": calibration, **options})
+            compress_to_folder(str(source), out, **{"method": "post_rope", "calibration": calibration, **options})
         assert not out.parent.exists()
         return str(error.value)
 
@@ -119,7 +119,9 @@ def test_budgets_that_cannot_be(refused: Any, saved: Path, tmp_path: Path) -> No
 def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: Calibration) -> None:
     model = tiny("gemma3_text", num_key_value_heads=1, num_attention_heads=4, head_dim=16)
     for method in ("svd", "gram"):
-        with pytest.raises(ValueError, match=f"{method!r} mixes whole heads.* only one kv head: give post_rope, "):
+        with pytest.raises(
+            ValueError, match=f"{method!r} mixes whole heads.* only one kv head: give predictive, joint, post_rope, "
+        ):
             mea.compress(model, tokenizer, method=method, calibration=calibration)
     for method in ("post_rope:frequency", "post_rope:uniform"):  # these can: a head has many frequencies
         mea.compress(model, tokenizer, method=method, calibration=calibration)
@@ -127,7 +129,7 @@ def test_scalar_methods_need_more_than_one_kv_head(tokenizer: Any, calibration: 
 
 def test_a_joint_latent_has_two_equal_halves(refused: Any, tmp_path: Path) -> None:
     (tmp_path / "ranks.json").write_text("[[16, 16], null, [8, 16]]")
-    text = refused(layout=tmp_path / "ranks.json", method="joint")
+    text = refused(layout=tmp_path / "ranks.json", method="shared")
     assert text == "a joint latent is cached in two equal halves: give [r, r] or null for each layer, not [8, 16]"
 
 
@@ -152,8 +154,9 @@ def test_measuring_on_more_text_than_there_is(refused: Any) -> None:
 def test_a_missing_calibration_file_is_named(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(OSError, match=r"nothing\.txt"):
         compress_to_folder(
-            str(saved), tmp_path / "out", calibration=Calibration(str(tmp_path / "nothing.txt"), tokens=256, window=64)
-        )
+            str(saved), tmp_path / "out", keep=0.9,
+            calibration=Calibration(str(tmp_path / "nothing.txt"), tokens=256, window=64),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("where", ["model.layers.2.mlp.up_proj.weight", "model.embed_tokens.weight", "lm_head.weight"])
@@ -166,7 +169,7 @@ def test_weights_that_are_no_numbers(
     model.get_parameter(where).data[3, 3] = value
     monkeypatch.setattr(MODULE, "fit_layers", lambda *_: pytest.fail("work began"))
     with pytest.raises(ValueError, match=rf"{where} .* not all finite; the checkpoint is damaged"):
-        mea.compress(model, tokenizer, calibration=calibration)
+        mea.compress(model, tokenizer, method="post_rope", calibration=calibration)
 
 
 def test_activations_that_overflow(tokenizer: Any, calibration: Calibration) -> None:
@@ -174,7 +177,7 @@ def test_activations_that_overflow(tokenizer: Any, calibration: Calibration) -> 
     for name in ("up_proj", "down_proj"):
         model.get_parameter(f"model.layers.1.mlp.{name}.weight").data *= 1e30
     with pytest.raises(ValueError, match="layer 1: activations are not finite on the calibration text"):
-        mea.compress(model, tokenizer, calibration=calibration)
+        mea.compress(model, tokenizer, method="post_rope", calibration=calibration)
 
 
 def test_output_folder_not_empty(saved: Path, calibration: Calibration, tmp_path: Path) -> None:
@@ -191,7 +194,7 @@ def test_output_folder_not_empty(saved: Path, calibration: Calibration, tmp_path
 def test_a_compressed_model_is_not_compressed_again(
     saved: Path, tokenizer: Any, calibration: Calibration, tmp_path: Path
 ) -> None:
-    compressed = mea.compress(tiny(), tokenizer, calibration=calibration)
+    compressed = mea.compress(tiny(), tokenizer, method="post_rope", calibration=calibration)
     message = "compressed already; compress the original to another budget"
     with pytest.raises(ValueError, match=message):
         mea.compress(compressed, tokenizer, calibration=calibration)
@@ -204,7 +207,7 @@ def test_a_compressed_model_is_not_compressed_again(
 
 def test_a_tokenizer_of_another_model(calibration: Calibration, tokenizer: Any) -> None:
     with pytest.raises(ValueError, match="outside the model's vocabulary of 100"):
-        mea.compress(tiny(vocab_size=100), tokenizer, calibration=calibration)
+        mea.compress(tiny(vocab_size=100), tokenizer, method="post_rope", calibration=calibration)
 
 
 def test_no_room_for_the_result(
@@ -213,7 +216,7 @@ def test_no_room_for_the_result(
     monkeypatch.setattr(shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     monkeypatch.setattr(save, "run_plans", lambda *_, **__: pytest.fail("work began"))
     with pytest.raises(OSError, match=r"the result needs .* GiB free"):
-        compress_to_folder(str(saved), tmp_path / "out", calibration=calibration)
+        compress_to_folder(str(saved), tmp_path / "out", method="post_rope", calibration=calibration)
 
 
 @pytest.mark.parametrize(

@@ -59,7 +59,7 @@ def test_an_offloaded_model_gives_what_one_in_memory_gives(
 def test_a_folder_that_does_not_fit_into_memory_is_compressed_from_disk(
     saved: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options: dict[str, Any] = {"calibration": calibration, "measure_tokens": 0}
+    options: dict[str, Any] = {"method": "post_rope", "calibration": calibration, "measure_tokens": 0}
     compress_to_folder(str(saved), tmp_path / "expected", **options)
     # As much memory as half of the weights: transformers then leaves the rest on disk.
     free = loading.weight_bytes(str(saved)) / 2 / loading.MEMORY_SHARE

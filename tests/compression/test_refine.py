@@ -28,7 +28,7 @@ def refined(model: Any, tokenizer: Any, calibration: Calibration, **options: Any
 
 @pytest.mark.parametrize(
     ("architecture", "method"),
-    [*((each, "post_rope:uniform") for each in ("llama", *EXTRAS)), ("llama", "joint"), ("llama", "svd")],
+    [*((each, "post_rope:uniform") for each in ("llama", *EXTRAS)), ("llama", "shared"), ("llama", "svd")],
 )
 def test_layers_come_nearer_to_the_originals(
     architecture: str, method: str, tokenizer: Any, calibration: Calibration
@@ -37,7 +37,7 @@ def test_layers_come_nearer_to_the_originals(
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
     # Half of the numbers of this model's cache are as many as its width: a joint latent of them loses nothing.
-    result = refined(model, tokenizer, calibration, method=method, keep=0.25 if method == "joint" else 0.5)
+    result = refined(model, tokenizer, calibration, method=method, keep=0.25 if method == "shared" else 0.5)
 
     losses = [pair for pair in result.refined.layers if pair]
     assert len(losses) == 3
@@ -99,7 +99,7 @@ def test_layers_left_alone_by_the_layout_are_not_refined(tokenizer: Any, calibra
 def test_a_run_that_was_stopped_while_refining_goes_on(
     saved: Path, calibration: Calibration, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"calibration": calibration, "measure_tokens": 0, "refine": HOW}
+    options = {"method": "post_rope", "calibration": calibration, "measure_tokens": 0, "refine": HOW}
     compress_to_folder(str(saved), tmp_path / "whole", **options)
 
     def stop(what: str, done: int, _: int) -> None:
@@ -155,7 +155,7 @@ def test_position_embeddings_are_the_models_own(architecture: str) -> None:
 
 def test_what_cannot_be_is_refused(tokenizer: Any, calibration: Calibration) -> None:
     with pytest.raises(ValueError, match="at least 1 pass"):
-        mea.compress(tiny(), tokenizer, calibration=calibration, refine=-1)
+        mea.compress(tiny(), tokenizer, method="post_rope", calibration=calibration, refine=-1)
     with pytest.raises(ValueError, match="learning rates must be positive"):
         Refinement(lr=0.0)
     model = tiny()

@@ -72,6 +72,6 @@ def test_joint_latents_are_not_balanced() -> None:
 
 
 def test_latents_of_groups_are_not_balanced(tokenizer, calibration) -> None:
-    small = mea.compress(tiny(), tokenizer, groups=2, keep=0.5, calibration=calibration)
+    small = mea.compress(tiny(), tokenizer, method="post_rope", groups=2, keep=0.5, calibration=calibration)
     with pytest.raises(ValueError, match="compress without groups"):
         balance.balance_latents(small, torch.zeros(1, 8, dtype=torch.long))

@@ -7,13 +7,15 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import CACHE_BITS, DEFAULT_METHOD, listed
+from mea.names import CACHE_BITS, CODED_METHODS, DEFAULT_RANKED, listed
 
 EXAMPLES = (
-    "mea compare MODEL OUT --keep 0.5 --keep 0.25",
+    "mea compare MODEL OUT --method predictive --keep 0.2 --keep 0.1",
     "mea compare MODEL OUT --method joint --method svd --bits 4 --tokens 2048",
 )
-METHODS, KEEPS, TEXTS = (DEFAULT_METHOD, "joint"), (0.25, 0.33, 0.5, 0.67, 0.8), ("wikitext-2-test", "technical")
+METHODS, TEXTS = (*CODED_METHODS, DEFAULT_RANKED, "shared", "svd"), ("wikitext-2-test", "technical")
+# Those of mea.comparison.configs, repeated because importing it takes seconds; a test compares them.
+CODED_KEEPS, RANKED_KEEPS = (0.08, 0.1, 0.14, 0.2, 0.28), (0.5,)
 PEERS = "Other packages"
 BITS = tuple(sorted(CACHE_BITS, reverse=True))
 
@@ -25,14 +27,15 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{shared.METHOD_OR_WEIGHTING_HELP} May be repeated; {' and '.join(METHODS)} by default.",
+            help=f"{shared.METHOD_OR_WEIGHTING_HELP} May be repeated; {', '.join(METHODS)} by default.",
             rich_help_panel=shared.WHAT,
         ),
     ] = None,
     keep: Annotated[
         list[float] | None,
         typer.Option(
-            help=f"Fraction of the cache's bytes to keep. May be repeated; {', '.join(map(str, KEEPS))} by default.",
+            help="Fraction of the cache's bytes to keep. May be repeated; by default "
+            f"{', '.join(map(str, CODED_KEEPS))}, and {RANKED_KEEPS[0]} with methods that lower ranks.",
             rich_help_panel=shared.WHAT,
         ),
     ] = None,
@@ -46,7 +49,9 @@ def compare(
     allocate_keep: Annotated[
         list[float] | None,
         typer.Option(
-            help="Fraction to keep with ranks chosen layer by layer. May be repeated.", rich_help_panel=shared.WHAT
+            help="Fraction to keep with ranks chosen layer by layer, by the first method that lowers ranks. May be "
+            "repeated.",
+            rich_help_panel=shared.WHAT,
         ),
     ] = None,
     text: Annotated[
@@ -105,7 +110,7 @@ def compare(
     from mea.comparison.configs import method_configs
     from mea.comparison.protocol import Protocol
     from mea.comparison.run import compare as run
-    from mea.comparison.run import describe_cost
+    from mea.comparison.run import describe_cost, possible
     from mea.comparison.training import one_by_one, same_recovery
     from mea.compression import Calibration
     from mea.report import terminal_table, write_report
@@ -113,7 +118,7 @@ def compare(
     from mea.report.render.markdown import as_csv, write_markdown, write_text
 
     configs = method_configs(
-        method or METHODS, keep or KEEPS, bits=bits or BITS,
+        method or METHODS, keep or (), bits=bits or BITS,
         backends=backend or [], allocated=allocate_keep or [], presses=press or [],
         conversions=conversion or [], recovered=recover_tokens > 0,
     )  # fmt: skip
@@ -123,6 +128,10 @@ def compare(
     calibration = Calibration(tokens=calibration_tokens, window=calibration_window, copy_fraction=copy_fraction)
     if recover_tokens and not recover_text:
         raise ValueError("no text to train on: give at least one (--recover-text FILE)")
+    if not (method and keep):  # the model may be too small for some of the defaults
+        configs, reasons = possible(model, configs, calibration)
+        for label, reason in reasons.items():
+            errors.print(f"left out: {label} ({reason})", highlight=False)
     words = describe_cost(model, configs, protocol, calibration, recover_tokens)
     errors.print(words, highlight=False)
     with progress() as report:

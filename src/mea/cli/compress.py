@@ -10,7 +10,7 @@ from mea.cli.console import errors, output, progress
 from mea.names import DEFAULT_METHOD, DEFAULT_WEIGHTING, LAYOUTS, WEIGHTINGS, listed
 
 EXAMPLES = (
-    "mea compress MODEL OUT --keep 0.5",
+    "mea compress MODEL OUT --keep 0.2",
     "mea compress MODEL OUT --budget '64k tokens in 2 GiB' --method joint",
 )
 
@@ -21,7 +21,7 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
     keep: Annotated[
         float | None,
-        typer.Option(help="Fraction of the cache's bytes to keep; 0.5 by default.", rich_help_panel=shared.BUDGET),
+        typer.Option(help=shared.KEEP_HELP, rich_help_panel=shared.BUDGET),
     ] = None,
     budget: Annotated[
         str | None,
@@ -38,7 +38,7 @@ def compress(
         bool,
         typer.Option(
             "--allocate",
-            help="Choose the rank of each layer by its effect on held-out text.",
+            help="Of methods that lower ranks: choose each layer's by its effect on held-out text.",
             rich_help_panel=shared.BUDGET,
         ),
     ] = False,
@@ -77,7 +77,8 @@ def compress(
     groups: Annotated[
         int,
         typer.Option(
-            help="Groups of neighbouring heads with separate latents, for tensor parallelism.",
+            help="Of methods that lower ranks: groups of neighbouring heads with separate latents, for tensor "
+            "parallelism.",
             rich_help_panel=shared.ADVANCED,
         ),
     ] = 1,

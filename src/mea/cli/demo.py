@@ -31,7 +31,7 @@ def demo(
         ),
     ] = False,
 ) -> None:
-    """Compress a small model to half of its cache with every method, and report quality and speed."""
+    """Compress a small model's cache in four ways, and report quality, bytes and speed."""
     from mea.comparison.configs import DEMO, REFINED
     from mea.comparison.run import compare, describe_cost
     from mea.models.loading import packaged_model

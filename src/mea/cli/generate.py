@@ -39,8 +39,11 @@ def generate(
 ) -> None:
     """Continue a prompt, and print the text token by token."""
     from mea.evaluate.generation import continue_prompt
+    from mea.evaluate.through_cache import check_cache_bits
     from mea.models.loading import load
 
+    for source in filter(None, (model, against)):
+        check_cache_bits(source, cache_bits)
     for source in filter(None, (model, against)):
         with errors.status(f"loading {source}"):
             loaded, tokenizer = load(source, dtype)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mea.compression.methods import DEFAULT_METHOD
+from mea.compression.methods import DEFAULT_METHOD, METHODS
 from mea.compression.options import Allocation, CompressOptions
 from mea.evaluate.through_cache import ThroughCache
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
@@ -88,6 +88,11 @@ class MethodConfig:
         return self.method.split()[0] if " " in self.method else ""
 
     @property
+    def coded(self) -> bool:
+        """Whether the method packs the cache itself, so that no quantised cache can be put on top of it."""
+        return self.method in METHODS and METHODS[self.method].coded
+
+    @property
     def calibrated(self) -> bool:
         """Whether its result depends on the calibration text."""
         return self.options is not None or self.peer == "cacheshrink"
@@ -99,18 +104,20 @@ class MethodConfig:
 
 
 DEMO = (
-    MethodConfig(f"{DEFAULT_METHOD} (default)", DEFAULT_METHOD),
-    MethodConfig("post_rope:sensitivity", "post_rope:sensitivity"),
-    MethodConfig("post_rope:uniform", "post_rope:uniform"),
-    MethodConfig("joint latent, slower to read", "joint"),
-    MethodConfig("paper's svd, 1 key and 2 value heads", "svd"),
+    MethodConfig("predictive 0.2 (default)", "predictive", 0.2, series="predictive"),
+    MethodConfig("joint 0.2, keys rebuilt", "joint", 0.2, series="joint"),
+    MethodConfig("whole cache in 4 bits", "none", 1.0, bits=4, series="quantised"),
+    MethodConfig("paper's svd 0.5, 1 key and 2 value heads", "svd", 0.5, series="svd"),
 )
-REFINED = MethodConfig(f"{DEFAULT_METHOD}, refined", DEFAULT_METHOD, refine=2)
+REFINED = MethodConfig(
+    f"{DEFAULT_METHOD} 0.2, refined", DEFAULT_METHOD, 0.2, refine=2, series=f"{DEFAULT_METHOD}, refined"
+)
+CODED_KEEPS, RANKED_KEEPS = (0.08, 0.1, 0.14, 0.2, 0.28), (0.5,)  # sizes of a comparison that names none
 
 
 def method_configs(
     methods: Sequence[str],
-    keeps: Sequence[float],
+    keeps: Sequence[float] = (),
     *,
     bits: Sequence[int] = (8, 4, 2),
     backends: Sequence[str] = (),
@@ -119,31 +126,41 @@ def method_configs(
     conversions: Sequence[str] = (),
     recovered: bool = False,
 ) -> list[MethodConfig]:
-    """Every method at every size, quantisation alone and on top of the first method, and the peers' methods.
+    """Every method at every size, quantisation alone and on top of a method with ranks, and the peers' methods.
 
     Parameters
     ----------
     methods, keeps
-        Names in `mea.compression.methods.METHODS`, and fractions of the bytes. Sizes that a method with whole heads
-        cannot have are the caller's to leave out.
+        Names in `mea.compression.methods.METHODS`, and fractions of the bytes; without fractions `CODED_KEEPS` of
+        packed caches and `RANKED_KEEPS` of other methods. Sizes that a method cannot have are the caller's to leave
+        out.
     bits
-        Of this package's quantised cache, alone and (8 and 4) on top of the first method.
+        Of this package's quantised cache, alone and (8 and 4) on top of the first method that lowers ranks.
     backends
         Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
     allocated
-        Sizes at which ranks are also chosen layer by layer, with the first method.
+        Sizes at which ranks are also chosen layer by layer, with the first method that lowers ranks.
     presses, conversions
         Classes of kvpress, and of cacheshrink's ways to compress: ``separate``, ``joint``, ``xkv``.
     recovered
         Every method at every size also after training.
+
+    Raises
+    ------
+    ValueError
+        Ranks are to be chosen, and no method lowers any.
     """
-    configs = [_sized(method, keep) for method in methods for keep in keeps]
+    coded = {method for method in methods if method in METHODS and METHODS[method].coded}
+    sizes = {method: keeps or (CODED_KEEPS if method in coded else RANKED_KEEPS) for method in methods}
+    configs = [_sized(method, keep) for method in methods for keep in sizes[method]]
     if recovered:
         configs += [
             replace(config, label=f"{config.label}, recovered", series=f"{config.series}, recovered", recovered=True)
             for config in configs
         ]
-    first = methods[0]
+    first = next((method for method in methods if method not in coded), "")
+    if allocated and not first:
+        raise ValueError(f"{' and '.join(methods)} have no ranks to choose: add a method that lowers them")
     configs += [
         MethodConfig(f"{first} allocated {keep:.3g}", first, keep, allocate=True, series=f"{first}, allocated")
         for keep in allocated
@@ -152,12 +169,12 @@ def method_configs(
     configs += [
         MethodConfig(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
         for count in bits
-        if count > 2
-        for keep in keeps
+        if count > 2 and first
+        for keep in sizes[first]
     ]
     configs += [MethodConfig(f"transformers {name} 4 bits", "none", 1.0, bits=4, backend=name) for name in backends]
     peers = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
-    return configs + [_sized(peer, keep) for peer in peers for keep in keeps]
+    return configs + [_sized(peer, keep) for peer in peers for keep in keeps or RANKED_KEEPS]
 
 
 def _sized(method: str, keep: float) -> MethodConfig:

@@ -16,8 +16,6 @@ from mea.models.accounting import cached_share
 from mea.models.fold import stock_form
 from mea.records import Progress, Record, make_record
 
-SHORT = 256  # tokens of the cache that is measured, where no continuation says how many there are
-
 
 class Measurement:
     """Measures models next to the uncompressed one, which is measured first."""
@@ -37,7 +35,7 @@ class Measurement:
         # Whole heads rotate as one, so that no position is special.
         by_position = cache is None and not (result is not None and result.plan.method.whole_heads)
         results, samples = self.quality.measure(label, model, cache, by_position=by_position)
-        length = protocol.context or SHORT
+        length = min(protocol.cache_tokens, model.config.get_text_config().max_position_embeddings)
         size = cache_size(model, length, cache.make if cache else None)
         results["cache"] = {"bytes_per_token": size.bytes_per_token, "tokens": length}
         if protocol.prompt and cache is None:

@@ -25,8 +25,9 @@ class Protocol:
         For the time of a decoding step, in `decode_dtype` (``"fast"``: bfloat16 where this machine multiplies it, else
         float32); not without steps.
     context
-        Of each window, what is read before the continuation that is scored; no continuations if 0. Bytes are then
-        those of the cache after such a context.
+        Of each window, what is read before the continuation that is scored; no continuations if 0.
+    cache_tokens
+        At which caches are measured, at most the model's limit. Tokens that a cache keeps exactly dominate short ones.
     dtype
         To score in, and of the cache that is measured.
     """
@@ -41,6 +42,7 @@ class Protocol:
     decode_steps: int = 24
     decode_dtype: str = "fast"
     context: int = 0
+    cache_tokens: int = 8192
     dtype: str = "float32"
 
     def __post_init__(self) -> None:

@@ -28,7 +28,7 @@ from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
 from mea.evaluate.runner import existing_record
 from mea.models.fold import stock_config
-from mea.models.loading import load, load_config
+from mea.models.loading import check_supported, load, load_config
 from mea.records import Progress, Record, make_record, read_record, write_record
 
 TRAINING = 4  # times that reading the tokens takes: forth and back (twice as much), and the original
@@ -83,6 +83,9 @@ def compare(
 
 def _check(configs: Sequence[MethodConfig], protocol: Protocol, training: Training | None) -> None:
     """Refuse configs that cannot be measured; raises ValueError."""
+    for config in configs:
+        if config.coded and config.bits is not None:
+            raise ValueError(f"{config.label}: {config.method} packs the cache by itself; give bits without a method")
     labels = [ORIGINAL, *(config.label for config in configs)]
     if len({_slug(label) for label in labels}) < len(labels):
         raise ValueError(f"configs need labels of their own, not {', '.join(labels)}")
@@ -222,6 +225,26 @@ def describe_cost(
         f"{len(configs)} way{plural} to make the cache of {Path(source).name} smaller: about {minutes} minutes on "
         "this machine if it is quiet. Each is recorded when it is done, and an interrupted run resumes."
     )
+
+
+def possible(
+    source: str, configs: Sequence[MethodConfig], calibration: Calibration
+) -> tuple[list[MethodConfig], dict[str, str]]:
+    """The configs that a model can have, and of the others the labels with reasons; no weights are read.
+
+    Raises
+    ------
+    ValueError
+        There is no such model, or it cannot be compressed at all.
+    """
+    model, reasons = load_config(source), {}
+    check_supported(stock_config(model))
+    for config in configs:
+        try:
+            _plans(model, [config], calibration)
+        except ValueError as error:
+            reasons[config.label] = str(error)
+    return [config for config in configs if config.label not in reasons], reasons
 
 
 def _plans(config: Any, configs: Sequence[MethodConfig], calibration: Calibration) -> dict[CompressOptions, Plan]:

@@ -15,8 +15,8 @@ from mea.train.recovery.settings import Recovery, recovery
 
 # Relative to the stages' own learning rates, whose steps read four windows: few tokens are spent best one by one.
 SCALE = 0.5
-# A joint latent begins nearer to the original than other forms, and at their learning rates moves away from it.
-JOINT = {"lr": 1.5e-4, "base_lr": 1.5e-4}
+# Shared latents and packed caches begin nearer to the original, and at other forms' learning rates move away from it.
+NEAR = {"lr": 1.5e-4, "base_lr": 1.5e-4}
 
 
 def one_by_one(stage: str = "distill", **changes: Any) -> Recovery:
@@ -43,7 +43,7 @@ class Training(NamedTuple):
 def same_recovery(
     source: str, texts: Sequence[str], settings: Recovery, folder: Path, progress: Progress | None = None
 ) -> Training:
-    """Training of copies of models, each on the same windows in the same order; joint latents at lower learning rates.
+    """Training of copies of models, each on the same windows in the same order; the nearest at lower learning rates.
 
     Parameters
     ----------
@@ -62,8 +62,9 @@ def same_recovery(
     rows, held_out = windows(load_tokenizer(source), texts, settings)
 
     def run(student: Any, original: Any, name: str) -> Any:
-        own = replace(settings, **JOINT) if FORMS[student.config.latent_form].shared else settings
+        near = student.config.cache_code is not None or FORMS[student.config.latent_form].shared
+        own = replace(settings, **NEAR) if near else settings
         model = copy.deepcopy(student).float()
         return recover(model, original, rows, held_out, own, folder / name, progress=progress).model
 
-    return Training(run, {**describe(settings), "joint": JOINT, "texts": [Path(text).name for text in texts]})
+    return Training(run, {**describe(settings), "near": NEAR, "texts": [Path(text).name for text in texts]})

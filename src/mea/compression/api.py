@@ -116,12 +116,25 @@ def run_plans(
             f"token {largest} is outside the model's vocabulary of {size:,}: the tokenizer belongs to another model"
         )
     ranked = iter(_run_ranked(walk, tokens, [plan for plan in plans if not plan.method.coded], store, progress))
-    coded = iter(code_plans(walk, tokens, [plan for plan in plans if plan.method.coded], store, progress))
-    return [
-        Compressed(result.model, result.plan, result.losses, result.self_check, result.seconds)
-        if plan.method.coded and (result := next(coded)) else next(ranked)
-        for plan in plans
-    ]  # fmt: skip
+    coded = iter(_run_coded(walk, tokens, [plan for plan in plans if plan.method.coded], store, progress))
+    return [next(coded if plan.method.coded else ranked) for plan in plans]
+
+
+def _run_coded(
+    walk: LayerWalk,
+    tokens: Int[Tensor, "n t"],
+    plans: list[Plan],
+    store: FactorStore | None,
+    progress: Progress | None,
+) -> list[Compressed]:
+    """Plans of packed caches."""
+    results = []
+    for coded in code_plans(walk, tokens, plans, store, progress):
+        start = time.perf_counter()
+        refined = _refined(walk, coded.model, tokens, coded.plan, store, progress)
+        seconds = coded.seconds + time.perf_counter() - start
+        results.append(Compressed(coded.model, coded.plan, coded.losses, coded.self_check, seconds, refined))
+    return results
 
 
 def _run_ranked(
@@ -171,9 +184,22 @@ def _finished(
     form, groups = plan.method.form, plan.method.groups
     config = latent_config(walk.model.config, plan.layout, plan.describe(), form, groups)
     compressed = assemble(walk.model, [layer.factors for layer in fitted], config)
-    refined, refinement = None, plan.options.refinement
-    if refinement:
-        kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}
-        refined = refine_layers(walk, compressed, tokens, refinement, progress=progress, **kept)
+    refined = _refined(walk, compressed, tokens, plan, store, progress)
     errors = [layer.relative_output_error for layer in fitted]
     return Compressed(compressed, plan, errors, self_check, seconds + time.perf_counter() - start, refined)
+
+
+def _refined(
+    walk: LayerWalk,
+    compressed: Any,
+    tokens: Int[Tensor, "n t"],
+    plan: Plan,
+    store: FactorStore | None,
+    progress: Progress | None,
+) -> Refined | None:
+    """Refine a compressed model in place if the plan says so."""
+    refinement = plan.options.refinement
+    if not refinement:
+        return None
+    kept = {"known": store.get_refined, "keep": store.put_refined} if store else {}
+    return refine_layers(walk, compressed, tokens, refinement, progress=progress, **kept)

@@ -128,7 +128,10 @@ class CodedLayout(Layout):
     def described(self) -> dict[str, Any]:
         """The entries for records."""
         tiers = [None if layer is None else [list(tier) for tier in layer] for layer in self.tiers]
-        return {"tiers": tiers, "context": self.context, "first": self.first, "recent": self.recent}
+        numbers = next(2 * pair[0] for pair in self.ranks if pair)
+        return {
+            "tiers": tiers, "numbers": numbers, "context": self.context, "first": self.first, "recent": self.recent,
+        }  # fmt: skip
 
     def bytes_per_token(self, shape: CacheShape) -> float:
         """Bytes for each token of a text of `context` tokens."""
@@ -198,12 +201,12 @@ def coded_layout_for_bytes(shape: CacheShape, context: int, budget: int) -> Code
 def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout:
     exact = layout.exact_bytes(shape, layout.context)
     tokens = sum(count for count, pair in zip(layout.coded_tokens(shape), layout.ranks, strict=True) if pair)
-    least = exact + tokens * LEAST_BITS * 2 * shape.width // 8
+    least = exact + int(tokens * LEAST_BITS * 2 * shape.width / 8)
     if layout.budget < least:
         raise ValueError(
             f"no packed cache meets {what}: at {layout.context:,} tokens it takes {layout.budget:,} bytes, and the "
-            f"exact tokens ({layout.first} first, {layout.recent} newest) with {LEAST_BITS} bits a number for the others "
-            f"{least:,}; allow more bytes or a longer context"
+            f"exact tokens ({layout.first} first, {layout.recent} newest) with {LEAST_BITS} bits a number for the "
+            f"others {least:,}; allow more bytes or a longer context"
         )
     return layout
 

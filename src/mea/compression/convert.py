@@ -83,13 +83,15 @@ def _blocks(matrix: Float[Tensor, "_ m"], groups: int) -> Float[Tensor, "_ _"]:
 @torch.no_grad()
 def replace_weights(attention: Any, weights: dict[str, Tensor]) -> None:
     """Replace matrices of a compressed attention by parameter name; matrices shared with other models do not change."""
-    for name in {name.split(".")[0] for name in weights} - {"head_mixing"}:
+    for name in {name.split(".")[0] for name in weights} - {"head_mixing", "code"}:
         (weight,) = (tensor for full, tensor in weights.items() if full.split(".")[0] == name)
         with weights_of(getattr(attention, name)):
             setattr(attention, name, _with_weight(getattr(attention, name), weight))
-    for name, parameter in attention.head_mixing.named_parameters():
-        if f"head_mixing.{name}" in weights:
-            parameter.copy_(weights[f"head_mixing.{name}"])
+    for part in ("head_mixing", "code"):
+        if hasattr(attention, part):
+            for name, parameter in getattr(attention, part).named_parameters():
+                if f"{part}.{name}" in weights:
+                    parameter.copy_(weights[f"{part}.{name}"])
 
 
 def _with_weight(linear: Any, weight: Tensor) -> nn.Module:

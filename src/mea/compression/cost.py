@@ -34,11 +34,10 @@ def estimate(config: Any, plan: Plan) -> Cost:
     """Memory and time of a plan."""
     width, hidden, tokens = plan.shape.width, config.hidden_size, plan.calibration.tokens
     h, d, t = config.num_attention_heads, plan.shape.head_dim, plan.calibration.window
-    attention, active, feed_forward = _layer_weights(config, plan.shape)
-    layer_weights = attention + feed_forward
     if plan.method.coded:
         return _coded_cost(config, plan)
-
+    attention, active, feed_forward = _layer_weights(config, plan.shape)
+    layer_weights = attention + feed_forward
     form, value_rank = plan.method.form, max((pair[1] for pair in plan.layout.ranks if pair), default=0)
     rank = form.decoder_ranks(value_rank, value_rank)[1]
     averaged = rank if form.shared else width  # numbers per token in attention-averaged values
@@ -65,14 +64,20 @@ def estimate(config: Any, plan: Plan) -> Cost:
         work += (
             (6 + allocation.tries) * allocation.tokens * (layers * forward / tokens + 4 * hidden * config.vocab_size)
         )
-    if (
-        refinement := plan.options.refinement
-    ):  # forward and backward passes through attention, and one pass through both models
-        part = 2 * tokens * (attention + min(t, refinement.window) * h * d)
-        work += layers * (3 * refinement.passes * part + 4 * part + 4 * tokens * active)
-        work += 2 * tokens * hidden * config.vocab_size * 3 * refinement.passes
-        memory += 4 * 4 * tokens * hidden
-    return Cost(memory, work / _speed())
+    refined = _refinement_cost(config, plan)
+    return Cost(memory + refined[0], (work + refined[1]) / _speed())
+
+
+def _refinement_cost(config: Any, plan: Plan) -> tuple[int, float]:
+    """Memory and operations: forward and backward passes through attention, and one pass through both models."""
+    refinement, tokens, hidden = plan.options.refinement, plan.calibration.tokens, config.hidden_size
+    if not refinement:
+        return 0, 0.0
+    attention, active, _ = _layer_weights(config, plan.shape)
+    h, d = config.num_attention_heads, plan.shape.head_dim
+    part = 2 * tokens * (attention + min(plan.calibration.window, refinement.window) * h * d)
+    work = len(plan.layout.ranks) * (3 * refinement.passes * part + 4 * part + 4 * tokens * active)
+    return 4 * 4 * tokens * hidden, 1.0 * work + 2 * tokens * hidden * config.vocab_size * 3 * refinement.passes
 
 
 def _coded_cost(config: Any, plan: Plan) -> Cost:
@@ -85,7 +90,8 @@ def _coded_cost(config: Any, plan: Plan) -> Cost:
     work = layers * (4 * through + 4 * tokens * width**2 + 60 * width**3) + head
     part = min(PART, 4 * tokens * config.hidden_size * (layers + 1))
     memory = part + SAMPLE + layers * 16 * width**2 + 12 * (attention + feed_forward) + 16 * t * t * h
-    return Cost(memory, work / _speed())
+    refined = _refinement_cost(config, plan)
+    return Cost(memory + refined[0], (work + refined[1]) / _speed())
 
 
 def reading_seconds(config: Any, shape: CacheShape, tokens: int, window: int) -> float:

@@ -89,7 +89,9 @@ class CompressOptions:
     Attributes
     ----------
     keep
-        The fraction of the cache's bytes to keep, `DEFAULT_KEEP` if no other budget is given.
+        The fraction of the cache's bytes to keep; of a packed cache the fraction of the 16-bit cache, at 8,192 tokens
+        or the model's limit. If no other budget is given `mea.names.DEFAULT_CODED_KEEP` of packed caches, and
+        `mea.names.DEFAULT_KEEP` of methods that lower ranks.
     budget
         Instead: bytes at a context length, such as ``"64k tokens in 2 GiB"``.
     layout
@@ -106,6 +108,8 @@ class CompressOptions:
         Choose ranks layer by layer; the layout is the start of the search. True means ``Allocation()``.
     refine
         Passes over the calibration text that refine every layer after the closed-form fit, or a `Refinement`.
+
+    Groups, allocation and weighting, and a file of ranks, are for methods that lower ranks.
     """
 
     keep: float | None = None

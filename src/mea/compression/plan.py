@@ -27,9 +27,8 @@ from mea.compression.options import Allocation, CompressOptions
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
+from mea.names import CODED_METHODS, DEFAULT_CODED_KEEP, DEFAULT_KEEP, DEFAULT_RANKED
 
-DEFAULT_KEEP = 0.5  # of methods that lower ranks
-DEFAULT_CODED_KEEP = 0.2
 REACH = 2  # steps above and below the start that an allocation tries for each rank
 
 
@@ -40,7 +39,8 @@ class Plan:
     Attributes
     ----------
     layout
-        Ranks per layer; with an allocation, the start of the search or its result.
+        Ranks per layer; with an allocation, the start of the search or its result. Of a packed cache its budget, and
+        the bits of components once they are known.
     cached
         Cache of the given model as a fraction of `shape`: below 1 for this package's models with fewer component heads
         than key/value heads.
@@ -90,7 +90,7 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
     itemsize
         Bytes of a cached number.
     options
-        By default half of the bytes with the default method.
+        By default the default method at its default `keep`.
 
     Raises
     ------
@@ -123,6 +123,14 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
 
 
 def _method(options: CompressOptions, num_kv_heads: int) -> Method:
+    """The method; raises ValueError where there is none, or an option is for methods that lower ranks."""
+    ranked = {"groups": options.groups != 1, "allocate": options.allocation, "weighting": options.weighting}
+    for name, given in ranked.items():
+        if given and options.method in CODED_METHODS:
+            raise ValueError(
+                f"{name} is an option of methods that lower ranks, such as {DEFAULT_RANKED}: {options.method} spends "
+                "bits by one threshold over all layers"
+            )
     name = options.method if options.weighting is None else f"{options.method}:{options.weighting}"
     return in_groups(find_method(name, num_kv_heads), options.groups, num_kv_heads)
 
@@ -133,16 +141,8 @@ def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, lo
     Raises
     ------
     ValueError
-        An option is for methods with ranks, or nothing meets the budget.
+        Nothing meets the budget.
     """
-    for name, given in (
-        ("groups", options.groups > 1), ("allocate", options.allocation), ("weighting", options.weighting)
-    ):  # fmt: skip
-        if given:
-            raise ValueError(
-                f"{name} is an option of methods that lower ranks: {options.method} spends bits by one threshold over "
-                "all layers"
-            )
     if options.budget is not None:
         return coded_layout_for_bytes(shape, *parse_budget(options.budget))
     context = min(CONTEXT, longest)
@@ -152,8 +152,8 @@ def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, lo
     if str(options.layout) in PRESETS:
         return coded_layout(shape, keep, context, preset_layers(shape, str(options.layout)))
     raise ValueError(
-        f"{options.method} has bits, not ranks: give keep, budget or a layout of {', '.join(PRESETS)}, or a method with "
-        "ranks for a file of ranks"
+        f"{options.method} has bits, not ranks: give keep, budget or a layout of {', '.join(PRESETS)}, or for a file "
+        f"of ranks a method that lowers them, such as {DEFAULT_RANKED}"
     )
 
 

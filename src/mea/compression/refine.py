@@ -5,7 +5,8 @@ layers below, whose errors accumulate. Refinement goes through the layers from f
 outputs of the refined layers below, and its attention's weights (factors and the four projections) are trained for a
 few passes over the calibration windows so that its output approaches the *original's* hidden states after that layer.
 This is block-wise reconstruction, as for quantised models (arXiv 2102.05426, 2308.13137). No gradient runs through more
-than one layer.
+than one layer. A layer that packs its cache is trained with the rounding of components in the loop, whose gradient
+passes straight through.
 
 The target is the residual stream after the whole layer. The residual stream before the feed-forward part would take
 half of the time, but gains little (docs/LOG.md). Latents of post-RoPE keys must be accurate at every position, not only
@@ -29,7 +30,9 @@ from mea.models.lm_head import IGNORED, LMHead, distance
 from mea.ops.precision import fast_dtype
 from mea.records import Progress
 
+FACTORS = ("head_mixing", "code")  # modules of a compressed attention that hold encoders and decoders
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj")
+MEANS = ("code.key_mean", "code.value_mean")
 WARMUP = 0.1  # of the steps
 
 
@@ -78,7 +81,8 @@ def refine_layers(
     walk
         Of the original model, which does not change.
     compressed
-        Result of `mea.compression.convert.assemble`. Trained weights replace the weights shared with the original.
+        Result of `mea.compression.convert.assemble`, or of `mea.compression.coding.convert.assemble_coded`. Trained
+        weights replace the weights shared with the original.
     tokens
         Calibration windows.
     known, keep
@@ -105,7 +109,7 @@ def refine_layers(
             reading = _Reading(inputs[index], turns[index], positions)
             target = reading.all(resident(reference), original)
             layer, weights, loss = resident(changed), known(index), None
-            if hasattr(changed.self_attn, "head_mixing"):
+            if any(hasattr(changed.self_attn, part) for part in FACTORS):
                 layer = copy.deepcopy(layer)
                 if weights is None:
                     loss = _train(_Errors(layer, reading, ours, target), settings, index)
@@ -165,9 +169,10 @@ def _fast_products(device: torch.device) -> torch.autocast:
 
 
 def _trained(attention: Any) -> dict[str, Tensor]:
-    """The trained matrices: factors and projections."""
-    names = ("head_mixing", *PROJECTIONS)
-    return {n: p for n, p in attention.named_parameters() if n.split(".")[0] in names and p.dim() > 1}
+    """The trained matrices: factors and projections, without the means of a packed cache."""
+    names = (*FACTORS, *PROJECTIONS)
+    trained = {n: p for n, p in attention.named_parameters() if n.split(".")[0] in names and p.dim() > 1}
+    return {name: parameter for name, parameter in trained.items() if name not in MEANS}
 
 
 class _Errors:
@@ -223,8 +228,10 @@ def _train(loss: _Errors, settings: Refinement, number: int) -> RefinedLayer:
     loss.layer.requires_grad_(False)
     trained = _trained(loss.layer.self_attn)
     start = {name: parameter.detach().clone() for name, parameter in trained.items()}
-    fast = [p for n, p in trained.items() if n.startswith(("head_mixing", "v_proj"))]
-    slow = [p for n, p in trained.items() if not n.startswith(("head_mixing", "v_proj"))]
+    # Of latents the projection of values is an encoder.
+    factors = FACTORS + (("v_proj",) if hasattr(loss.layer.self_attn, "head_mixing") else ())
+    fast = [p for n, p in trained.items() if n.startswith(factors)]
+    slow = [p for n, p in trained.items() if not n.startswith(factors)]
     groups = [{"params": fast, "lr": settings.lr}, {"params": slow, "lr": settings.base_lr}]
     optimiser = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     steps = settings.passes * -(-len(rest) // settings.batch)

@@ -11,11 +11,10 @@ from torch import Tensor
 
 from mea.compression.allocate.search import allocated
 from mea.compression.api import Compressed, run_plans
+from mea.compression.budget import CodedLayout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
-from mea.compression.budget import CodedLayout
 from mea.compression.checkpoint import FactorStore
-from mea.compression.coding.run import packed_bytes
 from mea.compression.convert import checked_stock_form
 from mea.compression.cost import estimate
 from mea.compression.options import CompressOptions
@@ -26,7 +25,7 @@ from mea.evaluate.speed import cache_size
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
 from mea.models.saving import check_output, model_card, save_folder
-from mea.records import Progress, make_record
+from mea.records import Progress, make_record, mean_bits
 from mea.text import encode_text, load_text
 
 MEASURED_TEXT = "wikitext-2-test"
@@ -87,7 +86,7 @@ def compress_to_folder(
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     # A model that is folded first must be in memory.
     model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is source_config else None)
-    before = cache_size(model, min(CACHE_TOKENS, config.max_position_embeddings)).bytes_per_token
+    before = _bytes_per_token(model, plan, config)
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
     walk = LayerWalk(model, tokens.shape[1])
@@ -125,7 +124,8 @@ def preview(
     source_config = load_config(source)
     config, kind = stock_config(source_config), resolve_dtype(source_config, dtype)
     plan = make_plan(source_config, kind.itemsize, CompressOptions.of(options, fields))
-    cost, context = estimate(config, plan), config.max_position_embeddings
+    cost, layout = estimate(config, plan), plan.layout
+    context = layout.context if isinstance(layout, CodedLayout) else config.max_position_embeddings
     return {
         "model": Path(source).name,
         "dtype": str(kind).removeprefix("torch."),
@@ -151,10 +151,9 @@ def _measure(
     progress: Progress | None,
 ) -> dict[str, Any]:
     plan = result.plan
-    length = min(CACHE_TOKENS, model.config.max_position_embeddings)
     results: dict[str, Any] = {
         "cache_bytes_per_token_before": before,
-        "cache_bytes_per_token": _bytes_per_token(result, length),
+        "cache_bytes_per_token": _bytes_per_token(result.model, plan, model.config),
         ("layer_expected_loss" if plan.method.coded else "layer_relative_output_error"): result.layers,
         **_refinement_results(result.refined),
         "self_check": result.self_check,
@@ -181,16 +180,11 @@ def _measure(
     return make_record("compression", config, results=results, seeds={"calibration": plan.calibration.seed})
 
 
-def _bytes_per_token(result: Compressed, length: int) -> float:
-    """Measured bytes of the compressed cache for each token of a context."""
-    layout, shape = result.plan.layout, result.plan.shape
-    if not isinstance(layout, CodedLayout):
-        return cache_size(result.model, length).bytes_per_token
-    ordinary = sum(
-        2 * shape.width * shape.itemsize * shape.tokens(index, layout.context)
-        for index, pair in enumerate(layout.ranks) if pair is None
-    )  # fmt: skip
-    return (packed_bytes(result.model, layout.context) + ordinary) / layout.context
+def _bytes_per_token(model: Any, plan: Plan, config: Any) -> float:
+    """Measured bytes of a model's cache for each token of a context: of a packed cache, that of its budget."""
+    longest = config.max_position_embeddings
+    length = min(plan.layout.context, longest) if isinstance(plan.layout, CodedLayout) else min(CACHE_TOKENS, longest)
+    return cache_size(model, length).bytes_per_token
 
 
 def _card(record: dict[str, Any]) -> str:
@@ -204,6 +198,12 @@ def _card(record: dict[str, Any]) -> str:
         f"{f', {fraction:.0%} of the windows with repeated spans' if fraction else ''}, no training."
     )
     rows = [(f"cache bytes per token ({config['dtype']})", f"{before:,.0f}", f"{after:,.0f}")]
+    if "tiers" in config:
+        rows[0] = (f"cache bytes per token at {config['context']:,} tokens ({config['dtype']})", *rows[0][1:])
+        bits = mean_bits(config["tiers"], config["numbers"])
+        rows.append(("components of a layer with 8, 4, 2 and 0 bits, mean", "", ", ".join(f"{n:.0f}" for n in bits)))
+        exact = f"the first {config['first']} and the newest {config['recent']}"
+        rows.append(("tokens that are kept exactly", "all", exact))
     if "perplexity" in results:
         rows.append((
             f"perplexity, WikiText-2 raw test, first {config['measured_tokens']:,} tokens",

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from mea.evaluate.perplexity import block_means, perplexity, ratio, text_losses
-from mea.evaluate.through_cache import reading_in
+from mea.evaluate.through_cache import check_cache_bits, reading_in
 from mea.models.loading import load
 from mea.records import Progress, Record, make_record
 from mea.text import encode_text, load_text, start_token
@@ -54,6 +54,7 @@ def perplexity_record(
     ValueError, OSError
         What loading, reading and measuring raise; or the two models read the text as different tokens.
     """
+    check_cache_bits(source, cache_bits)
     read, content = reading_in(cache_bits), load_text(text)
     read_as, losses = None, []
     for name in filter(None, (source, against)):

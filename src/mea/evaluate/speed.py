@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.cache_utils import DynamicLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from mea.models.cache import PreallocatedCache, PreallocatedLayer
+from mea.models.packed_cache import PackedLayer
 from mea.models.quantized_cache import QuantisedLayer
 from mea.records import Progress
 
@@ -41,7 +43,10 @@ class CacheSize:
 
 @torch.no_grad()
 def cache_size(model: Any, tokens: int = 256, make_cache: MakeCache | None = None) -> CacheSize:
-    """Run `tokens` tokens through the model and add up the tensors that its cache holds afterwards.
+    """Add up the tensors that a model's cache holds after `tokens` tokens.
+
+    Beyond `PROMPT` tokens the cache repeats those of a prompt where it can: its size does not depend on which there
+    are.
 
     Parameters
     ----------
@@ -54,6 +59,8 @@ def cache_size(model: Any, tokens: int = 256, make_cache: MakeCache | None = Non
         The model does not give a cache back, or its context is too short.
     """
     _check_context(model, tokens)
+    if tokens > PROMPT:
+        return CacheSize(tokens, held_bytes(_prefill(model, tokens, tokens, make_cache)[0]))
     options = {} if make_cache is None else {"past_key_values": make_cache(model.config.get_text_config())}
     output = model.base_model(input_ids=_some_tokens(model, tokens), use_cache=True, **options)
     layers = getattr(getattr(output, "past_key_values", None), "layers", None)
@@ -156,21 +163,35 @@ def use_packed_decode(model: Any) -> Any:
 def _prefill(model: Any, context: int, total: int, make_cache: MakeCache | None) -> tuple[Any, Tensor]:
     cache = PreallocatedCache(model.config.get_text_config(), capacity=total)
     tokens = _some_tokens(model, context)
-    # What is cached does not change the time of a step, so that a long context may repeat a short one.
     layers: list[Any] = cache.layers
-    repeats = all(isinstance(layer, PreallocatedLayer) for layer in layers)
+    codes = _codes(model)
+    for index in codes:
+        layers[index] = DynamicLayer()  # the model packs it
+    # What is cached does not change the time of a step, so that a long context may repeat a short one.
+    repeats = all(index in codes or isinstance(layer, PreallocatedLayer) for index, layer in enumerate(layers))
     prompt = tokens[:, : PROMPT if repeats else None]
     model.base_model(input_ids=prompt, past_key_values=cache, use_cache=True)  # without logits of the whole prompt
     missing = context - prompt.shape[1]
-    times = -(-missing // prompt.shape[1])
-    for layer in layers if missing else ():
-        layer.update(*(cached.repeat(1, 1, times, 1)[:, :, :missing] for cached in (layer.keys, layer.values)))
+    for index, layer in enumerate(layers if missing else ()):
+        times = -(-missing // layer.keys.shape[2])
+        more = [cached.repeat(1, 1, times, 1)[:, :, :missing] for cached in (layer.keys, layer.values)]
+        if index in codes:
+            layer.append(*more, codes[index].encode)
+        else:
+            layer.update(*more)
     if make_cache is not None:
         other = make_cache(model.config.get_text_config())
         for index, layer in enumerate(layers):
             other.update(layer.keys, layer.values, index)
         cache = other
     return cache, tokens[:, -1:]
+
+
+def _codes(model: Any) -> dict[int, Any]:
+    """The codes of layers that pack their cache, by the layers' numbers."""
+    layers = getattr(model.base_model, "layers", ())
+    attentions = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(layers)}
+    return {index: attention.code for index, attention in attentions.items() if hasattr(attention, "code")}
 
 
 def _some_tokens(model: Any, count: int) -> Tensor:
@@ -180,8 +201,10 @@ def _some_tokens(model: Any, count: int) -> Tensor:
 
 
 def _tensors(layer: Any) -> list[Tensor]:
-    if isinstance(layer, QuantisedLayer):
+    if isinstance(layer, QuantisedLayer | PackedLayer):
         return layer.stored()
+    if isinstance(layer, PreallocatedLayer):  # without room for more tokens
+        return [layer.keys, layer.values]
     return [tensor for item in vars(layer).values() for tensor in _within(item) if tensor.dim() > 1]
 
 

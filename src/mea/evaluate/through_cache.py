@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from mea.evaluate.perplexity import cross_entropy
-from mea.models.quantized_cache import CacheFormat, QuantisedCache
+from mea.models.loading import load_config
+from mea.models.quantized_cache import CacheFormat, QuantisedCache, check_not_packed
 
 
 @dataclass(frozen=True)
@@ -90,3 +91,16 @@ def reading_in(bits: CacheFormat | int | None) -> ThroughCache | None:
         return None
     form = CacheFormat(bits) if isinstance(bits, int) else bits
     return ThroughCache(lambda config: QuantisedCache(config, form), form.block, form.first)
+
+
+def check_cache_bits(source: str, bits: int | None) -> None:
+    """Refuse cache bits that the model cannot have, before its weights are read; None is an ordinary cache.
+
+    Raises
+    ------
+    ValueError
+        As `CacheFormat`, the model packs its cache by itself, or it cannot be read.
+    """
+    if bits is not None:
+        CacheFormat(bits)
+        check_not_packed(load_config(source).get_text_config())

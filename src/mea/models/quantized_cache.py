@@ -234,13 +234,29 @@ class QuantisedCache(DynamicCache):
     Raises
     ------
     ValueError
-        As `CacheFormat`.
+        As `CacheFormat`, or the model packs its cache by itself.
     """
 
     def __init__(self, config: Any, form: CacheFormat | int = 8):
+        check_not_packed(config)
         super().__init__(config=config)
         form = CacheFormat(form) if isinstance(form, int) else form
         self.layers = [QuantisedLayer(form) if type(x) is DynamicLayer else x for x in self.layers]
+
+
+def check_not_packed(config: Any) -> None:
+    """Refuse a model that packs its cache by itself (`mea.models.packed_cache`).
+
+    Raises
+    ------
+    ValueError
+        It does: its numbers have bits of their own.
+    """
+    if getattr(config, "cache_code", None):
+        raise ValueError(
+            "the model packs its cache by itself, in bits that were chosen for each component: leave out cache bits, "
+            "or give the uncompressed model or one with lower ranks"
+        )
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

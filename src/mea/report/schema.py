@@ -111,7 +111,10 @@ def _comparisons() -> Any:
         layers=(fields(what=(str, ""), values=list[float]) | None, None),
         continuation=(fields(prompt=str, text=str) | None, None),
     )
-    return record({"keep": number, "label": text, "series": text}, results)
+    tiers = (list[list[list[int]] | None] | None, None)
+    return record(
+        {"keep": number, "label": text, "series": text, "tiers": tiers, "numbers": (int | None, None)}, results
+    )
 
 
 def _profiles() -> Any:

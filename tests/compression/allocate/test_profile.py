@@ -22,7 +22,9 @@ OPTIONS = {"tokens": 256, "window": 64, "dtype": "float32"}
 
 @pytest.fixture
 def record(saved, calibration, tmp_path):
-    return profile(str(saved), tmp_path / "profile.json", CompressOptions(calibration=calibration), **OPTIONS)
+    return profile(
+        str(saved), tmp_path / "profile.json", CompressOptions(method="post_rope", calibration=calibration), **OPTIONS
+    )
 
 
 def test_a_layer_adds_what_compressing_it_alone_adds(record, saved, calibration):
@@ -36,7 +38,7 @@ def test_a_layer_adds_what_compressing_it_alone_adds(record, saved, calibration)
     found = record["results"]["layers"][1]
     assert found["added"] == pytest.approx(math.log(expected.value), abs=1e-5)
     assert found["standard_error"] == pytest.approx(expected.standard_error / expected.value, rel=1e-3)
-    assert found["relative_output_error"] == pytest.approx(compressed.relative_output_errors[1], rel=1e-4)
+    assert found["relative_output_error"] == pytest.approx(compressed.layers[1], rel=1e-4)
 
 
 def test_an_interrupted_run_goes_on_with_the_layer_that_is_missing(record, saved, calibration, tmp_path, monkeypatch):
@@ -49,7 +51,7 @@ def test_an_interrupted_run_goes_on_with_the_layer_that_is_missing(record, saved
 
     out = tmp_path / "other.json"
     with pytest.raises(Stop):
-        profile(str(saved), out, CompressOptions(calibration=calibration), progress=stop, **OPTIONS)
+        profile(str(saved), out, CompressOptions(method="post_rope", calibration=calibration), progress=stop, **OPTIONS)
     assert len(read_record(out)["results"]["layers"]) == 2
     fitted = []
     fit = module.fit_layers
@@ -60,13 +62,18 @@ def test_an_interrupted_run_goes_on_with_the_layer_that_is_missing(record, saved
             yield found
 
     monkeypatch.setattr(module, "fit_layers", watched)
-    again = profile(str(saved), out, CompressOptions(calibration=calibration), **OPTIONS)
+    again = profile(str(saved), out, CompressOptions(method="post_rope", calibration=calibration), **OPTIONS)
     assert fitted == [2]
     assert again["results"]["layers"] == record["results"]["layers"]
     monkeypatch.setattr(module, "load", None)  # a finished run is not made again
-    assert profile(str(saved), out, CompressOptions(calibration=calibration), **OPTIONS) == again
+    assert profile(str(saved), out, CompressOptions(method="post_rope", calibration=calibration), **OPTIONS) == again
 
 
 def test_another_run_is_not_written_over(record, saved, calibration, tmp_path):
     with pytest.raises(ValueError, match="other settings"):
-        profile(str(saved), tmp_path / "profile.json", CompressOptions(keep=0.75, calibration=calibration), **OPTIONS)
+        profile(
+            str(saved),
+            tmp_path / "profile.json",
+            CompressOptions(keep=0.75, method="post_rope", calibration=calibration),
+            **OPTIONS,
+        )

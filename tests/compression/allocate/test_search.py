@@ -125,14 +125,16 @@ def test_ranks_without_factors_are_not_offered():
 
 
 def test_in_memory(tokenizer, calibration):
-    small = mea.compress(uneven(), tokenizer, calibration=calibration, allocate=Allocation(tokens=256))
+    small = mea.compress(
+        uneven(), tokenizer, method="post_rope", calibration=calibration, allocate=Allocation(tokens=256)
+    )
     assert small.config.compression["allocation"]["tokens"] == 256
     assert sum(map(sum, small.config.latent_ranks)) <= 96
 
 
 def test_a_folder_goes_on_with_the_layout_that_it_has_chosen(saved, tokenizer, calibration, tmp_path, monkeypatch):
     uneven().save_pretrained(saved)
-    out, options = tmp_path / "out", {"calibration": calibration, "measure_tokens": 0}
+    out, options = tmp_path / "out", {"method": "post_rope", "calibration": calibration, "measure_tokens": 0}
     how = Allocation(tokens=256)
     run = save.run_plans
 
@@ -198,5 +200,5 @@ def test_a_context_in_bytes_is_refused_with_sliding_windows(calibration):
         make_plan(
             tiny("gemma3_text").config,
             4,
-            CompressOptions(budget="256 tokens in 40 kB", calibration=calibration, allocate=True),
+            CompressOptions(budget="256 tokens in 40 kB", method="post_rope", calibration=calibration, allocate=True),
         )

@@ -10,14 +10,14 @@ from torch import Tensor
 from compression.rotary import rotation, tables
 from mea.compression.calibrate.rope_moments import average_over_positions
 from mea.compression.calibrate.statistics import LayerStatistics, ScoreMoments
-from mea.compression.methods import METHODS, RENAMED, find_method, joint
+from mea.compression.methods import METHODS, RENAMED, find_method, shared
 from mea.compression.methods.baselines import gram, svd
 from mea.compression.methods.factors import Factors, orthonormal, weighted_subspace
 
 G, D, WIDTH = 3, 8, 20  # kv heads, head dimension, model width
 N = G * D
-SEPARATE = [name for name, method in METHODS.items() if not method.form.shared]
-ROTATED = [name for name, method in METHODS.items() if not method.form.pre_rope]
+SEPARATE = [name for name, method in METHODS.items() if not (method.coded or method.form.shared)]
+ROTATED = [name for name, method in METHODS.items() if not (method.coded or method.form.pre_rope)]
 
 
 def statistics(theta: Tensor | None = None, count: int = 4096, bias: bool = True) -> LayerStatistics:
@@ -217,7 +217,7 @@ def test_unrotated_keys_lose_less_than_rotated_ones() -> None:
 
 
 def joint_error(factors: Factors, given: LayerStatistics, balance: float) -> float:
-    """What `joint` says that it minimises."""
+    """What `shared` says that it minimises."""
     residual = torch.eye(2 * N, dtype=torch.float64) - factors.projection
     moment = torch.cat([torch.cat([given.keys, given.cross], 1), torch.cat([given.cross.T, given.values], 1)])
     left = residual @ moment @ residual.T
@@ -231,11 +231,11 @@ def joint_error(factors: Factors, given: LayerStatistics, balance: float) -> flo
     return total
 
 
-@pytest.mark.parametrize("balance", joint.BALANCES)
+@pytest.mark.parametrize("balance", shared.BALANCES)
 def test_joint_factors_are_a_minimum_and_better_than_separate_ones(balance: float) -> None:
     """Of equal bytes; and no small change of the factors loses less."""
     given = statistics(count=60)
-    both = joint.keys(given, 16, balance)
+    both = shared.keys(given, 16, balance)
     best = joint_error(both, given, balance)
     for _ in range(30):
         near = Factors(both.encoder + 0.01 * torch.randn_like(both.encoder), both.decoder)
@@ -250,19 +250,21 @@ def test_joint_factors_are_a_minimum_and_better_than_separate_ones(balance: floa
 def test_a_joint_latent_as_wide_as_the_input_loses_nothing() -> None:
     """Keys and values of all heads are linear in the input and its constant, here 21 numbers of 48."""
     given = statistics()
-    both = joint.keys(given, WIDTH + 1)
+    both = shared.keys(given, WIDTH + 1)
     assert joint_error(both, given, 1.0) < 1e-9
-    assert joint_error(joint.keys(given, WIDTH - 2), given, 1.0) > 1e-6
-    keys, values = joint.split(both)
+    assert joint_error(shared.keys(given, WIDTH - 2), given, 1.0) > 1e-6
+    keys, values = shared.split(both)
     torch.testing.assert_close(torch.cat([keys.decoder, values.decoder]), both.decoder)
     torch.testing.assert_close(torch.cat([keys.encoder, values.encoder], 1), both.encoder)
 
 
 def test_methods_are_found_by_name() -> None:
     assert find_method("gram", 4) is METHODS["gram"]
-    with pytest.raises(ValueError, match=r"the methods are post_rope, .*, gram, .*, not 'garm'; did you mean 'gram'"):
+    with pytest.raises(
+        ValueError, match=r"the methods are predictive, joint, post_rope, .*, gram, .*, not 'garm'; did you mean 'gram'"
+    ):
         find_method("garm", 4)
-    with pytest.raises(ValueError, match="only one kv head: give post_rope, post_rope:uniform"):
+    with pytest.raises(ValueError, match="only one kv head: give predictive, joint, post_rope, post_rope:uniform"):
         find_method("svd", 1)
     assert find_method("post_rope:mean", 4) is METHODS["post_rope"]
     for name in RENAMED:

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from torch.nn import functional
+from transformers import AutoModelForCausalLM
 
+from compression.small import packed
 from mea.models.lm_head import LMHead, distance
 from mea.train.recovery.api import recover
 from mea.train.recovery.data import overlaps, windows
@@ -318,3 +320,24 @@ def test_shared_runs_of_words_are_counted(tmp_path):
     (tmp_path / "trained.txt").write_text("before " + ", ".join(words[:14]).upper() + " after", encoding="utf-8")
     (tmp_path / "tested.txt").write_text("\n".join(words), encoding="utf-8")
     assert overlaps([str(tmp_path / "trained.txt")], [str(tmp_path / "tested.txt")]) == 2
+
+
+@pytest.mark.parametrize("trained", ["factors", "attention", "all"])
+def test_a_packed_cache_is_trained_with_its_rounding(trained, tmp_path):
+    """What is trained is what is read: codes of old tokens. Means stay, as encoders read what differs from them."""
+    student, original = packed(keep=0.06)
+    ids = torch.randint(1, 99, (52, 128), generator=torch.Generator().manual_seed(0))
+    changes = {"window": 128, "tokens": 12 * 4 * 128, "held_out": 4 * 128, "lr": 2e-3, "base_lr": 7e-4}
+    settings = recovery(**SMALL | changes | {"trained": trained})
+    before = copy.deepcopy(student)
+    result = recover(student, original, ids[:48], ids[48:], settings, tmp_path / "run")
+    assert result.best["kl"] < result.curve[0]["kl"]
+    names = changed(before, result.model)
+    assert any(".code." in name for name in names)
+    assert not any(name.endswith("_mean") for name in names)
+    if trained == "factors":
+        assert all(".code." in name for name in names)
+    result.model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    with torch.no_grad():
+        assert torch.equal(again(ids[:1]).logits, result.model(ids[:1]).logits)

@@ -24,10 +24,11 @@ from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.convert import checked_stock_form
 from mea.compression.fit import Target, fit_layers
 from mea.compression.options import CompressOptions
-from mea.compression.plan import DEFAULT_KEEP, Plan, make_plan
+from mea.compression.plan import Plan, make_plan
 from mea.evaluate.perplexity import block_means, ratio
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config
+from mea.names import DEFAULT_KEEP, DEFAULT_RANKED
 from mea.ops.precision import named_dtype
 from mea.records import Progress, Record, make_record, read_record, write_record
 
@@ -63,10 +64,12 @@ def profile(
     Raises
     ------
     ValueError
-        `out` is not a record of this run; or as `mea.compression.api.compress`.
+        `out` is not a record of this run; the method has no ranks; or as `mea.compression.api.compress`.
     """
-    options, dtype = options or CompressOptions(), named_dtype(dtype)
+    options, dtype = options or CompressOptions(method=DEFAULT_RANKED), named_dtype(dtype)
     plan = make_plan(load_config(source), 2, options)
+    if plan.method.coded:
+        raise ValueError(f"a profile is of methods that lower ranks, such as {DEFAULT_RANKED}, not of {options.method}")
     config = _config(source, plan, text, tokens, window, dtype)
     record = _begun(out, config)
     if record and len(record["results"]["layers"]) == config["layers"]:

@@ -168,6 +168,8 @@ class Scorer:
         windows = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
         if windows or self.model.config._attn_implementation not in ("sdpa", "eager"):
             return False  # windows are part of a mask that the branches' mask would replace
+        if getattr(config, "cache_code", None):
+            return False  # which tokens are read exactly depends on places in the row, not on positions
         size = self.model.get_input_embeddings().weight.shape[0]
         texts = [Scored(tuple(x % size for x in range(3, 12)) + (i % size,) * 5, (0,)) for i in (1, 2)]
         try:

@@ -19,7 +19,7 @@ from mea.evaluate.model_info import ModelInfo
 from mea.evaluate.perplexity import token_losses
 from mea.evaluate.runner import Job, Outcome, Session, Suite
 from mea.evaluate.suites import LONG_CONTEXT, select
-from mea.evaluate.through_cache import reading_in
+from mea.evaluate.through_cache import check_cache_bits, reading_in
 from mea.models.loading import load_tokenizer
 from mea.records import Record
 
@@ -64,9 +64,10 @@ class LongContext(Suite):
         Raises
         ------
         ValueError, OSError
-            A name, a length or a text is wrong, or the models read the prompts as different tokens.
+            A name, a length or a text is wrong, the model cannot have such a cache, or the models read the prompts as
+            different tokens.
         """
-        reading_in(self.cache_bits)  # refuses a number of bits that does not exist
+        check_cache_bits(models[0].source, self.cache_bits)
         tasks = select(LONG_CONTEXT, self.tasks, TASKS)
         lengths = chosen_lengths(self.lengths, [model.context for model in models])
         jobs, shared = [], []

@@ -2,10 +2,15 @@
 
 from typing import Any
 
-from mea.records import Record
+from mea.records import Record, mean_bits
 from mea.report.formatting import size, with_error
 from mea.report.parts import Part, Table
 from mea.report.render.terminal import TerminalTable
+
+READINGS = {
+    "predictive": "predictive: read without rebuilding keys",
+    "joint": "joint: smallest error, keys rebuilt at every reading",
+}
 
 
 def perplexity_table(record: Record) -> TerminalTable:
@@ -37,9 +42,12 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
     spans = f", repeated spans in {copied:.0%} of the windows" if copied else ""
     lines = {
         "method": ", ".join(
-            [preview["method"], *([f"weighting {preview['weighting']}"] if "weighting" in preview else [])]
+            [
+                READINGS.get(preview["method"], preview["method"]),
+                *([f"weighting {preview['weighting']}"] if "weighting" in preview else []),
+            ]
         ),
-        "ranks (keys, values)": _ranges(preview["ranks"]),
+        **(_bits(preview) if "tiers" in preview else {"ranks (keys, values)": _ranges(preview["ranks"])}),
         "allocation": "starts from these ranks, then chooses ranks layer by layer" if preview.get("allocation") else "",
         "cache per token": f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}",
         f"cache at {preview['context']:,} tokens": f"{size(preview['bytes_at_context_before'])} → "
@@ -58,6 +66,8 @@ def compression_table(record: Record, out: str) -> TerminalTable:
     config, results = record["config"], record["results"]
     before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
     lines = [["cache bytes per token", f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}"]]
+    if "tiers" in config:
+        lines[0][0] += f" at {config['context']:,} tokens"
     if "perplexity" in results:
         lines.append([
             f"perplexity, {config['measured_text']}, {config['measured_tokens']:,} tokens",
@@ -71,8 +81,21 @@ def compression_table(record: Record, out: str) -> TerminalTable:
         f"and those at full rank, and {errors['cached']:.0e} between decoding with the cache and one pass over all "
         "tokens. ± is one standard error."
     )
+    if "tiers" in config:
+        bits = mean_bits(config["tiers"], config["numbers"])
+        note += " Components of a layer with 8, 4, 2 and 0 bits, on average: " + ", ".join(f"{n:.0f}" for n in bits)
+        note += f" (of {config['numbers']:,}); exact are the first {config['first']} and the newest {config['recent']} "
+        note += "tokens."
     header = ["measured", config["model"], "compressed", "ratio"]
     return TerminalTable(Part(f"Saved to {out}", table=Table(header, lines, note)))
+
+
+def _bits(preview: dict[str, Any]) -> dict[str, str]:
+    return {
+        "bits": f"8, 4, 2 or 0 for each of {preview['numbers']:,} components a layer, by one threshold over all layers",
+        "exact tokens": f"the first {preview['first']} and the newest {preview['recent']}",
+        "budget": f"{preview['keep']:.1%} of the cache in 16 bits, at {preview['context']:,} tokens",
+    }
 
 
 def _ranges(ranks: list[list[int] | None]) -> str:

@@ -4,10 +4,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mea.models.latent_attention import LATENT_ATTENTION
+from mea.models.latent_attention import CODED_ATTENTION, LATENT_ATTENTION
 from mea.train.recovery.settings import Recovery
 
-LATENT_CLASSES = tuple(LATENT_ATTENTION.values())
+LATENT_CLASSES, CODED_CLASSES = tuple(LATENT_ATTENTION.values()), tuple(CODED_ATTENTION.values())
+MEANS = ("key_mean", "value_mean")  # of a packed cache: what encoders are given is measured from them
 SMALLEST_SIZE = 1e-3  # Adafactor's: tensors that start at zero must also be trained
 
 
@@ -27,16 +28,22 @@ def choose(student: Any, settings: Recovery) -> Any:
         student = _with_adapters(student, settings.rank)
     for parameter in factors(student).values():
         parameter.requires_grad_(True)
+    for module in student.modules():
+        if isinstance(module, CODED_CLASSES):
+            for name in MEANS:
+                getattr(module.code, name).requires_grad_(False)
     return student
 
 
 def factors(student: Any) -> dict[str, nn.Parameter]:
-    """The encoders and decoders of a compressed model's latents, by name."""
+    """The encoders and decoders of a compressed model's latents or components, by name."""
     parameters = {}
     for name, module in student.named_modules():
         if isinstance(module, LATENT_CLASSES):
             for part in ("head_mixing", "v_proj"):
                 parameters |= {f"{name}.{part}.{key}": p for key, p in getattr(module, part).named_parameters()}
+        elif isinstance(module, CODED_CLASSES):
+            parameters |= {f"{name}.code.{key}": p for key, p in module.code.named_parameters() if key not in MEANS}
     return parameters
 
 

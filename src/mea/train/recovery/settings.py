@@ -24,7 +24,8 @@ class Recovery:
         ``"logits"``: divergence from the original's next-token distribution. ``"text"``: plain continued pretraining,
         for which no original is needed.
     trained
-        ``"factors"``: encoders and decoders of the latents, ``v_proj`` being the encoder of the values;
+        ``"factors"``: encoders and decoders of the latents, ``v_proj`` being the encoder of the values, or those of a
+        packed cache's components, which are rounded while training;
         ``"attention"``: all weights of all attention layers; ``"all"``: the whole model; ``"lora"``: the factors, and
         low-rank updates of all other linear layers through PEFT, which are merged at the end.
     tokens
@@ -41,7 +42,7 @@ class Recovery:
         Peak learning rate of the factors, and of everything else that is trained.
     relative
         Learning rates are multiplied by each tensor's own RMS at the start, as Adafactor does (arXiv 1804.04235):
-        factors are an order of magnitude smaller than projections, and those of a joint latent differ by as much. The
+        factors are an order of magnitude smaller than projections, and those of a shared latent differ by as much. The
         second matrix of a low-rank update is zero at the start: it counts as one that makes the update as large as the
         weight it is added to.
     warmup
