@@ -8,8 +8,8 @@ rounded with a number of bits for each component (`mea.ops.codes`). There are tw
   rounded key components, and what the prediction misses has components of its own. No keys or values are rebuilt.
 - *joint*: components of keys and values together; fewer bits at equal error, but keys are rebuilt at every reading.
 
-The newest tokens and the first ones are read exactly (`mea.models.packed_cache`); every other token is read by its code,
-also within one pass over a whole text. So a text has the same logits however it is cut into calls.
+The newest tokens and the first ones are read exactly (`mea.models.packed_cache`); every other token is read by its
+code, also within one pass over a whole text. So a text has the same logits however it is cut into calls.
 
 Dimensions as in `mea.ops.latent`; ``r`` components of a token, of which ``r_k`` belong to keys in the predictive form.
 """
@@ -263,7 +263,7 @@ class CodedAttention(_Stock):
             held, turn = self._whole(keys, values, seen), position_embeddings
         else:
             if positions is None:
-                raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
+                raise ValueError("a packed cache needs the new tokens' position_ids: it rotates keys when it reads")
             layer = self.packed(past_key_values)
             slots, hidden = layer.get_mask_sizes(q)
             seen = _visible(attention_mask, len(queries), q, slots)
@@ -338,7 +338,7 @@ class CodedAttention(_Stock):
     def _read_many(
         self, queries: Tensor, keys: Tensor, values: Tensor, held: Held, seen: Tensor | None, turn: Any, dropout: float
     ) -> Tensor:
-        """Attention of any number of queries ``[b, h, q, d]``: keys and values of this layer are rebuilt for the call."""
+        """Attention of any number of queries ``[b, h, q, d]``: all keys and values of the layer are rebuilt."""
         recent, total, q = self._recent(), held.total, queries.shape[2]
         begin, start = held.begin, total - held.keys.shape[2]  # first slots in codes, and exact
         base = min(begin, start)
@@ -500,7 +500,9 @@ class CodedAttention(_Stock):
         """As `_read_codes`, by the kernel for processors; None where it cannot be used."""
         code, kind = self.code, str(self.rotary.rope_type)
         # The kernel adds angles, which these scalings change with the length of the text.
-        if cpu is None or "dynamic" in kind or "longrope" in kind or not cpu.codes_usable(queries[:, :, 0], code.groups):
+        if cpu is None or "dynamic" in kind or "longrope" in kind:
+            return None
+        if not cpu.codes_usable(queries[:, :, 0], code.groups):
             return None
         steps = torch.arange(-(-count // BLOCK)) * BLOCK
         half, like = queries.shape[-1] // 2, torch.empty(0)

@@ -252,8 +252,8 @@ class LatentCausalLM(_Mixin):
     ``config.cache_code`` describes a packed cache (`mea.models.coded_attention`): its ``reading``, the numbers of
     ``first`` and ``recent`` tokens that are exact, and for each layer its ``tiers``, or None for an ordinary layer.
     Otherwise ``config.latent_ranks`` holds ``[r_k, r_v]`` per layer, or None for an uncompressed layer;
-    ``config.latent_form`` is a name in `mea.ops.cache_forms.FORMS`; ``config.latent_groups`` is the number of groups of heads with separate
-    latents. With ``config.head_norm_eps`` every layer has a `NormedProjection`.
+    ``config.latent_form`` is a name in `mea.ops.cache_forms.FORMS`; ``config.latent_groups`` is the number of groups of
+    heads with separate latents. With ``config.head_norm_eps`` every layer has a `NormedProjection`.
     """
 
     _supports_attention_backend = False  # engines with their own attention and cache must refuse the model

@@ -1,12 +1,13 @@
 """Put codes into layers, and coded layers into a model; check the result."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk
@@ -90,11 +91,9 @@ def check_codes(
         exact.self_attn.code.exactly = True
         full = exact(full, **given.options)
         coded = _copy(loaded, code, reading.name, given.rotary)
-        seen: list[dict[str, Any]] = []
-        handle = coded.self_attn.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
-        chosen = coded(chosen, **given.options)
-        handle.remove()
-        cached = max(cached, _cached_error(coded.self_attn, seen[0], given))
+        with _calls(coded.self_attn) as calls:
+            chosen = coded(chosen, **given.options)
+        cached = max(cached, _cached_error(coded.self_attn, calls[0], given))
     logits, expected = walk.read_out(ids, torch.cat([full, original]))
     errors = {
         "full_rank": ((logits - expected).abs().max() / expected.abs().max().clamp_min(1.0)).item(),
@@ -110,6 +109,17 @@ def check_codes(
                 "has a feature that the conversion does not support; please report the model's config"
             )
     return errors
+
+
+@contextmanager
+def _calls(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
+    """A list to which every call of the module appends its keyword arguments."""
+    calls: list[dict[str, Any]] = []
+    handle = module.register_forward_pre_hook(lambda _module, _args, kwargs: calls.append(kwargs), with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        handle.remove()
 
 
 def _cached_error(attention: Any, arguments: dict[str, Any], inputs: LayerInputs) -> float:
