@@ -31,6 +31,8 @@ def main() -> None:
             for keep in keeps
             if arguments.sizes is None or keep in arguments.sizes
         ]
+        if not seed:
+            configs += [MethodConfig(f"{bits} bits", "none", 1.0, bits=bits, series="quantised") for bits in (8, 4, 2)]
         protocol = replace(PROTOCOL, positions=()) if seed else PROTOCOL
         with progress() as report:
             compare(
