@@ -190,8 +190,8 @@ def _prefill(model: Any, context: int, total: int, make_cache: MakeCache | None)
 def _codes(model: Any) -> dict[int, Any]:
     """The codes of layers that pack their cache, by the layers' numbers."""
     layers = getattr(model.base_model, "layers", ())
-    attentions = {index: getattr(layer, "self_attn", None) for index, layer in enumerate(layers)}
-    return {index: attention.code for index, attention in attentions.items() if hasattr(attention, "code")}
+    codes = {index: getattr(getattr(layer, "self_attn", None), "code", None) for index, layer in enumerate(layers)}
+    return {index: code for index, code in codes.items() if code is not None}
 
 
 def _some_tokens(model: Any, count: int) -> Tensor:
@@ -204,7 +204,7 @@ def _tensors(layer: Any) -> list[Tensor]:
     if isinstance(layer, QuantisedLayer | PackedLayer):
         return layer.stored()
     if isinstance(layer, PreallocatedLayer):  # without room for more tokens
-        return [layer.keys, layer.values]
+        return [x for x in (layer.keys, layer.values) if x is not None]
     return [tensor for item in vars(layer).values() for tensor in _within(item) if tensor.dim() > 1]
 
 

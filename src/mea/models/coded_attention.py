@@ -63,6 +63,7 @@ class PredictiveCode(nn.Module):
         self.keys_tiers, self.rest_tiers = (tuple(part) for part in tiers)
         g, d, r_k, rest = num_kv_heads, head_dim, sum(self.keys_tiers), sum(self.rest_tiers)
         self.groups: Groups = group_sizes(self.keys_tiers) + group_sizes(self.rest_tiers)
+        self.frequency: Tensor
         self.register_buffer("frequency", torch.zeros(r_k // 2, dtype=torch.int32))
         self.key_encoder = nn.Parameter(torch.zeros(r_k // 2, g, 2))
         self.key_decoder = nn.Parameter(torch.zeros(g, r_k // 2, 2))
@@ -325,7 +326,8 @@ class CodedAttention(_Stock):
                 "this model packs the cache of some layers only, and its masks are made for all layers alike: give "
                 "DynamicCache(config=model.config) instead of a static cache or one without windows, or none"
             )
-        return packed_layer(cache, self.layer_idx, *self.exact, self.window())
+        first, recent = self.exact
+        return packed_layer(cache, self.layer_idx, first, recent, self.window())
 
     def window(self) -> int | None:
         """The sliding window in tokens; Mistral's attention has it in the configuration only."""
@@ -474,7 +476,9 @@ class CodedAttention(_Stock):
             own = self._kernel(queries, held, skip, count, hidden, position, past_key_values)
             if own is not None:
                 return own
-        best, total, average = None, None, None
+        b, h = queries.shape[:2]
+        best = wide(queries[..., 0, :1]).new_full((b, h, 1), torch.finfo(torch.float32).min)
+        total, average = torch.zeros_like(best), torch.zeros((), dtype=best.dtype, device=best.device)
         for low in range(skip, skip + count, TOKENS):
             high = min(low + TOKENS, skip + count)
             components = code.decode(held.codes[:, low:high], held.scales[:, low:high]).to(wide(queries[:0]).dtype)
@@ -483,14 +487,13 @@ class CodedAttention(_Stock):
             scores = code.scores(queries, components, *turn)[:, :, 0] * self.scaling
             if hidden is not None:
                 scores = scores.masked_fill(hidden[:, None, low:high], torch.finfo(scores.dtype).min)
-            top = scores.amax(-1, keepdim=True) if best is None else torch.maximum(best, scores.amax(-1, keepdim=True))
+            top = torch.maximum(best, scores.amax(-1, keepdim=True))
             weights = (scores - top).exp()
             if hidden is not None:
                 weights = weights.masked_fill(hidden[:, None, low:high], 0)
-            before = 0 if best is None else (best - top).exp()
-            total = weights.sum(-1, keepdim=True) + (0 if total is None else total * before)
-            average = weights @ components + (0 if average is None else average * before)
-            best = top
+            before = (best - top).exp()
+            total, best = weights.sum(-1, keepdim=True) + total * before, top
+            average = weights @ components + average * before
         return average / total.clamp_min(1e-30), (best + total.clamp_min(1e-30).log())[..., 0]
 
     def _kernel(
@@ -506,8 +509,11 @@ class CodedAttention(_Stock):
             return None
         steps = torch.arange(-(-count // BLOCK)) * BLOCK
         half, like = queries.shape[-1] // 2, torch.empty(0)
-        base = [x[..., :half] for x in self._shared_turns(position + steps, like, past_key_values)]
-        cos, sin = (x[0, :, :half] for x in self._shared_turns(torch.arange(BLOCK)[None], like, past_key_values))
+        starts, places = (
+            self._shared_turns(x, like, past_key_values) for x in (position + steps, torch.arange(BLOCK)[None])
+        )
+        base = starts[0][..., :half], starts[1][..., :half]
+        cos, sin = places[0][0, :, :half], places[1][0, :, :half]
         factor = cos[0, 0]  # of attention scaling, which `base` has
         angles = base, (cos / factor, sin / factor)
         mask = None if hidden is None else hidden.to(torch.uint8)

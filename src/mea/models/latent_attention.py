@@ -275,8 +275,8 @@ class LatentCausalLM(_Mixin):
             )
         for layer, ranks in zip(self.model.layers, config.latent_ranks or (), strict=False):
             if ranks is not None:
-                form = {"form": config.latent_form, "groups": config.latent_groups}
-                to_latent_attention(layer.self_attn, *ranks, **form, rotary=self.model.rotary_emb)
+                form, (key_rank, value_rank) = {"form": config.latent_form, "groups": config.latent_groups}, ranks
+                to_latent_attention(layer.self_attn, key_rank, value_rank, **form, rotary=self.model.rotary_emb)
         if config.head_norm_eps is not None:
             add_head_norm(self, config.head_norm_eps)
         self.post_init()

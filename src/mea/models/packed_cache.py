@@ -37,9 +37,9 @@ class Held(NamedTuple):
     scales: Tensor
     begin: int
     total: int
-    first_keys: Tensor | None
-    first_values: Tensor | None
-    first: Tensor | None
+    first_keys: Any
+    first_values: Any
+    first: Any  # None where there are no first tokens yet, as the two before
 
 
 class PackedLayer(DynamicLayer):
@@ -53,6 +53,8 @@ class PackedLayer(DynamicLayer):
         Sliding window in tokens, or None.
     """
 
+    keys: Any
+    values: Any
     PARTS = ("keys", "values", "codes", "scales", "first_keys", "first_values", "skipped")
 
     def __init__(self, first: int, recent: int, window: int | None = None):

@@ -125,7 +125,8 @@ def _calls(module: nn.Module) -> Iterator[list[dict[str, Any]]]:
 def _cached_error(attention: Any, arguments: dict[str, Any], inputs: LayerInputs) -> float:
     """Largest relative difference between attention token by token and at once, in fp64."""
     attention = copy.deepcopy(attention).double()
-    attention.layer_idx, cache, steps = 0, DynamicCache(), []
+    cache: Any = DynamicCache()
+    attention.layer_idx, steps = 0, []
     hidden, (cos, sin) = arguments["hidden_states"].double(), (x.double() for x in inputs.position_embeddings)
     at_once = attention(**arguments | {"hidden_states": hidden, "position_embeddings": (cos, sin)})[0]
     for t in range(hidden.shape[1]):

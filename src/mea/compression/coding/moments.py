@@ -186,10 +186,11 @@ def _backward(
         for handle in handles:
             handle.remove()
     t = window.shape[1]
-    pair = [torch.cat([k.detach().reshape(t, -1), v.detach().reshape(t, -1)], 1).float() for k, v in (
-        (seen["k"], seen["v"]), gradients[1:]
-    )]  # fmt: skip
-    return gradients[0], *pair
+    states, slopes = (
+        torch.cat([k.detach().reshape(t, -1), v.detach().reshape(t, -1)], 1).float()
+        for k, v in ((seen["k"], seen["v"]), gradients[1:])
+    )
+    return gradients[0], states, slopes
 
 
 def _options(inputs: LayerInputs) -> dict[str, Any]:

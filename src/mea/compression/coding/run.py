@@ -105,7 +105,8 @@ def packed_bytes(model: Any, context: int) -> int:
         attention = layer.self_attn
         if not hasattr(attention, "code"):
             continue
-        cache = PackedLayer(*attention.exact, attention.window())
+        first, recent = attention.exact
+        cache = PackedLayer(first, recent, attention.window())
         shape = (1, attention.code.key_mean.shape[0], context, attention.head_dim)
         like = {"dtype": attention.k_proj.weight.dtype, "device": attention.k_proj.weight.device}
         cache.append(torch.randn(shape, **like), torch.randn(shape, **like), attention.code.encode)

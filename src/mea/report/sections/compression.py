@@ -43,7 +43,7 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
     lines = {
         "method": ", ".join(
             [
-                READINGS.get(preview["method"], preview["method"]),
+                str(READINGS.get(preview["method"], preview["method"])),
                 *([f"weighting {preview['weighting']}"] if "weighting" in preview else []),
             ]
         ),
