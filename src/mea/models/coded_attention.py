@@ -310,7 +310,7 @@ class CodedAttention(_Stock):
         return self.rotary(like, positions, *kind)
 
     def packed(self, cache: Any) -> PackedLayer:
-        """This layer of a cache, which is packed from now on if it is empty.
+        """The layer's own part of a cache, which is packed from now on if it is empty.
 
         Raises
         ------

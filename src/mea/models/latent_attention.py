@@ -273,7 +273,8 @@ class LatentCausalLM(_Mixin):
                 f"config.latent_ranks must give [r_k, r_v] or null for each of the {config.num_hidden_layers} layers, "
                 f"not {config.latent_ranks!r}"
             )
-        for layer, ranks in zip(self.model.layers, config.latent_ranks or (), strict=False):
+        ranks_by_layer: Any = config.latent_ranks or ()
+        for layer, ranks in zip(self.model.layers, ranks_by_layer, strict=False):
             if ranks is not None:
                 form, (key_rank, value_rank) = {"form": config.latent_form, "groups": config.latent_groups}, ranks
                 to_latent_attention(layer.self_attn, key_rank, value_rank, **form, rotary=self.model.rotary_emb)
