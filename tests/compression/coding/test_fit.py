@@ -82,6 +82,16 @@ def test_losses_are_those_of_leaving_components_out():
         torch.testing.assert_close(losses[kept:].sum(), left, rtol=1e-5, atol=1e-12)
 
 
+def test_directions_that_a_text_hardly_uses_are_not_enlarged_without_bound():
+    """A component of 10^-12 of the largest loss has 10^-3 of unit deviation: another text cannot make it fill a group."""
+    covariance = torch.diag(torch.tensor([1.0, 1e-3, 1e-12, 0.0], dtype=torch.float64))
+    encoder, decoder, _ = transform(covariance, torch.eye(4, dtype=torch.float64))
+    torch.testing.assert_close(decoder @ encoder, torch.eye(4, dtype=torch.float64))
+    variance = (encoder @ covariance @ encoder.T).diagonal()
+    torch.testing.assert_close(variance[:2], torch.ones(2, dtype=torch.float64))
+    assert variance[2] <= 1.1e-6
+
+
 def test_no_other_subspace_loses_less():
     """Against random and principal subspaces of the same size, each with its best decoder."""
     covariance, metric = positive(10), positive(10)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # the metric's eigenvalues are at least this part of their mean: no direction is free
+RARE = 1e-6  # of the largest loss: components below are not enlarged further, or texts that use them would fill the range
 
 
 class Transform(NamedTuple):
-    """Encoder to components of unit variance, decoder back, and the loss without each component, sorted.
+    """Encoder to components of unit variance (less where the loss is `RARE`), decoder back, and the loss without each component, sorted.
 
     With a metric ``E[g g^T]`` of gradients the loss is in nats per token: half of the component's variance there.
     """
@@ -39,7 +40,7 @@ def transform(covariance: Tensor, metric: Tensor) -> Transform:
     if covariance.is_complex():
         energies = energies / 2
     largest = energies[..., :1]
-    size = torch.where(largest > 0, torch.maximum(energies, 1e-12 * largest), 1).sqrt()
+    size = torch.where(largest > 0, torch.maximum(energies, RARE * largest), 1).sqrt()
     encoder = basis.mH @ root / size[..., None] / unit[..., None, :]
     decoder = unit[..., None] * (inverse @ basis) * size[..., None, :]
     return Transform(encoder, decoder, mean * energies / 2)
