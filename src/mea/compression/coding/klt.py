@@ -25,11 +25,6 @@ def transform(covariance: Tensor, metric: Tensor) -> Transform:
 
     Complex components have real and imaginary parts of unit variance, and the loss is that of each part.
     """
-    # In units of each number's deviation, so that scales of keys and values do not matter.
-    unit = covariance.diagonal(dim1=-2, dim2=-1).real
-    unit = torch.where(unit > 0, unit, 1).sqrt()
-    pairs = unit[..., :, None] * unit[..., None, :]
-    covariance, metric = covariance / pairs, metric * pairs
     values, vectors = torch.linalg.eigh(metric)
     mean = values.mean(-1, keepdim=True).clamp_min(0)
     values = torch.where(mean > 0, values / mean, 1).clamp_min(FLOOR).sqrt()
@@ -41,6 +36,4 @@ def transform(covariance: Tensor, metric: Tensor) -> Transform:
         energies = energies / 2
     largest = energies[..., :1]
     size = torch.where(largest > 0, torch.maximum(energies, RARE * largest), 1).sqrt()
-    encoder = basis.mH @ root / size[..., None] / unit[..., None, :]
-    decoder = unit[..., None] * (inverse @ basis) * size[..., None, :]
-    return Transform(encoder, decoder, mean * energies / 2)
+    return Transform(basis.mH @ root / size[..., None], inverse @ basis * size[..., None, :], mean * energies / 2)
