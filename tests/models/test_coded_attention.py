@@ -147,7 +147,7 @@ def test_static_caches_outside_generate(kind, reading):
     cache = StaticCache(config=model.config, max_cache_len=32)
     close(through(model, ids, (11, *(1,) * 9), past=cache)[0], logits(model, ids, use_cache=False))
     cache = StaticCache(config=model.config, max_cache_len=32)
-    with pytest.raises(ValueError, match="some layers only.*instead of a static cache"):
+    with pytest.raises(ValueError, match=r"some layers only.*instead of a static cache"):
         logits(coded(kind, reading), ids, past_key_values=cache)
 
 
@@ -216,7 +216,7 @@ def test_caches_without_windows(kind):
     ids = tokens(length=20)
     model = coded(kind, "joint", ordinary=False)
     close(through(model, ids, (11, *(1,) * 9), past=DynamicCache())[0], logits(model, ids, use_cache=False))
-    with pytest.raises(ValueError, match="some layers only.*or one without windows"):
+    with pytest.raises(ValueError, match=r"some layers only.*or one without windows"):
         logits(coded(kind, "joint"), ids, past_key_values=DynamicCache())
 
 
@@ -334,7 +334,7 @@ def test_foreign_caches_are_refused(some):
     ids = tokens(length=12)
     filled = DynamicCache(config=model.config)
     logits(model, ids, past_key_values=filled)
-    with pytest.raises(ValueError, match="tokens of another model.*give an empty DynamicCache, or none"):
+    with pytest.raises(ValueError, match=r"tokens of another model.*give an empty DynamicCache, or none"):
         logits(some, ids, past_key_values=filled)
     for other in (QuantisedCache(some.config), PreallocatedCache(some.config, 5)):
         if all(other.is_sliding):

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mea.models.packed_cache import Held, PackedLayer, packed_layer
-from mea.ops import cpu
 from mea.ops.codes import Groups, code_bytes, from_codes, group_sizes, rounded, to_codes, wide
 from mea.ops.latent import key_positions, rotate
 
@@ -263,7 +262,9 @@ class CodedAttention(_Stock):
             held, turn = self._whole(keys, values, seen), position_embeddings
         else:
             if positions is None:
-                raise ValueError("a packed cache needs the new tokens' position_ids: keys are rotated when they are read")
+                raise ValueError(
+                    "a packed cache needs the new tokens' position_ids: keys are rotated when they are read"
+                )
             layer = self.packed(past_key_values)
             slots, hidden = layer.get_mask_sizes(q)
             seen = _visible(attention_mask, len(queries), q, slots)

@@ -88,7 +88,7 @@ class PackedLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(keys, values)
             self.keys, self.values = keys[:, :, :0], values[:, :, :0]
-        if padding is not None and self.total < int(padding.max()) + 1 or self.total == 0:
+        if (padding is not None and self.total < int(padding.max()) + 1) or self.total == 0:
             self.skipped = padding
         keys, values = torch.cat([self.keys, keys], 2), torch.cat([self.values, values], 2)
         start = self.total - self.keys.shape[2]

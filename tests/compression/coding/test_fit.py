@@ -187,7 +187,9 @@ def fisher_loss(moments: LayerMoments, code: Any) -> float:
     """Half of the metric's mean of the errors of the sample, in nats per token."""
     keys, values = heads(moments, len(moments.sample))
     rebuilt = code.rebuild(code.rounded(keys, values))
-    errors = torch.cat([(a - b).transpose(1, 2).flatten(2) for a, b in zip(rebuilt, (keys, values), strict=True)], -1)[0]
+    errors = torch.cat([(a - b).transpose(1, 2).flatten(2) for a, b in zip(rebuilt, (keys, values), strict=True)], -1)[
+        0
+    ]
     return float(((errors @ moments.cost) * errors).sum(1).mean() / 2)
 
 

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Complex, Float, Int
+from jaxtyping import Complex, Float
 from torch import Tensor
 
-from mea.compression.coding.bits import Section, allocate, expected_loss, unit_of
+from mea.compression.coding.bits import Section, allocate, expected_loss
 from mea.compression.coding.klt import Transform, transform
 from mea.compression.coding.moments import LayerMoments
-from mea.ops.codes import UNIT, Tiers, rounded
+from mea.ops.codes import Tiers, rounded
 
 ROUNDS = 3  # of bits and prediction in turns
 RIDGE = 1e-4  # of the components' unit variance

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # the metric's eigenvalues are at least this part of their mean: no direction is free
-RARE = 1e-6  # of the largest loss: components below are not enlarged further, or texts that use them would fill the range
+RARE = (
+    1e-6  # of the largest loss: components below are not enlarged further, or texts that use them would fill the range
+)
 
 
 class Transform(NamedTuple):
