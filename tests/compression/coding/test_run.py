@@ -91,11 +91,11 @@ def test_any_budget_works_or_is_refused(reading, keep, tokenizer, calibration):
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_all_of_the_bytes_lose_next_to_nothing(reading, tokenizer, calibration):
-    """Components in 8 bits, on the calibration's own text: the logits are the original's to 10 %.
+    """Components in 8 bits, on the calibration's own text: the logits are the original's to 3 %.
 
     Other texts use directions that 256 tokens leave out.
     """
-    model = tiny("qwen3", **SHAPE)
+    model = tiny("llama", **SHAPE)
     packed = compress(model, tokenizer, method=reading, keep=1.0, calibration=calibration)
     for layer in packed.model.layers:
         layer.self_attn.exact = (4, 8)
@@ -103,7 +103,7 @@ def test_all_of_the_bytes_lose_next_to_nothing(reading, tokenizer, calibration):
     ids = tokenizer(text, return_tensors="pt").input_ids[:, :240].view(4, 60)
     with torch.no_grad():
         found, expected = packed(ids, use_cache=False).logits, model(ids).logits
-    assert (found - expected).square().mean() <= 1e-2 * expected.square().mean()
+    assert (found - expected).square().mean() <= 1e-3 * expected.square().mean()
 
 
 def test_the_default_is_a_fifth_and_records_say_so(tokenizer, calibration):

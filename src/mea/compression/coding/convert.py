@@ -91,7 +91,9 @@ def check_codes(
         full = exact(full, **given.options)
         coded = _copy(loaded, code, reading.name, given.rotary)
         seen: list[dict[str, Any]] = []
-        handle = coded.self_attn.register_forward_pre_hook(lambda *call: seen.append(call[2]), with_kwargs=True)
+        handle = coded.self_attn.register_forward_pre_hook(
+            lambda *call, seen=seen: seen.append(call[2]), with_kwargs=True
+        )
         chosen = coded(chosen, **given.options)
         handle.remove()
         cached = max(cached, _cached_error(coded.self_attn, seen[0], given))
