@@ -154,7 +154,7 @@ class PackedLayer(DynamicLayer):
         return None if self.first_keys is None else self._slots(self.first_keys)
 
     def _forget(self) -> None:
-        """Drop exact tokens that are no longer new and codes outside the sliding window, and the memory that this frees."""
+        """Drop exact tokens that are not new any more, codes outside the window, and the memory that this frees."""
         if self.keys.shape[2] > self.recent:
             self.keys, self.values = (x[:, :, -self.recent :].clone() for x in (self.keys, self.values))
         if self.sliding_window is None:
