@@ -18,18 +18,32 @@ from mea.ops.codes import (
     unpack,
 )
 
-MIXED = [(16, 0, 0), (0, 32, 0), (0, 0, 48), (4, 8, 12), (16, 160, 144), (3, 5, 7), (1, 1, 1), (130, 130, 255), (0, 0, 0)]
+MIXED = [
+    (16, 0, 0),
+    (0, 32, 0),
+    (0, 0, 48),
+    (4, 8, 12),
+    (16, 160, 144),
+    (3, 5, 7),
+    (1, 1, 1),
+    (130, 130, 255),
+    (0, 0, 0),
+]
 
 
 def steps(scales, tiers):
     """The step of every component."""
-    parts = [scales[..., :0]] + [scales[..., 2 * i + 1, None].expand(*scales.shape[:-1], n) for i, (_, n) in enumerate(group_sizes(tiers))]
+    parts = [scales[..., :0]] + [
+        scales[..., 2 * i + 1, None].expand(*scales.shape[:-1], n) for i, (_, n) in enumerate(group_sizes(tiers))
+    ]
     return torch.cat(parts, -1).double()
 
 
 def lows(scales, tiers):
     """The lowest number of every component's group."""
-    parts = [scales[..., :0]] + [scales[..., 2 * i, None].expand(*scales.shape[:-1], n) for i, (_, n) in enumerate(group_sizes(tiers))]
+    parts = [scales[..., :0]] + [
+        scales[..., 2 * i, None].expand(*scales.shape[:-1], n) for i, (_, n) in enumerate(group_sizes(tiers))
+    ]
     return torch.cat(parts, -1).double()
 
 

@@ -64,7 +64,12 @@ class Joint:
 
     def __init__(self, moments: LayerMoments):
         self.moments = moments
-        self.transform = transform(moments.covariance, moments.cost)
+        # In units of the keys' and the values' deviation: a model may have either at any scale.
+        energy = moments.covariance.diagonal().unflatten(0, (2, -1)).mean(1, keepdim=True)
+        unit = torch.where(energy > 0, energy, 1).sqrt().expand(-1, len(moments.mean) // 2).flatten()
+        pairs = torch.outer(unit, unit)
+        encoder, decoder, losses = transform(moments.covariance / pairs, moments.cost * pairs)
+        self.transform = Transform(encoder / unit, unit[:, None] * decoder, losses)
 
     def sections(self) -> list[Float[Tensor, " n"]]:
         return [self.transform.losses]

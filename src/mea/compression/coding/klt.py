@@ -6,10 +6,13 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # the metric's eigenvalues are at least this part of their mean: no direction is free
+RARE = (
+    1e-6  # of the largest loss: components below are not enlarged further, or texts that use them would fill the range
+)
 
 
 class Transform(NamedTuple):
-    """Encoder to components of unit variance, decoder back, and the loss without each component, sorted.
+    """Encoder to components of unit variance (less where the loss is `RARE`), decoder back, and the loss without each component, sorted.
 
     With a metric ``E[g g^T]`` of gradients the loss is in nats per token: half of the component's variance there.
     """
@@ -24,11 +27,6 @@ def transform(covariance: Tensor, metric: Tensor) -> Transform:
 
     Complex components have real and imaginary parts of unit variance, and the loss is that of each part.
     """
-    # In units of each number's deviation, so that scales of keys and values do not matter.
-    unit = covariance.diagonal(dim1=-2, dim2=-1).real
-    unit = torch.where(unit > 0, unit, 1).sqrt()
-    pairs = unit[..., :, None] * unit[..., None, :]
-    covariance, metric = covariance / pairs, metric * pairs
     values, vectors = torch.linalg.eigh(metric)
     mean = values.mean(-1, keepdim=True).clamp_min(0)
     values = torch.where(mean > 0, values / mean, 1).clamp_min(FLOOR).sqrt()
@@ -39,7 +37,5 @@ def transform(covariance: Tensor, metric: Tensor) -> Transform:
     if covariance.is_complex():
         energies = energies / 2
     largest = energies[..., :1]
-    size = torch.where(largest > 0, torch.maximum(energies, 1e-12 * largest), 1).sqrt()
-    encoder = basis.mH @ root / size[..., None] / unit[..., None, :]
-    decoder = unit[..., None] * (inverse @ basis) * size[..., None, :]
-    return Transform(encoder, decoder, mean * energies / 2)
+    size = torch.where(largest > 0, torch.maximum(energies, RARE * largest), 1).sqrt()
+    return Transform(basis.mH @ root / size[..., None], inverse @ basis * size[..., None, :], mean * energies / 2)
