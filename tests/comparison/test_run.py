@@ -248,7 +248,7 @@ def test_packed_caches_are_measured_at_the_same_length_as_others(tokenizer, cali
     # Of numbers in 32 bits; the quantised cache adds its scales.
     assert [round(share, 2) for share in shares[:2]] == [0.1, 0.1]
     assert shares[-1] == shares[1]
-    assert shares[2] < 0.2
+    assert 0.125 < shares[2] < 0.21
     names = [row.name for row in rows(records)]
     assert {"predictive 0.2 (default)", "joint 0.2, keys rebuilt", "whole cache in 4 bits"} < set(names)
     assert all(record["results"]["positions"] for record in records[1:3])

@@ -323,15 +323,20 @@ def test_shared_runs_of_words_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("trained", ["factors", "attention", "all"])
-def test_a_packed_cache_is_trained_with_its_rounding(trained, tmp_path):
+def test_a_packed_cache_is_trained_with_its_rounding(trained, tmp_path, monkeypatch):
     """What is trained is what is read: codes of old tokens. Means stay, as encoders read what differs from them."""
-    student, original = packed(keep=0.06)
-    ids = torch.randint(1, 99, (52, 128), generator=torch.Generator().manual_seed(0))
-    changes = {"window": 128, "tokens": 12 * 4 * 128, "held_out": 4 * 128, "lr": 2e-3, "base_lr": 7e-4}
+    # Held-out tokens here are random, so that only the divergence says anything.
+    best = property(lambda trainer: min(trainer.curve, key=lambda point: point["kl"]))
+    monkeypatch.setattr(RecoveryTrainer, "best", best)
+    student, original = packed(keep=0.15)
+    for layer in student.model.layers:
+        layer.self_attn.code.value_decoder.data *= 0.3  # a start that leaves something to learn
+    ids = torch.randint(1, 256, (52, 128), generator=torch.Generator().manual_seed(0))
+    changes = {"window": 128, "tokens": 12 * 4 * 128, "held_out": 4 * 128, "lr": 5e-2, "base_lr": 1e-3}
     settings = recovery(**SMALL | changes | {"trained": trained})
     before = copy.deepcopy(student)
     result = recover(student, original, ids[:48], ids[48:], settings, tmp_path / "run")
-    assert result.best["kl"] < result.curve[0]["kl"]
+    assert result.best["kl"] < 0.99 * result.curve[0]["kl"]
     names = changed(before, result.model)
     assert any(".code." in name for name in names)
     assert not any(name.endswith("_mean") for name in names)
