@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mea.models.packed_cache import Held, PackedLayer, packed_layer
+from mea.ops import cpu
 from mea.ops.codes import Groups, code_bytes, from_codes, group_sizes, rounded, to_codes, wide
 from mea.ops.latent import key_positions, rotate
 

@@ -85,7 +85,7 @@ def test_losses_are_those_of_leaving_components_out():
 
 
 def test_directions_that_a_text_hardly_uses_are_not_enlarged_without_bound():
-    """A component of 10^-12 of the largest loss has 10^-3 of unit deviation: another text cannot make it fill a group."""
+    """A component of 10^-12 of the largest loss has 10^-3 of unit deviation: no other text makes it fill a group."""
     covariance = torch.diag(torch.tensor([1.0, 1e-3, 1e-12, 0.0], dtype=torch.float64))
     encoder, decoder, _ = transform(covariance, torch.eye(4, dtype=torch.float64))
     torch.testing.assert_close(decoder @ encoder, torch.eye(4, dtype=torch.float64))

@@ -91,7 +91,9 @@ def test_any_budget_works_or_is_refused(reading, keep, tokenizer, calibration):
 
 @pytest.mark.parametrize("reading", READINGS)
 def test_all_of_the_bytes_lose_next_to_nothing(reading, tokenizer, calibration):
-    """Components in 8 bits, on the calibration's own text: the logits are the original's to 10 %: rounding takes 0.2 % of the energy.
+    """All components in 8 bits, on the calibration's own text: logits are the original's to 10 %.
+
+    Rounding takes 0.2 % of the energy.
 
     Other texts use directions that 256 tokens leave out.
     """

@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # the metric's eigenvalues are at least this part of their mean: no direction is free
-RARE = (
-    1e-6  # of the largest loss: components below are not enlarged further, or texts that use them would fill the range
-)
+# Of the largest loss: rarer components are not enlarged to unit variance, or a text that uses them would fill a range.
+RARE = 1e-6
 
 
 class Transform(NamedTuple):
-    """Encoder to components of unit variance (less where the loss is `RARE`), decoder back, and the loss without each component, sorted.
+    """Encoder to components, decoder back, and the loss without each component, sorted.
 
-    With a metric ``E[g g^T]`` of gradients the loss is in nats per token: half of the component's variance there.
+    Components have unit variance, or less where their loss is below `RARE`. With a metric ``E[g g^T]`` of gradients the loss is in nats per token: half of the component's variance there.
     """
 
     encoder: Tensor  # [r, n]
