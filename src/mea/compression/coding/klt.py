@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 FLOOR = 1e-6  # the metric's eigenvalues are at least this part of their mean: no direction is free
-# Of the largest loss: rarer components are not enlarged to unit variance, or a text that uses them would fill a range.
+# Of the largest loss: rarer components are not enlarged to unit variance, as a text that uses them would fill a range.
 RARE = 1e-6
 
 
