@@ -13,7 +13,8 @@ RARE = 1e-6
 class Transform(NamedTuple):
     """Encoder to components, decoder back, and the loss without each component, sorted.
 
-    Components have unit variance, or less where their loss is below `RARE`. With a metric ``E[g g^T]`` of gradients the loss is in nats per token: half of the component's variance there.
+    Components have unit variance, or less where their loss is below `RARE`. With a metric ``E[g g^T]`` of gradients the
+    loss is in nats per token: half of the component's variance there.
     """
 
     encoder: Tensor  # [r, n]
