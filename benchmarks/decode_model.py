@@ -1,9 +1,9 @@
 """Decoding with a whole model at a long context: compressed cache against the uncompressed model in its fastest form.
 
 The uncompressed side is the stock model with each kv head's queries packed into one matrix (`mea.evaluate.speed`).
-Both sides go through the same loop with greedy tokens, each with a preallocated cache and weights of its own,
-and take turns token by token. The caches are filled with random numbers instead of reading a prompt: speed does not
-depend on what they hold.
+Both sides go through the same loop with greedy tokens, each with a cache and weights of its own, and take turns token
+by token. A third side is the uncompressed model with its cache in 4 bits. The caches are filled with random numbers
+instead of reading a prompt: speed does not depend on what they hold.
 """
 
 import copy
@@ -13,11 +13,14 @@ from typing import Any
 
 import torch
 from timing import in_turns, speedup
+from transformers import DynamicCache
 
 from mea.compression.budget import Layout
 from mea.compression.convert import LayerFactors, assemble, latent_config
 from mea.compression.methods.factors import Factors
+from mea.evaluate.speed import held_bytes
 from mea.models.cache import PreallocatedCache
+from mea.models.quantized_cache import QuantisedCache
 
 CONFIG = {"context": 8192, "dtype": "bfloat16", "keep": 0.5, "repetitions": 3, "rounds": 20, "warmup": 3}
 BARS = {1: 1.15, 4: 1.4}  # sequences -> how many times as fast it has to be
@@ -36,21 +39,30 @@ def truncated(model: Any, keep: float) -> Any:
     return compressed
 
 
-def filled_cache(model: Any, batch: int, config: dict[str, Any]) -> PreallocatedCache:
-    """A cache that holds `context` tokens after the last of the rounds."""
-    steps = config["warmup"] + config["rounds"]
-    cache = PreallocatedCache(model.config, config["context"])
+def filled_cache(model: Any, batch: int, config: dict[str, Any], bits: int | None = None) -> Any:
+    """A cache that holds `context` tokens after the last of the rounds: packed, in `bits`, or preallocated."""
+    tokens = config["context"] - config["warmup"] - config["rounds"] - 1
+    packed = getattr(model.config, "cache_code", None) is not None
+    cache = DynamicCache(config=model.config) if packed else PreallocatedCache(model.config, config["context"])
+    if bits:
+        cache = QuantisedCache(model.config, bits)
     model(torch.zeros(batch, 1, dtype=torch.long), past_key_values=cache, use_cache=True)
-    for layer in cache.layers:
-        tokens = config["context"] - steps - 1
-        filling = (torch.randn(tokens, x.shape[-1], dtype=x.dtype) for x in (layer.keys, layer.values))
-        layer.update(*(x.expand(*layer.keys.shape[:2], -1, -1) for x in filling))
+    for layer, decoder in zip(cache.layers, model.model.layers, strict=True):
+        attention, whole = decoder.self_attn, packed or bits
+        heads, width = (layer.keys.shape[1], layer.keys.shape[-1]) if not whole else (
+            attention.k_proj.out_features // attention.head_dim, attention.head_dim
+        )  # fmt: skip
+        filling = [torch.randn(tokens, width, dtype=model.dtype).expand(batch, heads, -1, -1) for _ in range(2)]
+        if packed:
+            layer.append(*filling, attention.code.encode)
+        else:
+            layer.update(*filling)
     return cache
 
 
-def stepper(model: Any, batch: int, config: dict[str, Any]) -> tuple[Callable[[], None], PreallocatedCache]:
+def stepper(model: Any, batch: int, config: dict[str, Any], bits: int | None = None) -> tuple[Callable[[], None], Any]:
     """A function that decodes one more token of each sequence, and the cache that it adds to."""
-    cache = filled_cache(model, batch, config)
+    cache = filled_cache(model, batch, config, bits)
     token = torch.ones(batch, 1, dtype=torch.long)
 
     def step() -> None:
@@ -71,12 +83,13 @@ def measure(models: dict[str, Any], config: dict[str, Any], seed: int = 0) -> di
         for repetition in range(config["repetitions"]):
             torch.manual_seed(seed + repetition)
             both = {name: stepper(model, batch, config) for name, model in models.items()}
+            both["4 bits"] = stepper(models["uncompressed"], batch, config, bits=4)
             works = {name: step for name, (step, _) in both.items()}
             taken.append(in_turns(works, config["rounds"], config["warmup"], seed + repetition))
             for name, (_, cache) in both.items():
-                cached = sum(x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
-                sizes[name] = sum(weight.nbytes for weight in models[name].parameters()) + cached
-        together = {name: [seconds for each in taken for seconds in each[name]] for name in models}
+                weights = models.get(name, models["uncompressed"]).parameters()
+                sizes[name] = sum(weight.nbytes for weight in weights) + sum(held_bytes(cache))
+        together = {name: [seconds for each in taken for seconds in each[name]] for name in taken[0]}
         name = f"batch_{batch}"
         samples[name] = together
         results[name] = {

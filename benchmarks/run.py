@@ -54,7 +54,7 @@ def model_part(args: argparse.Namespace) -> dict[str, Any]:
         compressed = decode_model.truncated(model, config["keep"])
     models = {"uncompressed": use_packed_decode(model), "compressed": compressed}
     names = {"source": Path(source).name, "compressed": args.compressed and Path(args.compressed).name}
-    config = {**config, **names, "ranks": compressed.config.latent_ranks}
+    config = {**config, **names, "ranks": compressed.config.latent_ranks, "code": compressed.config.cache_code}
     return {"config": config, **decode_model.measure(models, config, args.seed)}
 
 

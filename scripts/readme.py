@@ -12,8 +12,8 @@ from mea.report.sections import comparison_figures
 from mea.report.sections.comparison_rows import cells, footnote, rows
 
 ROOT = Path(__file__).parent.parent
-RECORDS, README, FIGURE = ROOT / "experiments/smollm2/records", ROOT / "README.md", ROOT / "docs/position.svg"
-START = "<!-- results: written by scripts/readme.py from the records of experiments/smollm2 -->"
+RECORDS, README, FIGURE = ROOT / "experiments/coding/records/seed0", ROOT / "README.md", ROOT / "docs/position.svg"
+START = "<!-- results: written by scripts/readme.py from the records of experiments/coding -->"
 END = "<!-- end of results -->"
 
 
@@ -28,7 +28,7 @@ def results() -> tuple[str, str]:
     block = [
         START,
         "",
-        f"{methods[0].model} at half of its cache, without training ({where}; `experiments/smollm2`):",
+        f"{methods[0].model} without training ({where}; `experiments/coding`):",
         "",
         table_markdown(Table(*cells(methods))).rstrip(),
         "",

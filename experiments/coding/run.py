@@ -11,7 +11,7 @@ from mea.comparison.run import compare
 from mea.compression.calibrate.text import Calibration
 from mea.models.loading import packaged_model
 
-SIZES = {"predictive": (0.28, 0.2, 0.14, 0.1), "joint": (0.28, 0.2, 0.14, 0.1)}
+SIZES = {"predictive": (0.28, 0.2, 0.14), "joint": (0.28, 0.2, 0.14, 0.1)}
 PROTOCOL = Protocol(dtype="bfloat16", prompt="", decode_steps=0)
 
 

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
 
@@ -73,7 +74,7 @@ def compare(
             own["recovery"] = training.description
         files[config.label] = _RecordFile(folder, config.label, settings | own, config.series)
     missing = [config for config in configs if not files[config.label].exists]
-    _plans(load_config(source), missing, calibration)  # refuses what cannot be before any work
+    _plans(load_config(source), missing, calibration, protocol)  # refuses what cannot be before any work
     if missing or not files[ORIGINAL].exists:
         model, tokenizer = load(source, "float32")
         measurement = Measurement(model, tokenizer, protocol, progress)
@@ -166,7 +167,7 @@ class _Run:
 
     def _fitted(self, configs: Sequence[MethodConfig], tokens: Int[Tensor, "n t"]) -> None:
         model, tokenizer = self.measurement.model, self.measurement.tokenizer
-        plans = _plans(model.config, configs, self.calibration)
+        plans = _plans(model.config, configs, self.calibration, self.measurement.protocol)
         if not plans:
             return
         walk, keys = LayerWalk(checked_stock_form(model, tokens), tokens.shape[1]), list(plans)
@@ -208,7 +209,7 @@ def describe_cost(
     """
     protocol = protocol or Protocol()
     config = stock_config(load_config(source))
-    plans = _plans(config, configs, calibration or Calibration()).values()
+    plans = _plans(config, configs, calibration or Calibration(), protocol).values()
     shape = CacheShape.of(config, 4)
     read = protocol.positions[-1] if protocol.positions else 0
     seconds = (
@@ -241,16 +242,19 @@ def possible(
     check_supported(stock_config(model))
     for config in configs:
         try:
-            _plans(model, [config], calibration)
+            _plans(model, [config], calibration, Protocol())
         except ValueError as error:
             reasons[config.label] = str(error)
     return [config for config in configs if config.label not in reasons], reasons
 
 
-def _plans(config: Any, configs: Sequence[MethodConfig], calibration: Calibration) -> dict[CompressOptions, Plan]:
+def _plans(
+    config: Any, configs: Sequence[MethodConfig], calibration: Calibration, protocol: Protocol
+) -> dict[CompressOptions, Plan]:
     """One plan for all configs that differ only in their cache or in what is done after the fit."""
+    itemsize = getattr(torch, protocol.dtype).itemsize  # of the cache that is measured
     fits = dict.fromkeys(method_config.options for method_config in configs if method_config.options is not None)
-    return {options: make_plan(config, 4, replace(options, calibration=calibration)) for options in fits}
+    return {options: make_plan(config, itemsize, replace(options, calibration=calibration)) for options in fits}
 
 
 def _slug(label: str) -> str:

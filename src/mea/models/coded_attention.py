@@ -15,6 +15,7 @@ Dimensions as in `mea.ops.latent`; ``r`` components of a token, of which ``r_k``
 """
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,7 +32,35 @@ TOKENS = 1024  # coded tokens that are unpacked together where there is no kerne
 BLOCK = 64  # tokens that share the angle of their first one in the kernel
 
 
-class PredictiveCode(nn.Module):
+class _Code(nn.Module):
+    """What both readings share."""
+
+    exactly = False  # without rounding, in passes without a cache
+    value_decoder: nn.Parameter
+    value_mean: nn.Parameter
+
+    def once(self, name: str, make: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
+        """A tensor that depends on these parameters only, made again when they change; not kept under gradients."""
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
+            return make()
+        mark = [(x._version, x.data_ptr(), x.device, x.dtype) for x in parameters]
+        kept = self.__dict__.setdefault("_kept", {})
+        if name not in kept or kept[name][0] != mark:
+            with torch.inference_mode(False):  # what is kept may be used where gradients are wanted
+                kept[name] = mark, make()
+        return kept[name][1]
+
+    def unmix(self, averages: Tensor) -> Tensor:
+        """Outputs ``[b, h, d]`` of the heads from averages ``[b, h, r]`` of components."""
+        decoder, mean = self.value_decoder, self.value_mean
+        g = len(mean)
+        matrix = self.once("unmix", lambda: wide(decoder).mT.contiguous(), decoder)
+        shift = self.once("shift", lambda: wide(mean)[:, None].contiguous(), mean)
+        grouped = averages.to(matrix.dtype).unflatten(1, (g, -1))
+        return (grouped @ matrix + shift).flatten(1, 2)
+
+
+class PredictiveCode(_Code):
     """Encoders and decoders of a layer in the predictive form.
 
     Parameters
@@ -56,7 +85,6 @@ class PredictiveCode(nn.Module):
     """
 
     reading = "predictive"
-    exactly = False  # without rounding, in passes without a cache
 
     def __init__(self, num_kv_heads: int, head_dim: int, tiers: list[list[int]]):
         super().__init__()
@@ -71,7 +99,6 @@ class PredictiveCode(nn.Module):
         self.value_decoder = nn.Parameter(torch.zeros(g, d, r_k + rest))
         self.key_mean = nn.Parameter(torch.zeros(g, d))
         self.value_mean = nn.Parameter(torch.zeros(g, d))
-        self._kept: dict[str, tuple[Any, Tensor]] = {}
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales ``[b, t, _]`` of keys before RoPE and values ``[b, g, t, d]``."""
@@ -130,36 +157,29 @@ class PredictiveCode(nn.Module):
 
     def absorb(self, queries: Tensor) -> Tensor:
         """Queries ``[b, h, q, r_k + d]`` for turned components, followed by the turns themselves."""
-        grouped = queries.unflatten(1, (len(self.key_mean), -1))
-        components = grouped @ self._matrix(queries.dtype)[:, None]
-        real, imaginary = grouped.chunk(2, -1)
-        mean_real, mean_imaginary = (x[:, None, None] for x in self.key_mean.to(queries.dtype).chunk(2, -1))
-        mean = torch.stack(
-            [mean_real * real + mean_imaginary * imaginary, mean_real * imaginary - mean_imaginary * real], -1
-        )
-        return torch.cat([components, mean.flatten(-2)], -1).flatten(1, 2)
+        grouped = wide(queries).unflatten(1, (len(self.key_mean), -1))
+        matrix = self.once("absorb", self._absorbing, self.key_decoder, self.key_mean)
+        return (grouped @ matrix[:, None]).flatten(1, 2)
 
-    def _matrix(self, dtype: torch.dtype) -> Tensor:
-        """The keys' decoder as real matrices, made once while the parameter does not change."""
-        parameter = self.key_decoder
-        if torch.is_grad_enabled() and parameter.requires_grad:
-            return self._dense(parameter).to(dtype)
-        mark = (parameter._version, parameter.data_ptr(), parameter.device, dtype)
-        if self._kept.get("decoder", (None,))[0] != mark:
-            self._kept["decoder"] = mark, self._dense(parameter).to(dtype)
-        return self._kept["decoder"][1]
+    def _absorbing(self) -> Tensor:
+        """The keys' decoder and mean as real matrices ``[g, d, r_k + d]``: the mean is a component a frequency."""
+        half = self.key_mean.shape[1] // 2
+        mean = torch.stack(self.key_mean.chunk(2, -1), -1)
+        all_frequencies = torch.arange(half, device=mean.device)
+        return torch.cat([self._dense(self.key_decoder), self._dense(mean, frequency=all_frequencies)], -1)
 
-    def _dense(self, pairs: Tensor, sign: int = 1) -> Tensor:
+    def _dense(self, pairs: Tensor, sign: int = 1, frequency: Tensor | None = None) -> Tensor:
         """Real matrices ``[g, d, r_k]`` of complex numbers ``[g, r_k / 2, 2]``; ``sign`` -1 conjugates them."""
         (g, count, _), half = pairs.shape, self.key_mean.shape[1] // 2
         real, imaginary = wide(pairs).unbind(-1)
         imaginary = sign * imaginary
         block = torch.stack([torch.stack([real, -imaginary], -1), torch.stack([imaginary, real], -1)], 1)  # g a p b
-        here = nn.functional.one_hot(self.frequency.long(), half).T.to(real.dtype)  # f p
+        frequency = self.frequency if frequency is None else frequency
+        here = nn.functional.one_hot(frequency.long(), half).T.to(real.dtype)  # f p
         return (block[:, :, None] * here[None, None, :, :, None]).reshape(g, 2 * half, 2 * count)
 
 
-class JointCode(nn.Module):
+class JointCode(_Code):
     """Encoder and decoders of a layer in the joint form.
 
     Parameters
@@ -180,7 +200,6 @@ class JointCode(nn.Module):
     """
 
     reading = "joint"
-    exactly = False  # without rounding, in passes without a cache
 
     def __init__(self, num_kv_heads: int, head_dim: int, tiers: list[list[int]]):
         super().__init__()
@@ -436,36 +455,42 @@ class CodedAttention(_Stock):
             skip = 0
         newest = position_ids[:, -1:]
         oldest = newest - (total - 1 - held.begin - skip)
-        average, weight = self._read_codes(queries, held, skip, stop - skip, hidden, oldest, past_key_values)
-        near = torch.arange(-recent + 1, 1, device=newest.device) + newest
+        average, weight = self._read_codes(
+            queries, held, skip, stop - skip, hidden, oldest, position_ids, past_key_values
+        )
         keys, values = held.keys[:, :, -recent:], held.values[:, :, -recent:]
-        if held.first is not None:
+
+        def positions() -> Tensor:
+            near = torch.arange(-recent + 1, 1, device=newest.device) + newest
+            if held.first is None:
+                return near
             first = (newest - (total - 1) + held.first).expand(max(len(near), len(held.first)), -1)
-            near = torch.cat([first, near.expand(len(first), -1)], 1)
+            return torch.cat([first, near.expand(len(first), -1)], 1)
+
+        if held.first is not None:
             keys, values = torch.cat([held.first_keys, keys], 2), torch.cat([held.first_values, values], 2)
-        keys = rotate(keys, *self._shared_turns(near, keys, past_key_values))
+        step = (position_ids, total, recent, held.first is None)
+        turn = self._shared(past_key_values, "exact", step, lambda: self._rotary_at(positions(), keys))
+        keys = rotate(keys, *turn)
         (b, h, _, d), g = queries.shape, keys.shape[1]
         exact, exact_weight = _attend(queries.reshape(b, g, h // g, d), keys, values, self.scaling)
-        exact = wide(exact).reshape(b, h, d)
         share = torch.sigmoid(weight - exact_weight.reshape(b, h))[..., None]  # of the coded tokens
-        decoder = self.code.value_decoder
-        coded = average.to(decoder.dtype).reshape(b, g, h // g, -1) @ decoder.mT + self.code.value_mean[:, None]
-        return (share * wide(coded).view(b, h, d) + (1 - share) * exact)[:, :, None]
+        return torch.lerp(wide(exact).reshape(b, h, d), self.code.unmix(average), share)[:, :, None]
 
-    def _shared_turns(self, positions: Tensor, like: Tensor, past_key_values: Any) -> tuple[Tensor, Tensor]:
-        """Cosines and sines at these positions; the layers of a step share them."""
-        if positions.device.type != "cpu" or torch.compiler.is_compiling():
-            return self._rotary_at(positions, like)
-        known = vars(past_key_values).setdefault("key_turns", {})
+    def _shared(self, cache: Any, name: str, step: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        """What all layers of a step share; `step` tells it apart, its first member by identity."""
+        if torch.compiler.is_compiling():
+            return make()
         kind = self.layer_type if isinstance(self.rotary.rope_type, dict) else None
-        key = kind, like.dtype, positions.shape
-        if key not in known or not torch.equal(known[key][0], positions):
-            known[key] = positions, self._rotary_at(positions, like)
-        return known[key][1]
+        known = vars(cache).setdefault("shared_by_layers", {})
+        found = known.get((name, kind))
+        if found is None or found[0][0] is not step[0] or found[0][1:] != step[1:]:
+            known[name, kind] = found = step, make()
+        return found[1]
 
     def _read_codes(
         self, queries: Tensor, held: Held, skip: int, count: int, hidden: Tensor | None, position: Tensor,
-        past_key_values: Any,
+        position_ids: Tensor, past_key_values: Any,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Averages ``[b, h, r]`` of coded tokens from `skip` on, and the logarithm of their weight ``[b, h]``.
 
@@ -473,7 +498,7 @@ class CodedAttention(_Stock):
         """
         code = self.code
         if hidden is None or not skip:
-            own = self._kernel(queries, held, skip, count, hidden, position, past_key_values)
+            own = self._kernel(queries, held, skip, count, hidden, position, position_ids, past_key_values)
             if own is not None:
                 return own
         b, h = queries.shape[:2]
@@ -498,7 +523,7 @@ class CodedAttention(_Stock):
 
     def _kernel(
         self, queries: Tensor, held: Held, skip: int, count: int, hidden: Tensor | None, position: Tensor,
-        past_key_values: Any,
+        position_ids: Tensor, past_key_values: Any,
     ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
         """As `_read_codes`, by the kernel for processors; None where it cannot be used."""
         code, kind = self.code, str(self.rotary.rope_type)
@@ -507,22 +532,24 @@ class CodedAttention(_Stock):
             return None
         if not cpu.codes_usable(queries[:, :, 0], code.groups):
             return None
-        steps = torch.arange(-(-count // BLOCK)) * BLOCK
-        half, like = queries.shape[-1] // 2, torch.empty(0)
-        starts, places = (
-            self._shared_turns(x, like, past_key_values) for x in (position + steps, torch.arange(BLOCK)[None])
+        base, places = self._shared(
+            past_key_values, "codes", (position_ids, held.total, skip, count), lambda: self._angles(position, count)
         )
-        base = starts[0][..., :half], starts[1][..., :half]
-        cos, sin = places[0][0, :, :half], places[1][0, :, :half]
-        factor = cos[0, 0]  # of attention scaling, which `base` has
-        angles = base, (cos / factor, sin / factor)
         mask = None if hidden is None else hidden.to(torch.uint8)
         read = (held.codes, held.scales, code.groups)
         if code.reading == "joint":
-            decoder, mean = code.key_decoder.contiguous(), code.key_mean.float()
-            return cpu.read_joint(queries[:, :, 0], *read, decoder, mean, *angles, skip, count, mask, self.scaling)
-        absorbed = code.absorb(queries)[:, :, 0]
-        return cpu.read_pairs(absorbed, *read, code.frequency, *angles, skip, count, mask, self.scaling)
+            decoder, mean = code.key_decoder.contiguous(), code.once("mean", code.key_mean.float, code.key_mean)
+            return cpu.read_joint(queries[:, :, 0], *read, decoder, mean, base, places, skip, count, mask, self.scaling)
+        absorbed = code.absorb(queries)[:, :, 0].to(queries.dtype)
+        return cpu.read_pairs(absorbed, *read, code.frequency, base, places, skip, count, mask, self.scaling)
+
+    def _angles(self, position: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Cosines and sines of the blocks of `count` tokens from `position` ``[b, 1]`` on, and of places in a block."""
+        half, like = self.head_dim // 2, torch.empty(0)
+        base = self._rotary_at(position + torch.arange(-(-count // BLOCK)) * BLOCK, like)
+        cos, sin = (x[0, :, :half] for x in self._rotary_at(torch.arange(BLOCK)[None], like))
+        factor = cos[0, 0]  # of attention scaling, which `base` has
+        return (base[0][..., :half], base[1][..., :half]), (cos / factor, sin / factor)
 
 
 def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
