@@ -225,7 +225,7 @@ def test_bits_on_top_of_a_packed_cache_are_refused(saved, calibration, tmp_path)
 def test_what_a_model_is_too_small_for_is_named(saved, calibration):
     """At 512 tokens the exact ones take more than a tenth."""
     configs = method_configs(["joint", "svd"], bits=())
-    kept, reasons = possible(str(saved), configs, calibration)
+    kept, reasons = possible(str(saved), configs, calibration, Protocol())
     assert [config.label for config in kept] == ["svd 0.5"]
     assert all("exact tokens" in reason for reason in reasons.values())
     assert len(reasons) == 5

@@ -336,7 +336,7 @@ def test_foreign_caches_are_refused(some):
     logits(model, ids, past_key_values=filled)
     with pytest.raises(ValueError, match=r"tokens of another model.*give an empty DynamicCache, or none"):
         logits(some, ids, past_key_values=filled)
-    for other in (QuantisedCache(some.config), PreallocatedCache(some.config, 5)):
+    for other in (QuantisedCache(model.config), PreallocatedCache(some.config, 5)):
         if all(other.is_sliding):
             continue  # of ordinary layers, where the model has windows
         with pytest.raises(ValueError, match="a layer of its own kind"):

@@ -161,16 +161,13 @@ def test_rounded_is_what_codes_give_back(dtype):
     assert torch.equal(x.grad, weight.to(dtype))
 
 
-def test_relative_errors_are_those_that_bits_are_spent_by():
-    """Groups of 128 normal numbers: the mean squared error is that of `NOISE` within a quarter (2 bits: less).
+def test_relative_errors_of_normal_numbers():
+    """Groups of 128 normal numbers: their range is about 5.2 deviations, and a step's error its square over 12.
 
-    The range of 128 normal numbers is about 5.2 deviations: steps of 5.2 / 255 and 5.2 / 15, squared over 12, are
-    3.5e-5 and 1.0e-2.
+    Steps of 5.2 / 255 and 5.2 / 15 give 3.5e-5 and 1.0e-2. With the step of 2 bits, 1.7 deviations, errors are not
+    uniform: 0.25, from 10^5 numbers.
     """
-    from mea.compression.coding.bits import NOISE
-
     x = torch.randn(2000, 128)
-    for tiers, bits in (((128, 0, 0), 8), ((0, 128, 0), 4)):
+    for tiers, expected in (((128, 0, 0), 3.5e-5), ((0, 128, 0), 1.0e-2), ((0, 0, 128), 0.25)):
         error = (rounded(x, tiers) - x).square().mean().item()
-        assert error == pytest.approx(NOISE[bits], rel=0.25)
-    assert (rounded(x, (0, 0, 128)) - x).square().mean() > NOISE[4]
+        assert error == pytest.approx(expected, rel=0.1)

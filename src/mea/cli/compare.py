@@ -129,7 +129,7 @@ def compare(
     if recover_tokens and not recover_text:
         raise ValueError("no text to train on: give at least one (--recover-text FILE)")
     if not (method and keep):  # the model may be too small for some of the defaults
-        configs, reasons = possible(model, configs, calibration)
+        configs, reasons = possible(model, configs, calibration, protocol)
         for label, reason in reasons.items():
             errors.print(f"left out: {label} ({reason})", highlight=False)
     words = describe_cost(model, configs, protocol, calibration, recover_tokens)

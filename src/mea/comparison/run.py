@@ -229,7 +229,7 @@ def describe_cost(
 
 
 def possible(
-    source: str, configs: Sequence[MethodConfig], calibration: Calibration
+    source: str, configs: Sequence[MethodConfig], calibration: Calibration, protocol: Protocol
 ) -> tuple[list[MethodConfig], dict[str, str]]:
     """The configs that a model can have, and of the others the labels with reasons; no weights are read.
 
@@ -242,7 +242,7 @@ def possible(
     check_supported(stock_config(model))
     for config in configs:
         try:
-            _plans(model, [config], calibration, Protocol())
+            _plans(model, [config], calibration, protocol)
         except ValueError as error:
             reasons[config.label] = str(error)
     return [config for config in configs if config.label not in reasons], reasons

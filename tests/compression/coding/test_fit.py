@@ -204,21 +204,6 @@ def test_the_expected_loss_of_the_joint_reading_is_that_of_its_errors(tiers):
 
 
 @pytest.mark.parametrize("reading", READINGS)
-def test_decoders_fitted_to_rounded_components_err_less(reading):
-    """By least squares, on the sample: in the mean square of all numbers."""
-    moments = made_up()
-    tiers: Any = {"predictive": [(0, 8, 8), (0, 4, 8)], "joint": [(0, 12, 16)]}[reading]
-    keys, values = heads(moments, len(moments.sample))
-
-    def error(refit: bool) -> Tensor:
-        code = module(READINGS[reading](moments).code(tiers, refit=refit), reading)
-        rebuilt = code.rebuild(code.rounded(keys, values))
-        return sum((a - b).square().sum() for a, b in zip(rebuilt, (keys, values), strict=True))  # pyright: ignore
-
-    assert error(True) < error(False)
-
-
-@pytest.mark.parametrize("reading", READINGS)
 @pytest.mark.parametrize("rank", [5, 0])
 def test_layers_of_low_rank(reading, rank):
     """Keys and values in few directions, or constant: finite weights, and what there is comes back."""
