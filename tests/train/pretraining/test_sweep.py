@@ -116,7 +116,13 @@ def test_finished_runs_are_skipped_crashed_ones_tried_again(runs, tmp_path):
 
 def test_an_interruption_starts_nothing_more(runs, tmp_path):
     calls = []
-    launch = fake({"frozen-0.001-0": ["interrupt"]}, calls)
+    play = fake({"frozen-0.001-0": ["interrupt"]}, calls)
+
+    def launch(command: list[str], log: str) -> int:
+        if "frozen-0.001-0" not in command[-1]:
+            time.sleep(1)  # longer than the sweep takes to notice, on a busy machine too
+        return play(command, log)
+
     with pytest.raises(KeyboardInterrupt):
         sweep(runs, tmp_path / "records", tmp_path / "work", launch=launch, note=lambda _: None)
     assert len(calls) < 4
