@@ -45,8 +45,6 @@ def perplexity_against_bytes(methods: Sequence[Row]) -> Figure | None:
         shown = [values[row.name] for row in near]
         if max(shown) > 4 * min(shown):
             logarithmic(axes)
-        else:
-            axes.set_ylim(bottom=0)
         axes.set_xlim(left=0)
         legend(figure, axes)
         caption = "Perplexity against the size of the cache; lower and further to the left is better."
@@ -71,7 +69,8 @@ def ratio_against_bytes(methods: Sequence[Row], kind: str) -> Figure | None:
             if group := _by_size(near, name):
                 errors = [scores[row.name].get("ratio_standard_error") or 0 for row in group]
                 _plot_sizes(axes, group, [values[row.name] for row in group], errors, line(index, size=5))
-        logarithmic(axes)
+        if max(values[row.name] for row in near) > 2:  # below, a log axis would have one labelled tick
+            logarithmic(axes)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
         axes.set_xlim(left=0)
         legend(figure, axes)
@@ -100,7 +99,6 @@ def ratio_by_position(methods: Sequence[Row]) -> Figure | None:
         parts = lines[0].results["positions"]
         axes.set_xticks(range(len(parts)), [_range(part["start"], part["stop"]) for part in parts])
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_ylim(bottom=0)
         legend(figure, axes)
         text = next((row.results["position_text"] for row in methods if "position_text" in row.results), "a long text")
         caption = f"Perplexity ratio by position, in one pass over {text}."
