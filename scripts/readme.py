@@ -12,7 +12,7 @@ from mea.report.sections import comparison_figures
 from mea.report.sections.comparison_rows import cells, footnote, rows
 
 ROOT = Path(__file__).parent.parent
-RECORDS, README, FIGURE = ROOT / "experiments/coding/records/seed0", ROOT / "README.md", ROOT / "docs/position.svg"
+RECORDS, README, FIGURE = ROOT / "experiments/coding/records/seed0", ROOT / "README.md", ROOT / "docs/pareto.svg"
 START = "<!-- results: written by scripts/readme.py from the records of experiments/coding -->"
 END = "<!-- end of results -->"
 
@@ -20,9 +20,9 @@ END = "<!-- end of results -->"
 def results() -> tuple[str, str]:
     """The block of the README and the text of the figure."""
     methods = rows(read_records(RECORDS, "comparison"))
-    drawn = comparison_figures.ratio_by_position(methods)
+    drawn = comparison_figures.ratio_against_bytes(methods, "texts")
     if drawn is None:
-        raise ValueError(f"the records in {RECORDS.name} hold no perplexity by position")
+        raise ValueError(f"the records in {RECORDS.name} hold no sizes to draw")
     machine = methods[0].record["machine"]
     where = f"{machine['processor']}, {machine['cores']} cores"
     block = [
@@ -34,7 +34,7 @@ def results() -> tuple[str, str]:
         "",
         footnote(methods),
     ]
-    block += ["", f"![Perplexity relative to the uncompressed model, by position]({FIGURE.relative_to(ROOT)})", "", END]
+    block += ["", f"![Perplexity relative to the uncompressed model, against bytes]({FIGURE.relative_to(ROOT)})", "", END]
     return "\n".join(block), standalone(drawn.svg).rstrip("\n") + "\n"
 
 
