@@ -34,7 +34,8 @@ def results() -> tuple[str, str]:
         "",
         footnote(methods),
     ]
-    block += ["", f"![Perplexity relative to the uncompressed model, against bytes]({FIGURE.relative_to(ROOT)})", "", END]
+    name = FIGURE.relative_to(ROOT)
+    block += ["", f"![Perplexity relative to the uncompressed model, against bytes]({name})", "", END]
     return "\n".join(block), standalone(drawn.svg).rstrip("\n") + "\n"
 
 
