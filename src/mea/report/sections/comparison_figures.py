@@ -112,8 +112,10 @@ def loss_by_layer(methods: Sequence[Row]) -> Figure | None:
     lines = [row for row in fitted if row.measured("layers").get("values")]
     if not lines:
         return None
+    what = lines[0].results["layers"].get("what", "loss")  # of the best method; other quantities have other units
+    lines = [row for row in lines if row.results["layers"].get("what", "loss") == what]
     with style("layers"):
-        figure, axes = axes_of_a_figure("layer", fill(lines[0].results["layers"].get("what", "loss"), 32))
+        figure, axes = axes_of_a_figure("layer", fill(what, 32))
         for row in lines:
             values = row.results["layers"]["values"]
             axes.plot(range(len(values)), values, label=row.name, **line(compressed.index(row), size=4))
