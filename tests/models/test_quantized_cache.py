@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from mea.evaluate.through_cache import ThroughCache, reading_in
-from mea.models.quantized_cache import BITS, CacheFormat, QuantisedCache, QuantisedLayer, pack, unpack
+from mea.models.quantized_cache import BITS, CacheFormat, QuantisedCache, QuantisedLayer
 from mea.ops import cpu
 from mea.ops.cache_forms import FORMS
+from mea.ops.codes import pack, unpack
 from tiny_models import EVEN, compress, stock
 
 ALONG = ("channel", "token")

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mea.models.quantized_cache import pack
 from mea.ops import cpu
+from mea.ops.codes import pack
 from mea.ops.latent import materialise, read, rebuilt_scores, rotate
 
 # b, g, queries per head, tokens, key width, value width

@@ -18,6 +18,40 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, St
 CHUNK = 256  # tokens by which the memory for codes grows
 
 
+class TensorsByBatch:
+    """Operations of a cache layer that change all of its tensors alike; the first dimension of each is the batch.
+
+    A class with it defines `_change`, which applies a function to every tensor.
+    """
+
+    is_initialized: bool
+    device: Any
+
+    def _change(self, function: Callable[[Tensor], Tensor]) -> None:
+        raise NotImplementedError
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows in another order, for beam search."""
+        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row."""
+        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows."""
+        self._change(lambda tensor: tensor[indices])
+
+    def offload(self) -> None:
+        """Move everything to the CPU."""
+        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move everything back."""
+        if self.is_initialized:
+            self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+
 class Held(NamedTuple):
     """What a layer holds during one call, new tokens included. Slots count tokens and padding from 0.
 
@@ -42,7 +76,7 @@ class Held(NamedTuple):
     first: Any  # None where there are no first tokens yet, as the two before
 
 
-class PackedLayer(DynamicLayer):
+class PackedLayer(TensorsByBatch, DynamicLayer):
     """One layer of a packed cache; ``keys`` and ``values`` hold the newest tokens only, keys before RoPE.
 
     Parameters
@@ -219,24 +253,7 @@ class PackedLayer(DynamicLayer):
         if self.record_past and self.is_initialized:
             self._forget()
 
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda tensor: tensor[indices])
-
-    def offload(self) -> None:
-        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
-
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
-        """Apply a function to every tensor; the first dimension of each is the batch."""
         for name in self.PARTS:
             if (tensor := getattr(self, name)) is not None:
                 setattr(self, name, function(tensor))

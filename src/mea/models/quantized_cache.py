@@ -20,8 +20,10 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from mea.models.packed_cache import TensorsByBatch
 from mea.names import CACHE_BITS as BITS
 from mea.ops import cpu
+from mea.ops.codes import pack, unpack
 
 ALONG = ("channel", "token")
 
@@ -162,7 +164,7 @@ class Store:
         return blocks.unflatten(-1, (-1, 1 if channel else self._group)).unsqueeze(3 if channel else 4)
 
 
-class QuantisedLayer(DynamicLayer):
+class QuantisedLayer(TensorsByBatch, DynamicLayer):
     """One layer of a quantised cache; `keys` and `values` hold the newest tokens only."""
 
     is_croppable = False
@@ -193,22 +195,6 @@ class QuantisedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove: int) -> None:
         raise NotImplementedError("a quantised cache cannot remove tokens from quantised blocks: use an ordinary cache")
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._change(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._change(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._change(lambda tensor: tensor[indices])
-
-    def offload(self) -> None:
-        self._change(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        if self.is_initialized:
-            self._change(lambda tensor: tensor.to(self.device, non_blocking=True))
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         for store in self.stores:
@@ -257,23 +243,6 @@ def check_not_packed(config: Any) -> None:
             "the model packs its cache by itself, in bits that were chosen for each component: leave out cache bits, "
             "or give the uncompressed model or one with lower ranks"
         )
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """Codes below ``2 ** bits`` as bytes ``[..., ceil(w * bits / 8)]``."""
-    per_byte = 8 // bits
-    codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
-    packed = codes[..., 0]
-    for position in range(1, per_byte):
-        packed = packed | codes[..., position] << bits * position
-    return packed
-
-
-def unpack(packed: Tensor, bits: int, width: int) -> Tensor:
-    """The codes ``[..., width]``; the inverse of `pack`."""
-    shifts = range(0, 8, bits)
-    codes = torch.stack([packed >> shift & 2**bits - 1 for shift in shifts], dim=-1)
-    return codes.flatten(-2)[..., :width]
 
 
 def _largest_divisor(number: int, limit: int) -> int:
