@@ -25,6 +25,7 @@ DEFAULT_METHOD = "predictive"
 CODED_METHODS = ("predictive", "joint")  # give bits to components; the others lower ranks
 DEFAULT_RANKED = "post_rope"  # where only methods that lower ranks are of use
 DEFAULT_KEEP, DEFAULT_CODED_KEEP = 0.5, 0.2  # of methods that lower ranks, and of the others
+CODED_KEEPS, RANKED_KEEPS = (0.08, 0.1, 0.14, 0.2, 0.28), (0.5,)  # sizes of a comparison that names none
 WEIGHTINGS = ("mean", "uniform", "sensitivity", "frequency")
 DEFAULT_WEIGHTING = "mean"
 LAYOUTS = ("full", "half", "deep")

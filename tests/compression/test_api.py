@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import mea
 from compression.small import RANKED, SIZES, planned, tiny
 from mea.compression import Calibration, ConversionError
-from mea.compression.api import Compressed, run_plans
+from mea.compression.api import run_plans
 from mea.compression.budget import CacheShape
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
@@ -19,6 +19,7 @@ from mea.compression.convert import TOLERANCE
 from mea.compression.methods import METHODS
 from mea.compression.options import CompressOptions
 from mea.compression.plan import make_plan
+from mea.compression.result import Compressed
 from mea.evaluate.speed import cache_size
 from mea.models.latent_attention import SUPPORTED
 

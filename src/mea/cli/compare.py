@@ -7,15 +7,13 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import CACHE_BITS, CODED_METHODS, DEFAULT_RANKED, listed
+from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, DEFAULT_RANKED, RANKED_KEEPS, listed
 
 EXAMPLES = (
     "mea compare MODEL OUT --method predictive --keep 0.2 --keep 0.1",
     "mea compare MODEL OUT --method joint --method svd --bits 4 --tokens 2048",
 )
 METHODS, TEXTS = (*CODED_METHODS, DEFAULT_RANKED, "shared", "svd"), ("wikitext-2-test", "technical")
-# Those of mea.comparison.configs, repeated because importing it takes seconds; a test compares them.
-CODED_KEEPS, RANKED_KEEPS = (0.08, 0.1, 0.14, 0.2, 0.28), (0.5,)
 PEERS = "Other packages"
 BITS = tuple(sorted(CACHE_BITS, reverse=True))
 

@@ -8,6 +8,7 @@ from mea.compression.methods import DEFAULT_METHOD, METHODS
 from mea.compression.options import Allocation, CompressOptions
 from mea.evaluate.through_cache import ThroughCache
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
+from mea.names import CODED_KEEPS, RANKED_KEEPS
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,6 @@ DEMO = (
 REFINED = MethodConfig(
     f"{DEFAULT_METHOD} 0.2, refined", DEFAULT_METHOD, 0.2, refine=2, series=f"{DEFAULT_METHOD}, refined"
 )
-CODED_KEEPS, RANKED_KEEPS = (0.08, 0.1, 0.14, 0.2, 0.28), (0.5,)  # sizes of a comparison that names none
 
 
 def method_configs(

@@ -9,7 +9,7 @@ import torch
 from mea.comparison.configs import CacheConfig
 from mea.comparison.protocol import ORIGINAL, Protocol
 from mea.comparison.quality import Quality
-from mea.compression.api import Compressed
+from mea.compression.result import Compressed
 from mea.evaluate.generation import continue_prompt
 from mea.evaluate.speed import cache_size, decode_seconds, speed_ratio, use_packed_decode
 from mea.models.accounting import cached_share
@@ -60,15 +60,10 @@ class Measurement:
         self, result: Compressed | None, cache: CacheConfig | None
     ) -> tuple[dict[str, list[float]], dict[str, Any]]:
         """Seconds of all steps and their summary, measured once for all models that decode alike."""
-        key = (
-            (
-                result.plan.layout,
-                result.plan.method.name if result.plan.method.coded else result.plan.method.form.name,
-                cache,
-            )
-            if result
-            else (cache,)
-        )
+        key: tuple[Any, ...] = (cache,)
+        if result:
+            method = result.plan.method
+            key = (result.plan.layout, method.name if method.coded else method.form.name, cache)
         if key not in self._decoded:  # all that speed depends on
             self._decoded[key] = self._decode(result.model if result else self.model, cache)
         return self._decoded[key]

@@ -19,7 +19,7 @@ from mea.comparison.peers.records import peer_records
 from mea.comparison.protocol import ORIGINAL, Protocol
 from mea.comparison.training import Training
 from mea.compression.allocate.search import allocated
-from mea.compression.api import Compressed, run_plans
+from mea.compression.api import run_plans
 from mea.compression.budget import CacheShape
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import Calibration, calibration_tokens
@@ -27,6 +27,7 @@ from mea.compression.convert import checked_stock_form
 from mea.compression.cost import estimate, reading_seconds
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
+from mea.compression.result import Compressed
 from mea.evaluate.runner import existing_record
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported, load, load_config

@@ -1,7 +1,7 @@
 """The main entry: `compress` turns a model into the same model with a smaller KV cache."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Int
@@ -18,32 +18,8 @@ from mea.compression.fit import FittedLayer, Target, fit_layers
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
 from mea.compression.refine import Refined, refine_layers
+from mea.compression.result import Compressed
 from mea.records import Progress
-
-
-@dataclass(frozen=True)
-class Compressed:
-    """A compressed model with its plan, errors and checks.
-
-    Attributes
-    ----------
-    layers
-        Of every layer, 0 for an uncompressed one: the attention's relative output error
-        (`mea.compression.fit.relative_output_error`), or for a packed cache the expected loss in nats per token.
-    self_check
-        Errors of the two self-checks, see `mea.compression.check`.
-    seconds
-        For calibration, fit, checks and refinement.
-    refined
-        What refinement did, if there was any.
-    """
-
-    model: Any
-    plan: Plan
-    layers: list[float]
-    self_check: dict[str, float]
-    seconds: float
-    refined: Refined | None = None
 
 
 def compress(
@@ -133,7 +109,7 @@ def _run_coded(
         start = time.perf_counter()
         refined = _refined(walk, coded.model, tokens, coded.plan, store, progress)
         seconds = coded.seconds + time.perf_counter() - start
-        results.append(Compressed(coded.model, coded.plan, coded.losses, coded.self_check, seconds, refined))
+        results.append(replace(coded, seconds=seconds, refined=refined))
     return results
 
 

@@ -175,8 +175,7 @@ def coded_layout(shape: CacheShape, keep: float, context: int, layers: range | N
     ValueError
         `keep` is not a fraction, or exact tokens alone take more.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the fraction of the cache's bytes to keep, above 0 and at most 1, not {keep}")
+    _check_keep(keep)
     count, width = len(shape.windows), shape.width
     coded = set(range(count) if layers is None else layers)
     ranks = tuple((width, width) if layer in coded else None for layer in range(count))
@@ -196,6 +195,11 @@ def coded_layout_for_bytes(shape: CacheShape, context: int, budget: int) -> Code
     """
     ranks = ((shape.width, shape.width),) * len(shape.windows)
     return _with_room(CodedLayout(ranks, budget, context), shape, f"{budget} bytes for {context} tokens")
+
+
+def _check_keep(keep: float) -> None:
+    if not 0 < keep <= 1:
+        raise ValueError(f"keep is the fraction of the cache's bytes to keep, above 0 and at most 1, not {keep}")
 
 
 def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout:
@@ -269,8 +273,7 @@ def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | 
     ValueError
         `keep` is not a fraction, or no layout is that small.
     """
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the fraction of the cache's bytes to keep, above 0 and at most 1, not {keep}")
+    _check_keep(keep)
     layers = range(len(shape.windows)) if layers is None else layers
     numbers = int(2 * shape.width * keep * len(layers) + 1e-9)
     spread = _spread(shape, numbers, [1] * len(layers), step, f"keep {keep:g}", _shortest_first(shape, layers))

@@ -89,12 +89,11 @@ class FactorStore:
 
     def get_refined(self, index: int) -> dict[str, Tensor] | None:
         """The refined weights of a layer, if an earlier run finished it."""
-        path = self._path(index, "refined-")
-        return load_file(path) if path.is_file() else None
+        return self.get_tensors("refined", index)
 
     def put_refined(self, index: int, weights: dict[str, Tensor]) -> None:
         """Keep a layer's refined weights."""
-        write_file(self._path(index, "refined-"), save({name: weight.contiguous() for name, weight in weights.items()}))
+        self.put_tensors("refined", index, weights)
 
     def get_tensors(self, kind: str, index: int) -> dict[str, Tensor] | None:
         """Tensors of a layer that an earlier run kept under this name."""

@@ -1,7 +1,8 @@
 """Put factors into layers, and compressed layers into a model of the compressed class."""
 
 import copy
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,7 @@ from mea.ops.cache_forms import FORMS, PostRope
 
 CHECKED_TOKENS = 24
 TOLERANCE = 1e-4
+Part = TypeVar("Part")
 
 
 class ConversionError(ValueError):
@@ -134,11 +136,17 @@ def latent_config(
     config: Any, layout: Layout, compression: dict[str, Any], form: PostRope = FORMS["post_rope"], groups: int = 1
 ) -> Any:
     """The configuration of the compressed model: the original's, with the latents and the compression's settings."""
+    ranks = [None if pair is None else list(pair) for pair in layout.ranks]
+    return compressed_config(
+        config, latent_ranks=ranks, latent_form=form.name, latent_groups=groups, compression=compression
+    )
+
+
+def compressed_config(config: Any, **fields: Any) -> Any:
+    """The original's configuration as one of the compressed class, with further fields."""
     kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
     kept.pop("quantization_config", None)
-    ranks = [None if pair is None else list(pair) for pair in layout.ranks]
-    kept |= {"latent_ranks": ranks, "latent_form": form.name, "latent_groups": groups, "compression": compression}
-    compressed = COMPRESSED_CONFIGS[config.model_type](**kept)
+    compressed = COMPRESSED_CONFIGS[config.model_type](**kept | fields)
     compressed._attn_implementation = config._attn_implementation
     compressed._experts_implementation = config._experts_implementation
     return compressed
@@ -146,6 +154,17 @@ def latent_config(
 
 def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any:
     """The compressed model; uncompressed modules share their weights with the original."""
+    return compressed_model(model, config, factors, compress_attention)
+
+
+def compressed_model(
+    model: Any, config: Any, parts: Sequence[Part | None], put: Callable[[Any, Part, Any], None]
+) -> Any:
+    """A model of the compressed class that shares its weights with the original.
+
+    `put` changes the attention module of each layer that has a part; its weights are in memory then. It also gets the
+    model's rotary embedding.
+    """
     compressed = sharing_copy(model)
     stock = compressed.config
     for module in compressed.modules():
@@ -155,8 +174,8 @@ def assemble(model: Any, factors: list[LayerFactors | None], config: Any) -> Any
     compressed._tp_plan = {}
     # Describes how the original's checkpoint was rearranged at loading; the compressed model is saved as it is.
     compressed.__dict__.pop("_weight_conversions", None)
-    for layer, layer_factors in zip(compressed.model.layers, factors, strict=True):
-        if layer_factors is not None:
+    for layer, part in zip(compressed.model.layers, parts, strict=True):
+        if part is not None:
             with weights_of(layer.self_attn):
-                compress_attention(layer.self_attn, layer_factors, compressed.model.rotary_emb)
+                put(layer.self_attn, part, compressed.model.rotary_emb)
     return compressed

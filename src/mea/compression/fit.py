@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mea.compression.budget import Layout
-from mea.compression.calibrate.layerwise import AttentionPass, LayerInputs, LayerWalk, run_layer
+from mea.compression.calibrate.layerwise import AttentionPass, LayerInputs, LayerWalk, check_finite, run_layer
 from mea.compression.calibrate.offload import resident
 from mea.compression.calibrate.score_sensitivity import ScoreMomentsSum
 from mea.compression.calibrate.statistics import AveragedValues, AveragedValuesSum, LayerStatistics, StatisticsSum
@@ -70,8 +70,7 @@ def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target
         layer = resident(original)
         passes, statistics = _calibrate(layer, hidden, inputs[index], walk.rotations[index], needs_scores)
         hidden = torch.stack([window.layer_out for window in passes])
-        if not hidden.isfinite().all():
-            raise ValueError(f"layer {index}: activations are not finite on the calibration text; the model overflows")
+        check_finite(hidden, index, "activations")
         calibrated = _calibrated(layer, inputs[index], passes, statistics)
         fitted: list[FittedLayer] = []
         full_rank: dict[str, LayerFactors] = {}
@@ -139,10 +138,9 @@ def relative_output_error(layer: Any, factors: LayerFactors, inputs: LayerInputs
     Tokens are weighted by `AttentionPass.weight`.
     """
     compressed = latent_copy(layer, factors, inputs.rotary).self_attn
-    options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
     error = energy = 0.0
     for window in passes:
-        output = compressed(window.attention_in[None], **options)[0][0]
+        output = compressed(window.attention_in[None], **inputs.without_cache)[0][0]
         true = layer.self_attn.o_proj(window.heads_out)
         error += ((output - true).square().sum(-1) * window.weight).sum().item()
         energy += (true.square().sum(-1) * window.weight).sum().item()

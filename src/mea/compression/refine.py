@@ -146,7 +146,7 @@ class _Reading:
         positions: Int[Tensor, "n t"],
     ):
         self.positions = positions
-        self.options = {name: value for name, value in inputs.options.items() if name != "past_key_values"}
+        self.options = inputs.without_cache
         self.turns = turns
 
     def __call__(self, layer: Any, hidden: Float[Tensor, "b t D"], which: Tensor | slice) -> Float[Tensor, "b t D"]:

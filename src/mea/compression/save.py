@@ -10,7 +10,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.allocate.search import allocated
-from mea.compression.api import Compressed, run_plans
+from mea.compression.api import run_plans
 from mea.compression.budget import CodedLayout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
@@ -20,6 +20,7 @@ from mea.compression.cost import estimate
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
 from mea.compression.refine import Refined
+from mea.compression.result import Compressed
 from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.evaluate.speed import cache_size
 from mea.models.fold import stock_config

@@ -29,6 +29,7 @@ from mea.ops.latent import key_positions, rotate
 
 QUERIES = 256  # queries that read together in a pass over many tokens
 TOKENS = 1024  # coded tokens that are unpacked together where there is no kernel
+NO_PAGES = "a compressed cache cannot be paged: use generate() instead of continuous batching"
 BLOCK = 64  # tokens that share the angle of their first one in the kernel
 
 
@@ -273,7 +274,7 @@ class CodedAttention(_Stock):
     ) -> tuple[Tensor, None]:
         """Attend; arguments and result as in the stock modules, without weights."""
         if kwargs.get("cache") is not None:
-            raise NotImplementedError("a packed cache cannot be paged: use generate() instead of continuous batching")
+            raise NotImplementedError(NO_PAGES)
         queries, keys, values = self._projected(hidden_states, position_embeddings)
         q, positions = queries.shape[2], kwargs.get("position_ids")
         dropout = self.attention_dropout if self.training else 0.0

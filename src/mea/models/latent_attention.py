@@ -27,7 +27,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from mea.models import coded_attention, packed_cache
-from mea.models.coded_attention import CODES, CodedAttention
+from mea.models.coded_attention import CODES, NO_PAGES, CodedAttention
 from mea.models.packed_cache import all_dynamic
 from mea.ops import cache_forms, codes, latent
 from mea.ops.cache_forms import FORMS
@@ -47,7 +47,6 @@ SUPPORTED = {
 }
 MODEL_TYPE_PREFIX = "mea_"
 MODELLING_FILE = "modeling_mea.py"
-NO_PAGES = "a compressed cache cannot be paged: use generate() instead of continuous batching"
 
 
 class HeadMixing(nn.Module):

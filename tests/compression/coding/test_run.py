@@ -10,7 +10,7 @@ from compression.small import tiny
 from mea.compression import compress
 from mea.compression.budget import CacheShape, CodedLayout, bytes_in_16_bits
 from mea.compression.coding.fit import READINGS
-from mea.compression.coding.run import packed_bytes
+from mea.evaluate.speed import cache_size
 
 CONTEXT = 8192
 # Windows and widths at which 64 exact tokens leave room; 2 kv heads of 16 make it one forward of 8,192 tokens in 1 s.
@@ -57,7 +57,7 @@ def test_bytes_are_those_that_were_promised(kind, reading, dtype, tokenizer, cal
     shape, layout = CacheShape.of(packed.config, dtype.itemsize), layout_of(packed)
     found = own_bytes(packed, CONTEXT)
     assert found == layout.bytes(shape, CONTEXT)
-    assert found == packed_bytes(packed, CONTEXT)
+    assert found == cache_size(packed, CONTEXT).bytes
     budget = keep * bytes_in_16_bits(shape, CONTEXT)
     assert 0.8 * budget <= found <= budget
     for context in (30, 300):

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from mea.compression.calibrate.offload import resident
+from mea.models.lm_head import ROWS
 
 MOST_POSITIONS, RUN = 8192, 256
-ROWS = 256  # rows of logits at a time
 
 
 class LayerInputs(NamedTuple):
@@ -31,6 +31,11 @@ class LayerInputs(NamedTuple):
     position_embeddings: tuple[Tensor, Tensor]
     mask: Float[Tensor, "1 1 t t"]
     rotary: Any
+
+    @property
+    def without_cache(self) -> dict[str, Any]:
+        """The options of a pass that fills no cache."""
+        return {name: value for name, value in self.options.items() if name != "past_key_values"}
 
 
 class AttentionPass(NamedTuple):
@@ -105,6 +110,18 @@ def check_weights(model: Any) -> None:
             for name, parameter in module.named_parameters(prefix=path, recurse=False):
                 if not parameter.isfinite().all():
                     raise ValueError(f"the weights in {name} are not all finite; the checkpoint is damaged")
+
+
+def check_finite(tensor: Tensor, index: int, what: str) -> None:
+    """Refuse a model that overflows.
+
+    Raises
+    ------
+    ValueError
+        A number of layer `index` is NaN or infinite.
+    """
+    if not tensor.isfinite().all():
+        raise ValueError(f"layer {index}: {what} are not finite on the calibration text; the model overflows")
 
 
 @contextmanager

@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicCache
 
 from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk
-from mea.compression.calibrate.offload import resident, weights_of
+from mea.compression.calibrate.offload import resident
 from mea.compression.coding.fit import LayerCode, Reading, full_code
-from mea.compression.convert import CHECKED_TOKENS, TOLERANCE, ConversionError, sharing_copy, use_own_forward
-from mea.models.latent_attention import COMPRESSED_CONFIGS, COMPRESSED_MODELS, to_coded_attention
+from mea.compression.convert import (
+    CHECKED_TOKENS,
+    TOLERANCE,
+    ConversionError,
+    compressed_config,
+    compressed_model,
+    sharing_copy,
+    use_own_forward,
+)
+from mea.models.latent_attention import to_coded_attention
 
 CHECKED_EXACT = (2, 6)  # first and newest tokens that the checks read exactly: the others are read by their codes
 
@@ -23,14 +31,9 @@ def coded_config(
     config: Any, reading: str, exact: tuple[int, int], codes: Sequence[LayerCode | None], told: Any
 ) -> Any:
     """The configuration of the compressed model; `told` are the compression's settings."""
-    kept = {name: value for name, value in config.to_dict().items() if name not in ("model_type", "architectures")}
-    kept.pop("quantization_config", None)
     tiers = [None if code is None else [list(tier) for tier in code.tiers] for code in codes]
     code = {"reading": reading, "first": exact[0], "recent": exact[1], "tiers": tiers}
-    compressed = COMPRESSED_CONFIGS[config.model_type](**kept | {"cache_code": code, "compression": told})
-    compressed._attn_implementation = config._attn_implementation
-    compressed._experts_implementation = config._experts_implementation
-    return compressed
+    return compressed_config(config, cache_code=code, compression=told)
 
 
 @torch.no_grad()
@@ -44,19 +47,9 @@ def code_attention(attention: Any, code: LayerCode, settings: dict[str, Any], ro
 
 def assemble_coded(model: Any, codes: Sequence[LayerCode | None], config: Any) -> Any:
     """The compressed model; it shares all weights of the original."""
-    compressed = sharing_copy(model)
-    stock = compressed.config
-    for module in compressed.modules():
-        if getattr(module, "config", None) is stock:
-            module.config = config
-    compressed.__class__ = COMPRESSED_MODELS[model.config.model_type]
-    compressed._tp_plan = {}
-    compressed.__dict__.pop("_weight_conversions", None)  # of the original's checkpoint
-    for layer, code in zip(compressed.model.layers, codes, strict=True):
-        if code is not None:
-            with weights_of(layer.self_attn):
-                code_attention(layer.self_attn, code, config.cache_code, compressed.model.rotary_emb)
-    return compressed
+    return compressed_model(
+        model, config, codes, lambda attention, code, rotary: code_attention(attention, code, config.cache_code, rotary)
+    )
 
 
 @torch.no_grad()

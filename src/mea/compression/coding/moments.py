@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk
+from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, check_finite
 from mea.compression.calibrate.offload import resident
 from mea.records import Progress
 
@@ -123,8 +123,10 @@ def layer_moments(
             hidden = [walk.embed(rows).float()]
             for index, layer in enumerate(layers):
                 loaded = resident(layer)
-                hidden.append(torch.cat([loaded(window, **_options(inputs[index])) for window in hidden[-1].split(1)]))
-                _finite(hidden[-1], index, "activations")
+                hidden.append(
+                    torch.cat([loaded(window, **inputs[index].without_cache) for window in hidden[-1].split(1)])
+                )
+                check_finite(hidden[-1], index, "activations")
                 advance()
         gradient = walk.loss_gradients(rows, hidden.pop(), generator)
         for index in reversed(range(len(layers))):
@@ -135,7 +137,7 @@ def layer_moments(
                 before.append(parts[0])
                 sums[index].add(parts[1][first:], parts[2][first:], kept)
             gradient = torch.cat(before)
-            _finite(gradient, index, "gradients")
+            check_finite(gradient, index, "gradients")
             advance()
     moments = [total.result(attention.head_dim) for total in sums]
     for index, found in enumerate(moments):
@@ -180,7 +182,7 @@ def _backward(
     try:
         with torch.enable_grad():
             start = window.detach().requires_grad_()
-            output = layer(start, **_options(inputs))
+            output = layer(start, **inputs.without_cache)
             gradients = torch.autograd.grad(output, [start, seen["k"], seen["v"]], upstream)
     finally:
         for handle in handles:
@@ -191,12 +193,3 @@ def _backward(
         for k, v in ((seen["k"], seen["v"]), gradients[1:])
     )
     return gradients[0], states, slopes
-
-
-def _options(inputs: LayerInputs) -> dict[str, Any]:
-    return {name: value for name, value in inputs.options.items() if name != "past_key_values"}
-
-
-def _finite(tensor: Tensor, index: int, what: str) -> None:
-    if not tensor.isfinite().all():
-        raise ValueError(f"layer {index}: {what} are not finite on the calibration text; the model overflows")
