@@ -5,7 +5,7 @@ attention class and caches latents (`ops/latent.py`) where the original caches k
 their norm, so that reading need not undo it; ``v_proj`` itself encodes values. The cache form (`ops/cache_forms.py`)
 defines what is cached and how it is read.
 
-This file, ``ops/latent.py`` and ``ops/cache_forms.py`` together are also the self-contained modelling file that
+This file and the modules that `modelling_source` lists together are also the self-contained modelling file that
 `save_pretrained` writes beside the weights, for ``from_pretrained(..., trust_remote_code=True)`` where this package is
 not installed.
 
@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from mea.models import coded_attention, packed_cache
-from mea.models.coded_attention import CODES, NO_PAGES, CodedAttention
+from mea.models import coded_attention, layer_code, packed_cache
+from mea.models.coded_attention import NO_PAGES, CodedAttention
+from mea.models.layer_code import CODES
 from mea.models.packed_cache import all_dynamic
 from mea.ops import cache_forms, codes, latent
 from mea.ops.cache_forms import FORMS
@@ -418,7 +419,9 @@ def modelling_source() -> str:
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
     shim += ["Bool = Int = UInt8 = BFloat16 = Float", ""]
     shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
-    imports, bodies = zip(*map(_parts, (latent, cache_forms, codes, packed_cache, coded_attention)), strict=True)
+    imports, bodies = zip(
+        *map(_parts, (latent, cache_forms, codes, packed_cache, layer_code, coded_attention)), strict=True
+    )
     extra = dict.fromkeys(line for lines in imports for line in lines)
     return "\n".join([*head, *extra, *shim, *(line for lines in bodies for line in lines), *rest, ""])
 

@@ -15,7 +15,7 @@ from mea.compression.coding.fit import READINGS, Joint, LayerCode, Predictive, f
 from mea.compression.coding.klt import transform
 from mea.compression.coding.moments import LayerMoments, layer_moments
 from mea.compression.convert import ConversionError
-from mea.models.coded_attention import CODES
+from mea.models.layer_code import CODES
 from mea.ops.codes import bits_per_token
 from mea.ops.latent import rotate
 

@@ -19,7 +19,7 @@ RIDGE = 1e-4  # of the components' unit variance
 
 @dataclass
 class LayerCode:
-    """What a layer's module in `mea.models.coded_attention` holds.
+    """What a layer's module in `mea.models.layer_code` holds.
 
     Attributes
     ----------
