@@ -111,3 +111,9 @@ def test_variants_of_a_method_go_by_their_label(one):
 def test_names_tell_the_size_where_there_are_several(one):
     found = rows([one("none", 1.0), one("post_rope", 1.5), one("post_rope", 2.2, keep=0.25)])
     assert [row.name for row in found] == ["uncompressed", "post_rope, 50 %", "post_rope, 25 %"]
+
+
+def test_draws_of_one_method_are_told_apart(one):
+    draws = [one("joint", 1.1) | {"seeds": {"calibration": seed}} for seed in (0, 1)]
+    assert [row.name for row in rows(draws)] == ["joint, seed of calibration 0", "joint, seed of calibration 1"]
+    assert [row.name for row in rows([one("joint", 1.1)] * 2)] == ["joint, 1", "joint, 2"]

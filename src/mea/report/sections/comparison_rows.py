@@ -69,7 +69,7 @@ class Row:
 def rows(records: Sequence[Record]) -> list[Row]:
     """The uncompressed model first, then methods by their ratio on the first text, lowest first.
 
-    Where there are several cache sizes, names give the size.
+    Where there are several cache sizes, names give the size; where a name repeats, the seeds that differ, or a number.
 
     Raises
     ------
@@ -82,7 +82,7 @@ def rows(records: Sequence[Record]) -> list[Row]:
         raise ValueError(f"no record of the kind {KIND!r} among {len(records)} ({', '.join(kinds) or 'none'})")
     sizes = {r["config"].get("keep") for r in chosen if r["config"].get("method") != UNCOMPRESSED}
     methods = [_row(record, len(sizes)) for record in chosen]
-    methods = [_with_decode(row, methods) for row in methods]
+    methods = [_with_decode(row, methods) for row in _told_apart(methods)]
     return sorted(methods, key=lambda row: (row.model, row.compressed, row.main_ratio, row.name))
 
 
@@ -201,6 +201,21 @@ def _row(record: Record, sizes: int) -> Row:
     if config.get("series"):  # the label says the size
         series, name = config["series"], series
     return Row(name, series, str(config.get("model", "?")), compressed, record["results"], record)
+
+
+def _told_apart(methods: Sequence[Row]) -> list[Row]:
+    """Rows with names of their own: figures find a row's values by its name."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in methods:
+        groups.setdefault((row.model, row.name), []).append(row)
+    apart = []
+    for (_, name), group in groups.items():
+        seeds = [tuple(row.record["seeds"].items()) for row in group]
+        differ = len(set(seeds)) == len(group)
+        notes = [", ".join(f"seed of {what} {seed}" for what, seed in pairs) for pairs in seeds]
+        for index, (row, note) in enumerate(zip(group, notes, strict=True)):
+            apart.append(row if len(group) == 1 else replace(row, name=f"{name}, {note if differ else index + 1}"))
+    return apart
 
 
 def _with_decode(row: Row, methods: Sequence[Row]) -> Row:
