@@ -51,7 +51,7 @@ class CodedAttention(_Stock):
         """Attend; arguments and result as in the stock modules, without weights."""
         if kwargs.get("cache") is not None:
             raise NotImplementedError(NO_PAGES)
-        queries, keys, values = self._projected(hidden_states, position_embeddings)
+        queries, keys, values = self._projected(hidden_states)
         q, positions = queries.shape[2], kwargs.get("position_ids")
         dropout = self.attention_dropout if self.training else 0.0
         output = None
@@ -64,24 +64,39 @@ class CodedAttention(_Stock):
             layer = self.packed(past_key_values)
             slots, hidden = layer.get_mask_sizes(q)
             seen = _visible(attention_mask, len(queries), q, slots)
-            held = layer.append(keys, values, self.code.encode, None if hidden or layer.is_sliding else _padding(seen))
+            held = self._push(layer, keys, values, seen)
+            if held is None:
+                padding = None if hidden or layer.is_sliding else _padding(seen)
+                held = layer.append(keys, values, self.code.encode, padding)
             if q == 1 and not dropout:
-                output = self._read_one(queries, held, seen, past_key_values, positions)
+                output = self._read_one(queries, position_embeddings, held, seen, past_key_values, positions)
             turn = self._turns(held, seen, positions) if output is None else None
         if output is None:
-            output = self._read_many(queries, keys, values, held, seen, turn, dropout)
+            output = self._read_many(
+                self._turned(queries, position_embeddings), keys, values, held, seen, turn, dropout
+            )
         output = output.to(hidden_states.dtype).transpose(1, 2)
         return self.o_proj(output.reshape(*hidden_states.shape[:-1], -1)), None
 
-    def _projected(self, x: Tensor, position_embeddings: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries after RoPE, keys before it, values."""
-        modelling = sys.modules[type(self).__mro__[2].__module__]
+    def _projected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before RoPE."""
         shape = (*x.shape[:-1], -1, self.head_dim)
         queries, keys, values = (f(x).view(shape) for f in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
             queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys, values = (y.transpose(1, 2) for y in (queries, keys, values))
-        return modelling.apply_rotary_pos_emb(queries, queries, *position_embeddings)[0], keys, values
+        return queries.transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2)
+
+    def _turned(self, queries: Tensor, position_embeddings: Any) -> Tensor:
+        modelling = sys.modules[type(self).__mro__[2].__module__]
+        return modelling.apply_rotary_pos_emb(queries, queries, *position_embeddings)[0]
+
+    def _push(self, layer: PackedLayer, keys: Tensor, values: Tensor, seen: Tensor | None) -> Held | None:
+        """Add one token in place where a kernel can do it and nothing has to be coded; None where not."""
+        if keys.shape[2] != 1 or cpu is None or not cpu.usable(keys, values):
+            return None
+        if seen is not None and not seen[:, 0, 0, -layer.recent :].all():
+            return None
+        return layer.push(keys, values, cpu.push)
 
     def _whole(self, keys: Tensor, values: Tensor, seen: Tensor | None) -> Held:
         """A text that is read at once, without a cache: everything is exact, and what is read by its code follows."""
@@ -208,9 +223,10 @@ class CodedAttention(_Stock):
         return torch.cat([part.expand(b, -1, -1) for part in reads], -1)[:, None]
 
     def _read_one(
-        self, queries: Tensor, held: Held, seen: Tensor | None, past_key_values: Any, position_ids: Tensor
-    ) -> Tensor | None:
-        """Attention of one query ``[b, h, 1, d]`` over the codes; None where `_read_many` has to do it.
+        self, queries: Tensor, position_embeddings: Any, held: Held, seen: Tensor | None, cache: Any,
+        position_ids: Tensor,
+    ) -> Tensor | None:  # fmt: skip
+        """Attention of one query ``[b, h, 1, d]`` before RoPE over the codes; None where `_read_many` has to do it.
 
         That is with hidden tokens in the middle, few codes in a row, or old tokens beyond a sliding window.
         """
@@ -232,27 +248,37 @@ class CodedAttention(_Stock):
             skip = 0
         newest = position_ids[:, -1:]
         oldest = newest - (total - 1 - held.begin - skip)
-        average, weight = self._read_codes(
-            queries, held, skip, stop - skip, hidden, oldest, position_ids, past_key_values
-        )
         keys, values = held.keys[:, :, -recent:], held.values[:, :, -recent:]
-
-        def positions() -> Tensor:
-            near = torch.arange(-recent + 1, 1, device=newest.device) + newest
-            if held.first is None:
-                return near
-            first = (newest - (total - 1) + held.first).expand(max(len(near), len(held.first)), -1)
-            return torch.cat([first, near.expand(len(first), -1)], 1)
-
+        step = (position_ids, total, recent, held.first is None)
+        exact = self._shared(cache, "exact", step, lambda: self._exact_angles(held, newest, recent))
+        if self._kernel_fits(queries, values) and (hidden is None or not skip):
+            step = (position_ids, total, skip, stop)
+            angles = self._shared(cache, "codes", step, lambda: self._angles(oldest, stop - skip))
+            first = None if held.first is None else cpu.Exact(held.first_keys, held.first_values)
+            mask = None if hidden is None else hidden.to(torch.uint8)
+            return self.code.reader(cpu.PackedReader).read(
+                queries[:, :, 0], cpu.Exact(keys, values), first, held.codes, held.scales, skip, stop - skip,
+                mask, cpu.Angles(angles[0], angles[1], exact), self.scaling,
+            )[:, :, None]  # fmt: skip
+        queries = self._turned(queries, position_embeddings)
+        average, weight = self._read_codes(queries, held, skip, stop - skip, hidden, oldest)
         if held.first is not None:
             keys, values = torch.cat([held.first_keys, keys], 2), torch.cat([held.first_values, values], 2)
-        step = (position_ids, total, recent, held.first is None)
-        turn = self._shared(past_key_values, "exact", step, lambda: self._rotary_at(positions(), keys))
-        keys = rotate(keys, *turn)
         (b, h, _, d), g = queries.shape, keys.shape[1]
-        exact, exact_weight = _attend(queries.reshape(b, g, h // g, d), keys, values, self.scaling)
-        share = torch.sigmoid(weight - exact_weight.reshape(b, h))[..., None]  # of the coded tokens
-        return torch.lerp(wide(exact).reshape(b, h, d), self.code.unmix(average), share)[:, :, None]
+        keys = rotate(wide(keys), *(torch.cat([x, x], -1) for x in exact))
+        scores = wide(queries).reshape(b, g, h // g, d) @ keys.mT * self.scaling
+        share = torch.sigmoid(weight - scores.logsumexp(-1).flatten(1))[..., None]  # of the coded tokens
+        output = (scores.softmax(-1) @ wide(values)).reshape(b, h, d)
+        return torch.lerp(output, self.code.unmix(average), share)[:, :, None]
+
+    def _exact_angles(self, held: Held, newest: Tensor, recent: int) -> tuple[Tensor, Tensor]:
+        """Cosines and sines ``[b or 1, t, d / 2]`` of the first and the newest tokens."""
+        positions = torch.arange(-recent + 1, 1, device=newest.device) + newest
+        if held.first is not None:
+            first = (newest - (held.total - 1) + held.first).expand(max(len(positions), len(held.first)), -1)
+            positions = torch.cat([first, positions.expand(len(first), -1)], 1)
+        cos, sin = self._rotary_at(positions, wide(held.keys[:0]))
+        return cos[..., : self.head_dim // 2].contiguous(), sin[..., : self.head_dim // 2].contiguous()
 
     def _shared(self, cache: Any, name: str, step: tuple[Any, ...], make: Callable[[], Any]) -> Any:
         """What all layers of a step share; `step` tells it apart, its first member by identity."""
@@ -266,18 +292,13 @@ class CodedAttention(_Stock):
         return found[1]
 
     def _read_codes(
-        self, queries: Tensor, held: Held, skip: int, count: int, hidden: Tensor | None, position: Tensor,
-        position_ids: Tensor, past_key_values: Any,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        self, queries: Tensor, held: Held, skip: int, count: int, hidden: Tensor | None, position: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Averages ``[b, h, r]`` of coded tokens from `skip` on, and the logarithm of their weight ``[b, h]``.
 
         `position` ``[b, 1]`` is that of the first of these tokens.
         """
         code = self.code
-        if hidden is None or not skip:
-            own = self._kernel(queries, held, skip, count, hidden, position, position_ids, past_key_values)
-            if own is not None:
-                return own
         b, h = queries.shape[:2]
         best = wide(queries[..., 0, :1]).new_full((b, h, 1), torch.finfo(torch.float32).min)
         total, average = torch.zeros_like(best), torch.zeros((), dtype=best.dtype, device=best.device)
@@ -298,27 +319,12 @@ class CodedAttention(_Stock):
             average = weights @ components + average * before
         return average / total.clamp_min(1e-30), (best + total.clamp_min(1e-30).log())[..., 0]
 
-    def _kernel(
-        self, queries: Tensor, held: Held, skip: int, count: int, hidden: Tensor | None, position: Tensor,
-        position_ids: Tensor, past_key_values: Any,
-    ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-        """As `_read_codes`, by the kernel for processors; None where it cannot be used."""
-        code, kind = self.code, str(self.rotary.rope_type)
+    def _kernel_fits(self, queries: Tensor, values: Tensor) -> bool:
+        kind, code = str(self.rotary.rope_type), self.code
         # The kernel adds angles, which these scalings change with the length of the text.
         if cpu is None or "dynamic" in kind or "longrope" in kind:
-            return None
-        if not cpu.codes_usable(queries[:, :, 0], code.groups):
-            return None
-        base, places = self._shared(
-            past_key_values, "codes", (position_ids, held.total, skip, count), lambda: self._angles(position, count)
-        )
-        mask = None if hidden is None else hidden.to(torch.uint8)
-        read = (held.codes, held.scales, code.groups)
-        if code.reading == "joint":
-            decoder, mean = code.key_decoder.contiguous(), code.once("mean", code.key_mean.float, code.key_mean)
-            return cpu.read_joint(queries[:, :, 0], *read, decoder, mean, base, places, skip, count, mask, self.scaling)
-        absorbed = code.absorb(queries)[:, :, 0].to(queries.dtype)
-        return cpu.read_pairs(absorbed, *read, code.frequency, base, places, skip, count, mask, self.scaling)
+            return False
+        return code.value_decoder.dtype == values.dtype and cpu.codes_usable(queries[:, :, 0], code.groups)
 
     def _angles(self, position: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Cosines and sines of the blocks of `count` tokens from `position` ``[b, 1]`` on, and of places in a block."""
@@ -326,17 +332,8 @@ class CodedAttention(_Stock):
         base = self._rotary_at(position + torch.arange(-(-count // BLOCK)) * BLOCK, like)
         cos, sin = (x[0, :, :half] for x in self._rotary_at(torch.arange(BLOCK)[None], like))
         factor = cos[0, 0]  # of attention scaling, which `base` has
-        return (base[0][..., :half], base[1][..., :half]), (cos / factor, sin / factor)
-
-
-def _attend(queries: Tensor, keys: Tensor, values: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention ``[b, g, n, d]`` of packed queries over few tokens, and the logarithm of its weight ``[b, g, n]``."""
-    if keys.device.type == "cpu" and not torch.is_grad_enabled():
-        flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu  # what SDPA calls; SDPA drops the sums
-        return flash(queries, keys, values, scale=scale)
-    scores = wide(queries @ keys.mT) * scale
-    weight = scores.logsumexp(-1)
-    return (scores - weight[..., None]).exp().to(values.dtype) @ values, weight
+        cut = [x[..., :half].contiguous() for x in base]
+        return (cut[0], cut[1]), (cos / factor, sin / factor)
 
 
 def _visible(mask: Any, batch: int, queries: int, slots: int) -> Tensor | None:

@@ -17,11 +17,14 @@ class _Code(nn.Module):
     """What both readings share."""
 
     exactly = False  # without rounding, in passes without a cache
+    groups: Groups
+    key_decoder: nn.Parameter
+    key_mean: nn.Parameter
     value_decoder: nn.Parameter
     value_mean: nn.Parameter
 
-    def once(self, name: str, make: Callable[[], Tensor], *parameters: Tensor) -> Tensor:
-        """A tensor that depends on these parameters only, made again when they change; not kept under gradients."""
+    def once(self, name: str, make: Callable[[], Any], *parameters: Tensor) -> Any:
+        """What depends on these parameters only, made again when they change; not kept under gradients."""
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters):
             return make()
         mark = [(x._version, x.data_ptr(), x.device, x.dtype) for x in parameters]
@@ -30,6 +33,12 @@ class _Code(nn.Module):
             with torch.inference_mode(False):  # what is kept may be used where gradients are wanted
                 kept[name] = mark, make()
         return kept[name][1]
+
+    def reader(self, make: Callable[..., Any]) -> Any:
+        """A kernel's reader, `mea.ops.cpu.PackedReader`, of these maps; kept until they change."""
+        maps = (self.key_decoder, self.key_mean, self.value_decoder, self.value_mean)
+        frequency = getattr(self, "frequency", None)
+        return self.once("reader", lambda: make(self.groups, *maps, frequency), *maps)
 
     def unmix(self, averages: Tensor) -> Tensor:
         """Outputs ``[b, h, d]`` of the heads from averages ``[b, h, r]`` of components."""
@@ -71,7 +80,7 @@ class PredictiveCode(_Code):
         super().__init__()
         self.keys_tiers, self.rest_tiers = (tuple(part) for part in tiers)
         g, d, r_k, rest = num_kv_heads, head_dim, sum(self.keys_tiers), sum(self.rest_tiers)
-        self.groups: Groups = group_sizes(self.keys_tiers) + group_sizes(self.rest_tiers)
+        self.groups = group_sizes(self.keys_tiers) + group_sizes(self.rest_tiers)
         self.frequency: Tensor
         self.register_buffer("frequency", torch.zeros(r_k // 2, dtype=torch.int32))
         self.key_encoder = nn.Parameter(torch.zeros(r_k // 2, g, 2))
@@ -186,7 +195,7 @@ class JointCode(_Code):
         super().__init__()
         (self.tiers,) = (tuple(part) for part in tiers)
         g, d, r = num_kv_heads, head_dim, sum(self.tiers)
-        self.groups: Groups = group_sizes(self.tiers)
+        self.groups = group_sizes(self.tiers)
         self.encoder = nn.Parameter(torch.zeros(r, 2 * g * d))
         self.key_decoder = nn.Parameter(torch.zeros(g, d, r))
         self.value_decoder = nn.Parameter(torch.zeros(g, d, r))

@@ -135,20 +135,33 @@ class PackedLayer(TensorsByBatch, DynamicLayer):
             fresh = slice(end - start, stop - start)
             self._keep_first(keys[:, :, fresh], values[:, :, fresh], end)
             self._store(*encode(keys[:, :, fresh], values[:, :, fresh]))
-        held = Held(
-            keys,
-            values,
-            *self._coded(),
-            self.begin,
-            self.total,
-            self.first_keys,
-            self.first_values,
-            self._first_slots(),
-        )
+        held = self._held(keys, values)
         self.keys, self.values = keys, values
         if not self.record_past:
             self._forget()
         return held
+
+    def push(self, keys: Tensor, values: Tensor, move: Callable[[Any, Any], None]) -> Held | None:
+        """As `append` for one token that `move` puts behind the exact ones in place; None where that will not do.
+
+        That is where tokens have to be coded, or more than the newest are held, or fewer.
+        """
+        if (
+            not self.is_initialized
+            or self.total + 1 - self.recent > self.begin + self.coded
+            or self.keys.shape[2] != self.recent
+            or self.record_past
+            or self.is_sliding
+            or not (self.keys.is_contiguous() and self.values.is_contiguous())
+        ):
+            return None
+        move((self.keys, self.values), (keys, values))
+        self.total += 1
+        return self._held(self.keys, self.values)
+
+    def _held(self, keys: Tensor, values: Tensor) -> Held:
+        first = self.first_keys, self.first_values, self._first_slots()
+        return Held(keys, values, *self._coded(), self.begin, self.total, *first)
 
     def _coded(self) -> tuple[Tensor, Tensor]:
         if self.codes is None:

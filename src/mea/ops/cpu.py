@@ -14,15 +14,19 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Float, Float16, Float32, Int32, UInt8
+from jaxtyping import BFloat16, Float, Float16, Float32, Int, UInt8
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("latent_cpu.c")
 FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vnni", "-fopenmp", "-shared", "-fPIC")
+TILES = ("-mamx-tile", "-mamx-int8", "-mamx-bf16")
 FEATURES = ("avx512_f", "avx512_bw", "avx512_vl", "avx512_bf16", "avx512_vnni")  # by torch's names
+TILE_FEATURES = ("amx_tile", "amx_int8", "amx_bf16")
 
 
 LARGEST_GROUP = 128  # components
@@ -43,7 +47,7 @@ def usable(queries: Tensor, *others: Tensor) -> bool:
 
 
 def codes_usable(queries: Tensor, groups: Groups) -> bool:
-    """Whether `read_pairs` and `read_joint` take these queries and groups, here: see `usable`; sizes are 16, 32, ..."""
+    """Whether a `PackedReader` takes these queries and groups, here: see `usable`; sizes are 16, 32, ..."""
     return (
         all(bits in (2, 4, 8) and 0 <= size <= LARGEST_GROUP and size % 16 == 0 for bits, size in groups)
         and len(groups) > 0
@@ -128,150 +132,202 @@ def decode(
     _present().mea_decode(*addresses, sizes, (ctypes.c_long * 3)(*out.stride()[:3]), torch.get_num_threads())
 
 
-def read_pairs(
-    queries: BFloat16[Tensor, "b h columns"],
-    codes: UInt8[Tensor, "b t bytes"],
-    scales: BFloat16[Tensor, "b t two_groups"],
-    groups: Groups,
-    frequency: Int32[Tensor, " half"],
-    base: tuple[Float32[Tensor, "_ blocks f"], Float32[Tensor, "_ blocks f"]],
-    offsets: tuple[Float32[Tensor, "64 f"], Float32[Tensor, "64 f"]],
-    begin: int,
-    n: int,
-    hidden: UInt8[Tensor, "b n"] | None,
-    scale: float,
-) -> tuple[Float32[Tensor, "b h r"], Float32[Tensor, "b h"]]:
-    """One new token reads tokens ``[begin, begin + n)`` of codes whose first components are pairs of a key before RoPE.
+class Exact(NamedTuple):
+    """Tokens that are read as they are: keys before RoPE and values ``[b, g, t, d]``, channels side by side."""
 
-    Component ``i`` of a group is ``low + step * code``. The pairs ``(re, im)``, the first ``2 * half`` components, are
-    turned by the angle of their token; behind them stand, for each frequency, the cosine and the sine of that angle.
-    The score of a token is ``scale`` times the product of these ``columns = 2 * half + 2 * f`` numbers with a query.
-    The weighted average is that of all components, not turned.
+    keys: Tensor
+    values: Tensor
 
-    Parameters
+
+class Angles(NamedTuple):
+    """Cosines and sines of the angles of tokens; a factor of attention scaling is in `blocks` and `exact`.
+
+    Attributes
     ----------
-    queries
-        Absorbed.
-    codes, scales
-        Of any strides of sequence and token. ``scales`` holds ``low, step`` of each group; the first code of a byte is
-        in its lowest bits; no group has both pairs and other components. At most 128 components are a group.
-    frequency
-        Which angle turns a pair.
-    base, offsets
-        Cosines and sines of the angles of each block of 64 tokens, counted from ``begin``, and of the places in a
-        block, which add up to a token's. Any factor is in ``base``.
-    hidden
-        Not 0: the token gets no weight.
-
-    Returns
-    -------
-    The averages, and the natural log of the sum of exponentials of the scores; 0 and -1e30 if no token is visible.
-
-    Raises
-    ------
-    ValueError
-        Groups, tokens, angles or queries do not fit each other.
-    RuntimeError
-        The kernel cannot be had here (see `codes_usable`), or memory is short.
+    blocks : [b or 1, blocks, d / 2]
+        Of the first of each 64 coded tokens, from the first that is read.
+    places : [64, d / 2]
+        Of the places in a block: a token's angle is its block's plus its place's.
+    exact : [b or 1, t, d / 2]
+        Of the exact tokens, the first ones before the newest; the new token's is the last.
     """
-    pairs = 2 * frequency.numel()
-    if pairs not in {sum(size for _, size in groups[:i]) for i in range(len(groups) + 1)}:
-        raise ValueError(f"{pairs} components are pairs, which is no sum of the first sizes of the groups {groups}")
-    if queries.shape[-1] != pairs + 2 * offsets[0].shape[-1]:
-        raise ValueError(f"queries have {queries.shape[-1]} columns, not {pairs} + 2 * {offsets[0].shape[-1]}")
-    return _read_codes(
-        queries, codes, scales, groups, frequency.to(torch.int32), None, None, base, offsets, begin, n, hidden, scale
+
+    blocks: tuple[Tensor, Tensor]
+    places: tuple[Tensor, Tensor]
+    exact: tuple[Tensor, Tensor]
+
+
+class _Packed(ctypes.Structure):
+    """`struct packed` of the source."""
+
+    _addresses = (
+        *("queries", "keys", "values", "first_keys", "first_values", "exact_cosines", "exact_sines"),
+        *("codes", "scales", "hidden", "block_cosines", "block_sines", "place_cosines", "place_sines"),
+        *("frequency", "key_pairs", "key_decoder", "key_mean", "value_decoder", "value_mean", "groups", "output"),
+    )
+    _numbers = (
+        *("b", "h", "g", "half", "n", "rk", "group_count", "recent", "first", "code_stride", "scale_stride"),
+        *("code_sequence", "scale_sequence", "angle_sequence", "exact_sequence"),
+        *("keys_sequence", "keys_head", "values_sequence", "values_head"),
+    )
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in _addresses),
+        *((name, ctypes.c_long) for name in _numbers),
+        ("scale", ctypes.c_float),
+        ("threads", ctypes.c_int),
     )
 
 
-def read_joint(
-    queries: BFloat16[Tensor, "b h d"],
-    codes: UInt8[Tensor, "b t bytes"],
-    scales: BFloat16[Tensor, "b t two_groups"],
-    groups: Groups,
-    decoder: BFloat16[Tensor, "g d r"],
-    mean: Float32[Tensor, "g d"],
-    base: tuple[Float32[Tensor, "_ blocks f"], Float32[Tensor, "_ blocks f"]],
-    offsets: tuple[Float32[Tensor, "64 f"], Float32[Tensor, "64 f"]],
-    begin: int,
-    n: int,
-    hidden: UInt8[Tensor, "b n"] | None,
-    scale: float,
-) -> tuple[Float32[Tensor, "b h r"], Float32[Tensor, "b h"]]:
-    """As `read_pairs`, where the ``r`` components are a latent ``c`` and a head's keys ``decoder c + mean``, turned.
+class PackedReader:
+    """How one new token reads a layer of a packed cache (`mea.models.coded_attention`), prepared once.
 
-    Channels ``c`` and ``c + d / 2`` of a key are a pair, turned by angle ``c``. Queries are in the order of kv heads. A
-    row of the decoder is rounded to 15 bits of its largest number in a group, and to 8 bits where codes have 4 or 2:
-    those are coarse enough for that.
+    Component ``i`` of a group is ``low + step * code``. With `frequency` the first components are pairs ``(re, im)`` of
+    keys before RoPE, turned by their token's angle; averages are of components that are not turned. Without it, keys
+    ``key_decoder c + key_mean`` of each head are rebuilt from all components ``c`` and turned. A row of the decoder is
+    then rounded to 15 bits of its largest number in a group, and to 8 bits where codes have 4 or 2: those are coarse
+    enough for that. Channels ``c`` and ``c + d / 2`` of a head are a pair for RoPE.
+
+    Parameters
+    ----------
+    groups
+        Of 16, 32, ... `LARGEST_GROUP` components; none has both pairs and others.
+    key_decoder
+        ``[g, d, r]``, bf16; with `frequency`, ``[g, pairs, 2]``.
+    key_mean, value_mean
+        ``[g, d]``.
+    value_decoder
+        ``[g, d, r]``, bf16.
+    frequency
+        ``[pairs]``, whole numbers below ``d / 2``.
 
     Raises
     ------
     ValueError
-        Groups, tokens, angles, the decoder or queries do not fit each other.
-    RuntimeError
-        The kernel cannot be had here (see `codes_usable`), or memory is short.
+        Groups or tensors do not fit each other.
     """
-    heads, width, latent = decoder.shape
-    if (queries.shape[-1], mean.shape, sum(size for _, size in groups)) != (width, (heads, width), latent):
-        raise ValueError(
-            f"a decoder {tuple(decoder.shape)} does not fit queries of {queries.shape[-1]} channels, "
-            f"a mean {tuple(mean.shape)} and groups {groups}"
-        )
-    if queries.shape[1] % heads or width != 2 * offsets[0].shape[-1]:
-        raise ValueError(
-            f"{queries.shape[1]} queries of {width} channels do not fit {heads} kv heads and "
-            f"{offsets[0].shape[-1]} angles"
-        )
-    return _read_codes(queries, codes, scales, groups, None, decoder, mean, base, offsets, begin, n, hidden, scale)
+
+    def __init__(
+        self,
+        groups: Groups,
+        key_decoder: Float[Tensor, "g _ _"],
+        key_mean: Float[Tensor, "g d"],
+        value_decoder: BFloat16[Tensor, "g d r"],
+        value_mean: Float[Tensor, "g d"],
+        frequency: Int[Tensor, " pairs"] | None = None,
+    ):
+        (g, d), r = key_mean.shape, sum(size for _, size in groups)
+        if any(bits not in (2, 4, 8) or size % 16 or not 0 <= size <= LARGEST_GROUP for bits, size in groups):
+            raise ValueError(f"groups need 2, 4 or 8 bits and 16, 32, ... {LARGEST_GROUP} components: {groups}")
+        pairs = 0 if frequency is None else 2 * len(frequency)
+        if pairs not in {sum(size for _, size in groups[:i]) for i in range(len(groups) + 1)}:
+            raise ValueError(f"{pairs} components are pairs, which is no sum of the first sizes of the groups {groups}")
+        expected = (g, d, r) if frequency is None else (g, pairs // 2, 2)
+        if d % 2 or tuple(key_decoder.shape) != expected or tuple(value_decoder.shape) != (g, d, r):
+            raise ValueError(
+                f"decoders {tuple(key_decoder.shape)} and {tuple(value_decoder.shape)} do not fit {g} heads of {d} "
+                f"channels and the groups {groups}"
+            )
+        self.groups, self.bytes = groups, sum(bits * size // 8 for bits, size in groups)
+        kept = {"key_mean": key_mean.float(), "value_decoder": value_decoder, "value_mean": value_mean.float()}
+        if frequency is None:
+            kept["key_decoder"] = torch.nn.functional.pad(key_decoder, (0, -r % 32, 0, -d % 16))
+        else:
+            kept |= {"frequency": frequency.to(torch.int32), "key_pairs": key_decoder.float()}
+        self._kept = {name: x.contiguous() for name, x in kept.items()}
+        self._table = (ctypes.c_long * (2 * len(groups)))(*(x for group in groups for x in group))
+        self._call = _Packed(
+            **{name: x.data_ptr() for name, x in self._kept.items()},
+            groups=ctypes.addressof(self._table), g=g, half=d // 2, rk=pairs, group_count=len(groups),
+        )  # fmt: skip
+
+    def read(
+        self,
+        queries: BFloat16[Tensor, "b h d"],
+        recent: Exact,
+        first: Exact | None,
+        codes: UInt8[Tensor, "b t bytes"],
+        scales: BFloat16[Tensor, "b t two_groups"],
+        begin: int,
+        n: int,
+        hidden: UInt8[Tensor, "b n"] | None,
+        angles: Angles,
+        scale: float,
+    ) -> Float32[Tensor, "b h d"]:
+        """Attention of one new token over exact tokens and tokens ``[begin, begin + n)`` of the codes.
+
+        Parameters
+        ----------
+        queries
+            Before RoPE, in the order of kv heads.
+        recent
+            Of any strides of sequence and head; the last is the new token.
+        first
+            Contiguous.
+        codes, scales
+            Of any strides of sequence and token. ``scales`` holds ``low, step`` of each group; the first code of a byte
+            is in its lowest bits.
+        hidden
+            Not 0: the coded token gets no weight.
+
+        Raises
+        ------
+        ValueError
+            Tokens, angles or queries do not fit each other.
+        RuntimeError
+            The kernel cannot be had here (see `codes_usable`), or memory is short.
+        """
+        kernel, call, (b, h, d), half = _present(), self._call, queries.shape, self._call.half
+        tokens = recent.keys.shape[2] + (0 if first is None else first.keys.shape[2])
+        if h % call.g or d != 2 * half:
+            raise ValueError(f"{h} queries of {d} channels do not fit {call.g} kv heads of {2 * half}")
+        if not 0 < n <= min(codes.shape[1], scales.shape[1]) - begin or begin < 0:
+            raise ValueError(f"tokens {begin} to {begin + n} are not all in a cache of {codes.shape[1]}")
+        if codes.shape[-1] < self.bytes or scales.shape[-1] != 2 * len(self.groups):
+            raise ValueError(
+                f"{codes.shape[-1]} bytes and {scales.shape[-1]} scales of a token do not hold {self.groups}"
+            )
+        side_by_side = (codes, scales, recent.keys, recent.values)
+        if any(x.stride(-1) != 1 for x in side_by_side) or any(x.stride(2) != d for x in recent):
+            raise ValueError("codes, scales and exact tokens have to stand side by side")
+        for (cos, _), rows in ((angles.blocks, -(-n // PLACES)), (angles.exact, tokens)):
+            if cos.shape[0] not in (1, b) or cos.shape[1] < rows or cos.shape[2] != half:
+                raise ValueError(f"angles {tuple(cos.shape)} for {b} sequences of {rows} tokens or blocks, {half} each")
+        if any(x.shape != (PLACES, half) for x in angles.places):
+            raise ValueError(f"angles {tuple(angles.places[0].shape)} of places, not {(PLACES, half)}")
+        if hidden is not None and hidden.shape != (b, n):
+            raise ValueError(f"hidden is {tuple(hidden.shape)}, not {(b, n)}")
+        output = torch.empty(b, h, d)
+        queries = queries.contiguous()
+        tables = [x if x.is_contiguous() else x.contiguous() for pair in angles for x in pair]
+        old = None if first is None else [x.contiguous() for x in first]
+        blocks, exact = tables[0], tables[4]
+        call.queries, call.keys, call.values = (x.data_ptr() for x in (queries, *recent))
+        call.first_keys, call.first_values = (None, None) if old is None else (x.data_ptr() for x in old)
+        call.block_cosines, call.block_sines, call.place_cosines, call.place_sines = (x.data_ptr() for x in tables[:4])
+        call.exact_cosines, call.exact_sines = (x.data_ptr() for x in tables[4:])
+        call.codes = codes.data_ptr() + begin * codes.stride(1)
+        call.scales = scales.data_ptr() + begin * scales.stride(1) * scales.element_size()
+        call.hidden = None if hidden is None else hidden.data_ptr()
+        call.output = output.data_ptr()
+        call.b, call.h, call.n, call.recent, call.first = b, h, n, recent.keys.shape[2], tokens - recent.keys.shape[2]
+        call.code_sequence, call.code_stride, _ = codes.stride()
+        call.scale_sequence, call.scale_stride, _ = scales.stride()
+        call.angle_sequence = 0 if blocks.shape[0] == 1 else blocks.stride(0)
+        call.exact_sequence = 0 if exact.shape[0] == 1 else exact.stride(0)
+        call.keys_sequence, call.keys_head = recent.keys.stride()[:2]
+        call.values_sequence, call.values_head = recent.values.stride()[:2]
+        call.scale, call.threads = scale, torch.get_num_threads()
+        if kernel.mea_read_packed(ctypes.byref(call)):
+            raise RuntimeError(f"not enough memory to read {n:,} tokens with {b * h:,} queries")
+        return output
 
 
-def _read_codes(
-    queries: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    groups: Groups,
-    frequency: Tensor | None,
-    decoder: Tensor | None,
-    mean: Tensor | None,
-    base: tuple[Tensor, Tensor],
-    offsets: tuple[Tensor, Tensor],
-    begin: int,
-    n: int,
-    hidden: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    kernel, (b, h, _), angles = _present(), queries.shape, offsets[0].shape[-1]
-    blocks, components = -(-n // PLACES), sum(size for _, size in groups)
-    if not 0 < n <= min(codes.shape[1], scales.shape[1]) - begin or begin < 0:
-        raise ValueError(f"tokens {begin} to {begin + n} are not all in a cache of {codes.shape[1]}")
-    if any(bits not in (2, 4, 8) or size % 16 or not 0 <= size <= LARGEST_GROUP for bits, size in groups):
-        raise ValueError(f"groups need 2, 4 or 8 bits and 16, 32, ... {LARGEST_GROUP} components: {groups}")
-    if codes.shape[-1] < sum(bits * size // 8 for bits, size in groups) or scales.shape[-1] != 2 * len(groups):
-        raise ValueError(f"{codes.shape[-1]} bytes and {scales.shape[-1]} scales of a token do not hold {groups}")
-    if codes.stride(-1) != 1 or scales.stride(-1) != 1:
-        raise ValueError("codes and scales of a token have to stand side by side")
-    if any(x.shape[0] not in (1, b) or x.shape[1] < blocks or x.shape[2] != angles for x in base):
-        raise ValueError(f"angles {tuple(base[0].shape)} of blocks, for {b} sequences of {blocks} with {angles} each")
-    if any(x.shape != (PLACES, angles) for x in offsets):
-        raise ValueError(f"angles {tuple(offsets[0].shape)} of places, not {(PLACES, angles)}")
-    if hidden is not None and hidden.shape != (b, n):
-        raise ValueError(f"hidden is {tuple(hidden.shape)}, not {(b, n)}")
-    averages = queries.new_empty(b, h, components, dtype=torch.float32)
-    lse = queries.new_empty(b, h, dtype=torch.float32)
-    tables = [x.float().contiguous() for x in (*base, *offsets)]
-    kept = [None if x is None else x.contiguous() for x in (queries, hidden, frequency, decoder, mean)]
-    query, *others = [None if x is None else x.data_ptr() for x in kept]
-    starts = [x.data_ptr() + begin * x.stride(1) * x.element_size() for x in (codes, scales)]
-    of_sequence = 0 if base[0].shape[0] == 1 else tables[0].stride(0)
-    pairs = 0 if frequency is None else 2 * frequency.numel()
-    heads = 1 if decoder is None else decoder.shape[0]
-    strides = (codes.stride(1), scales.stride(1), codes.stride(0), scales.stride(0), of_sequence)
-    sizes = (ctypes.c_long * 12)(b, h, n, angles, pairs, len(groups), heads, *strides)
-    table = (ctypes.c_long * (2 * len(groups)))(*(x for group in groups for x in group))
-    results = [x.data_ptr() for x in (*tables, averages, lse)]
-    if kernel.mea_read_codes(query, *starts, *others, *results, sizes, table, scale, torch.get_num_threads()):
-        raise RuntimeError(f"not enough memory to read {n:,} tokens with {b * h:,} queries")
-    return averages, lse
+def push(buffers: Sequence[BFloat16[Tensor, "b g t d"]], tokens: Sequence[BFloat16[Tensor, "b g 1 d"]]) -> None:
+    """Drop the oldest token of each contiguous buffer and put a new one behind the others, in place."""
+    for buffer, token in zip(buffers, tokens, strict=True):
+        b, g, t, d = buffer.shape
+        sizes = (ctypes.c_long * 6)(b, g, t, d, token.stride(0), token.stride(1))
+        _present().mea_push(buffer.data_ptr(), token.data_ptr(), sizes)
 
 
 def _present() -> ctypes.CDLL:
@@ -296,8 +352,10 @@ def library() -> ctypes.CDLL | None:
     kernel.mea_attend_latents.argtypes = [*addresses, *[ctypes.c_void_p] * 3, ctypes.c_float, ctypes.c_int]
     kernel.mea_turned_scores.argtypes = [*addresses, *[ctypes.c_void_p] * 4, ctypes.c_int]
     kernel.mea_decode.argtypes = [*addresses, *[ctypes.c_void_p] * 2, ctypes.c_int]
-    kernel.mea_read_codes.argtypes = [*[ctypes.c_void_p] * 15, ctypes.c_float, ctypes.c_int]
-    kernel.mea_turned_scores.restype = kernel.mea_decode.restype = None
+    kernel.mea_read_packed.argtypes = [ctypes.c_void_p]
+    kernel.mea_push.argtypes = [ctypes.c_void_p] * 3
+    kernel.mea_use_tiles(1)
+    kernel.mea_turned_scores.restype = kernel.mea_decode.restype = kernel.mea_push.restype = None
     return kernel
 
 
@@ -312,13 +370,14 @@ def _compiled() -> Path:
     if compiler is None:
         raise FileNotFoundError("no C compiler (cc, gcc or clang) on the path; install one or set CC")
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mea"
-    identity = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *FLAGS)).encode()).hexdigest()[:16]
+    flags = FLAGS + TILES if _processor_has(TILE_FEATURES) else FLAGS
+    identity = hashlib.sha256(SOURCE.read_bytes() + " ".join((compiler, *flags)).encode()).hexdigest()[:16]
     target = folder / f"latent_cpu-{identity}.so"
     if not target.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch, target.name)
-            command = [*compiler.split(), *FLAGS, "-o", str(made), str(SOURCE), "-lm"]
+            command = [*compiler.split(), *flags, "-o", str(made), str(SOURCE), "-lm"]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, target)
     return target

@@ -17,6 +17,8 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #define BLOCK 64            /* tokens: a block of K or V of width 256 takes 32 KiB */
 #define PAIRS (BLOCK / 2)
@@ -342,6 +344,8 @@ void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low,
  *   words   [4][BLOCK]: lanes are tokens, each with four bytes of its own. For scores: no sums across lanes.
  *   units   [vectors][BLOCK / 4][16][4]: lanes are 16 components, each with the codes of four tokens. For averages. A vector
  *           takes the same bits of 16 bytes; the order of components is put right once, at the end.
+ * With matrix tiles (AMX) the products are done by those: scores from components as bf16 pairs of numbers, with queries as
+ * sums of two bf16 numbers; averages from the same bytes and units; keys rebuilt in bf16, from the decoder as it is.
  * The angle of a token is its block's plus its place's: the block's turns the queries, so that the places' angles, the same
  * for each block, are all that the tokens are turned by. */
 
@@ -366,6 +370,11 @@ struct reading {
     int8_t *decoder;                /* [g] then for each group [high, low][d4][size] */
     float *factors;                 /* [g][groups][scale, rest, sum][d4] */
     float *mean;                    /* [g][d4] */
+    /* With matrix tiles (AMX): */
+    long tiles, query_rows, padded_h, padded_pairs; /* rows of a tile of queries; multiples of it, and of 16 pairs */
+    const float *planes;                            /* [h][re, im][padded_pairs] of the queries */
+    const bf16 *whole;                              /* [g][rows][2 padded_pairs]: the keys' decoder as it is */
+    long whole_rows;                                /* a multiple of 16 */
 };
 
 /* sum += products of four bytes of each lane, unsigned times signed. Written out, since gcc 12 copies the sums of the
@@ -684,10 +693,10 @@ static inline __attribute__((always_inline)) void spread(const uint32_t *words, 
         }
 }
 
-/* keys[d4][BLOCK] += a group's share: step * (scale * (rows in bytes) codes + rest) + low * sum; with `mean`, of rows,
- * they start from it. */
+/* keys[d4][BLOCK] += a group's share: step * (scale * (rows in bytes) codes + rest) + low * sum; they start from 0 unless
+ * `more`. */
 static void rebuild(const struct group *group, const int8_t *rows, long d4, const float *factors, const uint32_t *codes,
-                    const float *low, const float *step, const float *mean, float *keys) {
+                    const float *low, const float *step, const long more, float *keys) {
     const long size = group->size;
     for (long c = 0; c < d4; c += 4) {
         __m512i sum[4][LANES];
@@ -724,7 +733,7 @@ static void rebuild(const struct group *group, const int8_t *rows, long d4, cons
             for (int v = 0; v < LANES; v++) {
                 float *to = keys + (c + a) * BLOCK + 16 * v;
                 __m512 x = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum[a][v]), scale, rest);
-                const __m512 old = mean ? _mm512_set1_ps(mean[c + a]) : _mm512_loadu_ps(to);
+                const __m512 old = more ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
                 x = _mm512_fmadd_ps(x, _mm512_loadu_ps(step + 16 * v), old);
                 _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_loadu_ps(low + 16 * v), x));
             }
@@ -768,24 +777,26 @@ static void lay_decoder(const bf16 *row, const struct group *group, int8_t *high
     factors[2 * d4] = sum;
 }
 
-/* Channels c and c + d / 2 of the keys of a block, turned by the angles of the places in a block. */
-static void turn_keys(float *keys, long half, const float *places) {
-    for (long c = 0; c < half; c++)
+/* Channels c and c + d / 2 of the keys of a block and their mean, turned by the angles of the places in a block. */
+static void turn_keys(float *keys, const float *mean, long half, const float *places) {
+    for (long c = 0; c < half; c++) {
+        const __m512 a = _mm512_set1_ps(mean[c]), b = _mm512_set1_ps(mean[half + c]);
         for (int v = 0; v < BLOCK; v += 16) {
             float *first = keys + c * BLOCK + v, *second = keys + (half + c) * BLOCK + v;
             const __m512 cosine = _mm512_loadu_ps(places + 2 * c * BLOCK + v);
             const __m512 sine = _mm512_loadu_ps(places + (2 * c + 1) * BLOCK + v);
-            const __m512 x = _mm512_loadu_ps(first), y = _mm512_loadu_ps(second);
+            const __m512 x = _mm512_add_ps(_mm512_loadu_ps(first), a), y = _mm512_add_ps(_mm512_loadu_ps(second), b);
             _mm512_storeu_ps(first, _mm512_fnmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
             _mm512_storeu_ps(second, _mm512_fmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
         }
+    }
 }
 
-/* Queries [columns][h] turned back by a block's angles. */
-static void turn_queries(const struct reading *all, const float *queries, const float *cosines, const float *sines,
-                         float *turned) {
+/* Queries [columns][h], from a pair on, turned back by a block's angles. */
+static void turn_queries(const struct reading *all, long from, const float *queries, const float *cosines,
+                         const float *sines, float *turned) {
     const long h = all->h;
-    for (long p = 0; p < all->pairs; p++) {
+    for (long p = from; p < all->pairs; p++) {
         const int32_t *turn = all->turns + 3 * p;
         const __m512 cosine = _mm512_set1_ps(cosines[turn[2]]), sine = _mm512_set1_ps(sines[turn[2]]);
         const float *first = queries + turn[0] * h, *second = queries + turn[1] * h;
@@ -806,32 +817,235 @@ static void *cut(char **from, long bytes) {
 }
 
 struct scratch {
-    uint32_t *words, *codes;
+    uint32_t *words, *codes, *pairs, *rows;
+    int32_t *sums;
     uint8_t *units;
-    float *tile, *queries, *scores, *scale, *before, *low, *step;
+    float *tile, *queries, *scores, *scale, *before, *low, *step, *turn;
     int8_t *bytes;
 };
 
 static long cut_scratch(const struct reading *all, char *from, struct scratch *to) {
     char *at = from;
     to->words = cut(&at, 4 * BLOCK * 4);
-    to->codes = cut(&at, all->d ? all->r * BLOCK : 0);
+    to->codes = cut(&at, all->d && !all->tiles ? all->r * BLOCK : 0);
     to->units = cut(&at, (LARGEST / 16 + 3) * UNITS * 64); /* the last 16 bytes of 2 bits may be 4 */
     to->tile = cut(&at, all->rows * BLOCK * 4);
     to->queries = cut(&at, all->columns * all->h * 4);
-    to->scores = cut(&at, all->h * BLOCK * 4);
+    to->scores = cut(&at, all->padded_h * BLOCK * 4);
     to->scale = cut(&at, all->h * all->groups * 4);
     to->before = cut(&at, all->h * 4);
     to->low = cut(&at, all->groups * BLOCK * 4);
     to->step = cut(&at, all->groups * BLOCK * 4);
-    to->bytes = cut(&at, all->h * all->groups * 2 * BLOCK);
+    to->bytes = cut(&at, all->padded_h * all->groups * 2 * BLOCK);
+    to->pairs = cut(&at, all->tiles ? LANES * all->padded_pairs * 64 : 0);
+    to->rows = cut(&at, all->tiles && !all->d ? 2 * all->padded_h * all->padded_pairs * 4 : 0);
+    to->turn = cut(&at, all->tiles && !all->d ? 2 * all->padded_pairs * 4 : 0);
+    to->sums = cut(&at, all->tiles ? 4 * 16 * 16 * 4 : 0);
     return at - from;
+}
+
+/* Two vectors of fp32 as bf16, side by side: the first in the lower half of each lane. */
+static inline __attribute__((always_inline)) __m512i in_pairs(__m512 first, __m512 second) {
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                           20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+/* pairs[LANES][padded][16]: two components of 16 tokens, turned by the angles of the places in a block if there are turns. */
+static inline __attribute__((always_inline)) void pair_words(const uint32_t *words, long count, const int bits,
+                                                             const float *low, const float *step, const int32_t *turns,
+                                                             const float *places, long padded, uint32_t *pairs) {
+    for (long j = 0; j < count; j++, words += BLOCK, turns += turns ? 3 * (16 / bits) : 0, pairs += 16 / bits * 16)
+        for (int v = 0; v < LANES; v++) {
+            const __m512i x = _mm512_loadu_si512(words + 16 * v);
+            const __m512 l = _mm512_loadu_ps(low + 16 * v), s = _mm512_loadu_ps(step + 16 * v);
+#pragma GCC unroll 8
+            for (int m = 0; m < 16 / bits; m++) {
+                __m512 re = _mm512_fmadd_ps(code_of(x, bits, 2 * m), s, l);
+                __m512 im = _mm512_fmadd_ps(code_of(x, bits, 2 * m + 1), s, l);
+                if (turns) {
+                    const float *turn = places + 2 * BLOCK * turns[3 * m + 2] + 16 * v;
+                    const __m512 cosine = _mm512_loadu_ps(turn), sine = _mm512_loadu_ps(turn + BLOCK), was = re;
+                    re = _mm512_fnmadd_ps(im, sine, _mm512_mul_ps(re, cosine));
+                    im = _mm512_fmadd_ps(was, sine, _mm512_mul_ps(im, cosine));
+                }
+                _mm512_storeu_si512(pairs + (v * padded + m) * 16, in_pairs(re, im));
+            }
+        }
+}
+
+/* The pairs of a block's components, or of those of keys only. */
+static void lay_pairs(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
+    for (long e = 0; e < all->groups && (all->d || all->group[e].first < all->rk); e++) {
+        const struct group *group = all->group + e;
+        const long bits = group->bits;
+        for (long j = 0; j < group->bytes / 4; j += 4) {
+            const long count = words_from(group, j), first = (group->first + j * 32 / bits) / 2;
+            const float *low = my->low + e * BLOCK, *step = my->step + e * BLOCK;
+            const int32_t *turns = all->d ? 0 : all->turns + 3 * first;
+            uint32_t *to = my->pairs + 16 * first;
+            words_of(codes, row, group, j, my->words);
+            switch (bits) {
+            case 8: pair_words(my->words, count, 8, low, step, turns, all->places, all->padded_pairs, to); break;
+            case 4: pair_words(my->words, count, 4, low, step, turns, all->places, all->padded_pairs, to); break;
+            default: pair_words(my->words, count, 2, low, step, turns, all->places, all->padded_pairs, to);
+            }
+        }
+    }
+}
+
+/* rows[two][padded_h][padded_pairs]: queries turned back by a block's angles, in bf16, and what that misses in bf16. */
+static void turn_rows(const struct reading *all, const float *cosines, const float *sines, float *turn, uint32_t *rows) {
+    const long padded = all->padded_pairs, pairs = all->rk / 2;
+    for (long p = 0; p < pairs; p++) {
+        const long f = all->turns[3 * p + 2];
+        turn[p] = cosines[f], turn[padded + p] = sines[f];
+    }
+    for (long i = 0; i < all->h; i++) {
+        const float *re = all->planes + 2 * i * padded, *im = re + padded;
+        for (long p = 0; p < padded; p += 16) {
+            const __m512 cosine = _mm512_loadu_ps(turn + p), sine = _mm512_loadu_ps(turn + padded + p);
+            const __m512 x = _mm512_loadu_ps(re + p), y = _mm512_loadu_ps(im + p);
+            const __m512 a = _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine));
+            const __m512 b = _mm512_fnmadd_ps(x, sine, _mm512_mul_ps(y, cosine));
+            const __m512i near = in_pairs(a, b);
+            const __m512 more = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(near, 16)));
+            const __m512i upper = _mm512_and_si512(near, _mm512_set1_epi32((int)0xffff0000));
+            const __m512 other = _mm512_sub_ps(b, _mm512_castsi512_ps(upper));
+            _mm512_storeu_si512(rows + i * padded + p, near);
+            _mm512_storeu_si512(rows + (all->padded_h + i) * padded + p, in_pairs(more, other));
+        }
+    }
+}
+
+#ifdef __AMX_BF16__
+/* gcc does not know that loading a tile reads memory. */
+#define WRITTEN __asm__ volatile("" ::: "memory")
+
+/* Tiles 0 to 3 are sums of 16 columns, 4 and 5 have the rows that are multiplied, 6 and 7 what with. */
+static void shape_tiles(long rows) {
+    struct {
+        uint8_t palette, start, none[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) shape.bytes[i] = 64, shape.rows[i] = (uint8_t)(i < 6 ? rows : 16);
+    WRITTEN;
+    _tile_loadconfig(&shape);
+}
+
+/* scores[h][BLOCK] += queries times turned pairs, all in tiles. */
+static void score_tiles(const struct reading *all, const struct scratch *my) {
+    const long padded = all->padded_pairs, m = all->query_rows;
+    WRITTEN;
+    for (long i = 0; i < all->h; i += m) {
+        float *scores = my->scores + i * BLOCK;
+        _tile_loadd(0, scores, BLOCK * 4); _tile_loadd(1, scores + 16, BLOCK * 4);
+        _tile_loadd(2, scores + 32, BLOCK * 4); _tile_loadd(3, scores + 48, BLOCK * 4);
+        for (long p = 0; p < padded; p += 16) {
+            const uint32_t *pairs = my->pairs + 16 * p;
+            _tile_loadd(4, my->rows + i * padded + p, padded * 4);
+            _tile_loadd(5, my->rows + (all->padded_h + i) * padded + p, padded * 4);
+            _tile_loadd(6, pairs, 64); _tile_loadd(7, pairs + padded * 16, 64);
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(0, 5, 6); _tile_dpbf16ps(1, 5, 7);
+            _tile_loadd(6, pairs + 2 * padded * 16, 64); _tile_loadd(7, pairs + 3 * padded * 16, 64);
+            _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(3, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
+        }
+        _tile_stored(0, scores, BLOCK * 4); _tile_stored(1, scores + 16, BLOCK * 4);
+        _tile_stored(2, scores + 32, BLOCK * 4); _tile_stored(3, scores + 48, BLOCK * 4);
+    }
+}
+
+/* keys[rows][BLOCK] of a kv head before RoPE and without their mean, from pairs of components. */
+static void rebuild_tiles(const struct reading *all, const struct scratch *my, long g) {
+    const long padded = all->padded_pairs;
+    WRITTEN;
+    for (long c = 0; c < all->whole_rows; c += 16) {
+        const bf16 *rows = all->whole + (g * all->whole_rows + c) * 2 * padded;
+        float *keys = my->tile + c * BLOCK;
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        for (long p = 0; p < padded; p += 16) {
+            const uint32_t *pairs = my->pairs + 16 * p;
+            _tile_loadd(4, rows + 2 * p, padded * 4);
+            _tile_loadd(6, pairs, 64); _tile_loadd(7, pairs + padded * 16, 64);
+            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+            _tile_loadd(6, pairs + 2 * padded * 16, 64); _tile_loadd(7, pairs + 3 * padded * 16, 64);
+            _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(3, 4, 7);
+        }
+        _tile_stored(0, keys, BLOCK * 4); _tile_stored(1, keys + 16, BLOCK * 4);
+        _tile_stored(2, keys + 32, BLOCK * 4); _tile_stored(3, keys + 48, BLOCK * 4);
+    }
+}
+
+/* As `average`. */
+static void average_tiles(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row,
+                          float *out) {
+    const long width = 16 * all->vectors, groups = all->groups, stride = groups * 2 * BLOCK, m = all->query_rows;
+    for (long e = 0; e < groups; e++) {
+        const struct group *group = all->group + e;
+        units_of(codes, row, group, my->units);
+        WRITTEN;
+        for (long i = 0; i < all->h; i += m) {
+            const int8_t *bytes = my->bytes + i * stride + e * 2 * BLOCK;
+            _tile_loadd(4, bytes, stride); _tile_loadd(5, bytes + BLOCK, stride);
+            for (long v = 0; v < group->vectors; v += 2) {
+                const long two = group->vectors - v > 1;
+                const uint8_t *units = my->units + v * UNITS * 64;
+                _tile_zero(0); _tile_zero(1); _tile_loadd(6, units, 64);
+                _tile_dpbsud(0, 4, 6); _tile_dpbsud(1, 5, 6);
+                if (two) {
+                    _tile_zero(2); _tile_zero(3); _tile_loadd(7, units + UNITS * 64, 64);
+                    _tile_dpbsud(2, 4, 7); _tile_dpbsud(3, 5, 7);
+                    _tile_stored(2, my->sums + 512, 64); _tile_stored(3, my->sums + 768, 64);
+                }
+                _tile_stored(0, my->sums, 64); _tile_stored(1, my->sums + 256, 64);
+                for (long a = 0; a < m && i + a < all->h; a++) {
+                    const __m512 scale = _mm512_set1_ps(my->scale[(i + a) * groups + e]);
+                    const __m512 before = _mm512_set1_ps(my->before[i + a]);
+                    for (long k = 0; k < 1 + two; k++) {
+                        float *to = out + (i + a) * width + 16 * (group->vector + v + k);
+                        const int32_t *sums = my->sums + 512 * k + 16 * a;
+                        const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(sums), 7);
+                        const __m512i sum = _mm512_add_epi32(high, _mm512_loadu_si512(sums + 256));
+                        const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(to), before);
+                        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, old));
+                    }
+                }
+            }
+        }
+    }
+}
+#else
+static void shape_tiles(long rows) { (void)rows; }
+static void score_tiles(const struct reading *all, const struct scratch *my) { (void)all, (void)my; }
+static void rebuild_tiles(const struct reading *all, const struct scratch *my, long g) { (void)all, (void)my, (void)g; }
+static void average_tiles(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row,
+                          float *out) {
+    (void)all, (void)my, (void)codes, (void)row, (void)out;
+}
+#endif
+
+static int tiles_allowed = 0;
+
+/* Whether to use matrix tiles, if the processor and the system let this process; returns whether they are used. */
+int mea_use_tiles(int wanted) {
+    tiles_allowed = 0, (void)wanted;
+#ifdef __AMX_BF16__
+    /* Linux gives a process the registers on request: ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA. */
+    tiles_allowed = wanted && !syscall(SYS_arch_prctl, 0x1023, 18);
+#endif
+    return tiles_allowed;
 }
 
 /* Scores of a block, predictive: pairs are turned and multiplied; the constant part of the keys is the angles alone. */
 static void score_pairs(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
     const long h = all->h;
     multiply(h, my->queries + all->rk * h, h, all->places, 2 * all->half, my->scores);
+    if (all->tiles) {
+        lay_pairs(all, my, codes, row);
+        score_tiles(all, my);
+        return;
+    }
     for (long e = 0; e < all->groups && all->group[e].first < all->rk; e++) {
         const struct group *group = all->group + e;
         const long bits = group->bits;
@@ -853,7 +1067,11 @@ static void score_pairs(const struct reading *all, const struct scratch *my, con
 
 /* Scores of a block, joint: the keys of one head after the other are rebuilt, turned and multiplied. */
 static void score_joint(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
-    for (long e = 0; e < all->groups; e++) {
+    if (all->tiles) {
+        lay_pairs(all, my, codes, row);
+        shape_tiles(16);
+    }
+    for (long e = 0; e < all->groups && !all->tiles; e++) {
         const struct group *group = all->group + e;
         uint32_t *to = my->codes + group->first / 4 * BLOCK;
         for (long j = 0; j < group->bytes / 4; j += 4, to += 4 * (8 / group->bits) * BLOCK) {
@@ -867,16 +1085,18 @@ static void score_joint(const struct reading *all, const struct scratch *my, con
         }
     }
     for (long g = 0; g < all->g; g++) {
-        for (long e = 0; e < all->groups; e++) {
+        if (all->tiles) rebuild_tiles(all, my, g);
+        for (long e = 0; e < all->groups && !all->tiles; e++) {
             const struct group *group = all->group + e;
             rebuild(group, all->decoder + 2 * all->d4 * (g * all->r + group->first), all->d4,
                     all->factors + (g * all->groups + e) * 3 * all->d4, my->codes + group->first / 4 * BLOCK,
-                    my->low + e * BLOCK, my->step + e * BLOCK, e ? 0 : all->mean + g * all->d4, my->tile);
+                    my->low + e * BLOCK, my->step + e * BLOCK, e, my->tile);
         }
-        turn_keys(my->tile, all->half, all->places);
+        turn_keys(my->tile, all->mean + g * all->d4, all->half, all->places);
         const long some = all->h / all->g;
         multiply(some, my->queries + g * some, all->h, my->tile, all->d, my->scores + g * some * BLOCK);
     }
+    if (all->tiles) shape_tiles(all->query_rows);
 }
 
 /* n tokens of one sequence, from the start of a block: unnormalised out[h][16 vectors] and lows[h][groups][16], and each
@@ -888,6 +1108,15 @@ static void read_part(const struct reading *all, const float *queries, const uin
     memset(out, 0, h * 16 * all->vectors * sizeof *out);
     memset(lows, 0, h * groups * 16 * sizeof *lows);
     for (long i = 0; i < h; i++) highest[i] = NONE, sum[i] = 0;
+    if (all->tiles) { /* what is never written and read with a factor of 0 must not be NaN */
+        const long pairs = all->d ? all->r / 2 : all->rk / 2;
+        for (long v = 0; v < LANES; v++)
+            memset(my->pairs + (v * all->padded_pairs + pairs) * 16, 0, (all->padded_pairs - pairs) * 64);
+        if (!all->d) memset(my->rows, 0, 2 * all->padded_h * all->padded_pairs * 4);
+        if (!all->d) memset(my->turn, 0, 2 * all->padded_pairs * 4);
+        memset(my->scores + h * BLOCK, 0, (all->padded_h - h) * BLOCK * 4);
+        shape_tiles(all->query_rows);
+    }
     for (long start = 0; start < n; start += BLOCK, cosines += all->half, sines += all->half) {
         const long count = n - start < BLOCK ? n - start : BLOCK, ahead = n - start - count;
         const uint8_t *from = codes + start * all->code_stride;
@@ -908,7 +1137,8 @@ static void read_part(const struct reading *all, const float *queries, const uin
             _mm_prefetch((const char *)(sines + all->half + f), _MM_HINT_T0);
         }
         lay_scales(scales + start * all->scale_stride, all->scale_stride, groups, visible, my->low, my->step);
-        turn_queries(all, queries, cosines, sines, my->queries);
+        turn_queries(all, all->tiles && !all->d ? all->rk / 2 : 0, queries, cosines, sines, my->queries);
+        if (all->tiles && !all->d) turn_rows(all, cosines, sines, my->turn, my->rows);
         memset(my->scores, 0, h * BLOCK * sizeof(float));
         if (all->d) score_joint(all, my, from, row);
         else score_pairs(all, my, from, row);
@@ -924,7 +1154,8 @@ static void read_part(const struct reading *all, const float *queries, const uin
                 _mm512_storeu_ps(lows + place * 16, x);
             }
         }
-        average(all, from, row, my->bytes, my->units, my->scale, my->before, out);
+        if (all->tiles) average_tiles(all, my, from, row, out);
+        else average(all, from, row, my->bytes, my->units, my->scale, my->before, out);
     }
 }
 
@@ -957,108 +1188,288 @@ static void join_parts(const struct reading *all, const float *part, long parts,
     }
 }
 
-/* One new token reads the codes of n tokens: averages [b, h, r] of the decoded components, normalised over these
- * tokens, and lse [b, h], the log of their sum of exponentials; both fp32.
- *
- * sizes: b, h, n, F = half the width of a head, rk, groups, kv heads, token strides of codes (bytes) and scales (numbers),
- * strides of sequence of both and of the blocks' angles. Without a decoder the first rk components are pairs whose
- * frequencies are `frequency` [rk / 2], and queries are [b, h, rk + 2 F]; with one, [g, 2 F, r], keys are rebuilt from it
- * and from `mean` [g, 2 F], and queries are [b, h, 2 F]. table: bits and size of each group. codes and scales start at the
- * first token read, and so does `hidden` [b, n], if there is one. cosines and sines are [b or 1, blocks, F] and [BLOCK, F].
- * Returns 0, or 1 if memory is short. */
-int mea_read_codes(const bf16 *queries, const uint8_t *codes, const bf16 *scales, const uint8_t *hidden,
-                   const int32_t *frequency, const bf16 *decoder, const float *mean, const float *block_cosines,
-                   const float *block_sines, const float *place_cosines, const float *place_sines, float *averages,
-                   float *lse, const long *sizes, const long *table, float scale, int threads) {
-    struct reading all = {.h = sizes[1], .n = sizes[2], .half = sizes[3], .rk = sizes[4], .groups = sizes[5]};
-    const long b = sizes[0], h = all.h, n = all.n, half = all.half, groups = all.groups;
-    all.g = decoder ? sizes[6] : 1, all.d = decoder ? 2 * half : 0, all.d4 = round_up(all.d, 4);
-    all.code_stride = sizes[7], all.scale_stride = sizes[8];
-    all.columns = decoder ? all.d : all.rk + 2 * half, all.pairs = all.columns / 2;
-    all.rows = all.d4 > 64 ? all.d4 : 64;
+/* What a new token reads, and the maps of its layer; `mea.ops.cpu._Packed` mirrors it. b sequences, h queries, g kv heads of
+ * width 2 * half; numbers are contiguous but for the strides (bytes of codes, else numbers). */
+struct packed {
+    const bf16 *queries;                       /* [b][h][2 half], before RoPE */
+    const bf16 *keys, *values;                 /* [b][g][recent][2 half], keys before RoPE; the last token is the new one */
+    const bf16 *first_keys, *first_values;     /* [b][g][first][2 half] */
+    const float *exact_cosines, *exact_sines;  /* [b or 1][first + recent][half] */
+    const uint8_t *codes;                      /* of n tokens from the first that is read, and so scales and hidden */
+    const bf16 *scales;
+    const uint8_t *hidden;                     /* [b][n] or none */
+    const float *block_cosines, *block_sines;  /* [b or 1][blocks][half] */
+    const float *place_cosines, *place_sines;  /* [BLOCK][half] */
+    const int32_t *frequency;                  /* [rk / 2]; without it, keys are rebuilt */
+    const float *key_pairs;                    /* [g][rk / 2][re, im] of the predictive form */
+    const bf16 *key_decoder;                   /* [g][2 half up to 16][r up to 32] of the joint form, zeros behind */
+    const float *key_mean;                     /* [g][2 half] */
+    const bf16 *value_decoder;                 /* [g][2 half][r] */
+    const float *value_mean;                   /* [g][2 half] */
+    const long *groups;                        /* bits and size of each */
+    float *output;                             /* [b][h][2 half] */
+    long b, h, g, half, n, rk, group_count, recent, first;
+    long code_stride, scale_stride, code_sequence, scale_sequence, angle_sequence, exact_sequence;
+    long keys_sequence, keys_head, values_sequence, values_head;
+    float scale;
+    int threads;
+};
+
+/* Attention of some queries [some][2 half], turned and scaled, over the exact tokens of a kv head: out[some][2 half] and
+ * its log of the sum of exponentials. `weights` is scratch: [some][first + recent], then a key. */
+static void read_exact(const struct packed *all, long s, long g, long some, const float *queries, float *weights,
+                       float *out, float *lse) {
+    const long half = all->half, d = 2 * half, first = all->first, tokens = first + all->recent;
+    const bf16 *first_keys = all->first_keys + (s * all->g + g) * first * d;
+    const bf16 *first_values = all->first_values + (s * all->g + g) * first * d;
+    const bf16 *keys = all->keys + s * all->keys_sequence + g * all->keys_head;
+    const bf16 *values = all->values + s * all->values_sequence + g * all->values_head;
+    float *key = weights + some * tokens;
+    for (long t = 0; t < tokens; t++) {
+        const bf16 *from = t < first ? first_keys + t * d : keys + (t - first) * d;
+        const long angle = s * all->exact_sequence + t * half;
+        for (long c = 0; c < half; c += 16) {
+            const __mmask16 mask = half - c >= 16 ? 0xffff : (__mmask16)((1u << (half - c)) - 1);
+            const __m512 cosine = _mm512_maskz_loadu_ps(mask, all->exact_cosines + angle + c);
+            const __m512 sine = _mm512_maskz_loadu_ps(mask, all->exact_sines + angle + c);
+            const __m512 x = load_floats(from + c, mask), y = load_floats(from + half + c, mask);
+            _mm512_mask_storeu_ps(key + c, mask, _mm512_fnmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
+            _mm512_mask_storeu_ps(key + half + c, mask, _mm512_fmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
+        }
+        for (long i = 0; i < some; i++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (long c = 0; c < d; c += 16) {
+                const __mmask16 mask = d - c >= 16 ? 0xffff : (__mmask16)((1u << (d - c)) - 1);
+                sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, queries + i * d + c),
+                                      _mm512_maskz_loadu_ps(mask, key + c), sum);
+            }
+            weights[i * tokens + t] = _mm512_reduce_add_ps(sum);
+        }
+    }
+    for (long i = 0; i < some; i++) {
+        float *w = weights + i * tokens, top = NONE, total = 0;
+        for (long t = 0; t < tokens; t++) top = fmaxf(top, w[t]);
+        for (long t = 0; t < tokens; t += 16) {
+            const __mmask16 mask = tokens - t >= 16 ? 0xffff : (__mmask16)((1u << (tokens - t)) - 1);
+            const __m512 x = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, w + t), _mm512_set1_ps(top)));
+            _mm512_mask_storeu_ps(w + t, mask, x);
+            total += _mm512_mask_reduce_add_ps(mask, x);
+        }
+        lse[i] = top + logf(total);
+        for (long c = 0; c < d; c += 16) {
+            const __mmask16 mask = d - c >= 16 ? 0xffff : (__mmask16)((1u << (d - c)) - 1);
+            __m512 sum = _mm512_setzero_ps();
+            for (long t = 0; t < tokens; t++) {
+                const bf16 *from = t < first ? first_values + t * d : values + (t - first) * d;
+                sum = _mm512_fmadd_ps(_mm512_set1_ps(w[t]), load_floats(from + c, mask), sum);
+            }
+            _mm512_mask_storeu_ps(out + i * d + c, mask, _mm512_mul_ps(sum, _mm512_set1_ps(1 / total)));
+        }
+    }
+}
+
+/* One query turned to its position and scaled, [2 half]. */
+static void turn_query(const struct packed *all, const bf16 *query, const float *cosines, const float *sines, float *to) {
+    const long half = all->half;
+    const __m512 scale = _mm512_set1_ps(all->scale);
+    for (long c = 0; c < half; c += 16) {
+        const __mmask16 mask = half - c >= 16 ? 0xffff : (__mmask16)((1u << (half - c)) - 1);
+        const __m512 cosine = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, cosines + c));
+        const __m512 sine = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, sines + c));
+        const __m512 x = load_floats(query + c, mask), y = load_floats(query + half + c, mask);
+        _mm512_mask_storeu_ps(to + c, mask, _mm512_fnmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
+        _mm512_mask_storeu_ps(to + half + c, mask, _mm512_fmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
+    }
+}
+
+/* The same query for coded tokens, a column of laid[columns][h]: absorbed into the pairs of its kv head's keys and into
+ * their mean, a pair for each frequency, or as it is. */
+static void lay_query(const struct packed *all, const float *query, long g, float *laid) {
+    const long half = all->half, h = all->h, pairs = all->rk / 2;
+    const float *mean = all->key_mean + g * 2 * half;
+    if (!all->frequency) {
+        for (long c = 0; c < 2 * half; c++) laid[c * h] = query[c];
+        return;
+    }
+    for (long p = 0; p < pairs; p++) {
+        const float *pair = all->key_pairs + 2 * (g * pairs + p);
+        const float x = query[all->frequency[p]], y = query[half + all->frequency[p]];
+        laid[2 * p * h] = x * pair[0] + y * pair[1];
+        laid[(2 * p + 1) * h] = y * pair[0] - x * pair[1];
+    }
+    laid += 2 * pairs * h;
+    for (long f = 0; f < half; f++) {
+        const float x = query[f], y = query[half + f];
+        laid[2 * f * h] = x * mean[f] + y * mean[half + f];
+        laid[(2 * f + 1) * h] = y * mean[f] - x * mean[half + f];
+    }
+}
+
+/* Channels from .. to of the outputs of a kv head's queries: the coded tokens' average through the decoder, and the exact
+ * tokens', each by its share of the weight. */
+static void unmix(const struct packed *all, long r, long s, long g, long from, long to, const float *averages,
+                  const float *shares, const float *exact) {
+    const long d = 2 * all->half, some = all->h / all->g, i0 = s * all->h + g * some;
+    for (long c = from; c < to; c += 4) {
+        const bf16 *row[4];
+        for (long a = 0; a < 4; a++) row[a] = all->value_decoder + (g * d + (c + a < to ? c + a : to - 1)) * r;
+        for (long i = i0; i < i0 + some; i++) {
+            __m512 sum[4];
+#pragma GCC unroll 4
+            for (int a = 0; a < 4; a++) sum[a] = _mm512_setzero_ps();
+            for (long k = 0; k < r; k += 16) {
+                const __m512 x = _mm512_loadu_ps(averages + i * r + k);
+#pragma GCC unroll 4
+                for (int a = 0; a < 4; a++) sum[a] = _mm512_fmadd_ps(load_floats(row[a] + k, 0xffff), x, sum[a]);
+            }
+            for (long a = 0; a < 4 && c + a < to; a++) {
+                const float coded = _mm512_reduce_add_ps(sum[a]) + all->value_mean[g * d + c + a];
+                all->output[i * d + c + a] = shares[i] * coded + (1 - shares[i]) * exact[i * d + c + a];
+            }
+        }
+    }
+}
+
+/* One new token reads the exact tokens and the codes of n older ones. A number of components that is no multiple of 16 is
+ * not taken. Returns 0, or 1 if memory is short. */
+int mea_read_packed(const struct packed *in) {
+    struct reading all = {.h = in->h, .n = in->n, .half = in->half, .rk = in->rk, .groups = in->group_count};
+    const long b = in->b, h = all.h, n = all.n, half = all.half, groups = all.groups, d = 2 * half, threads = in->threads;
+    const long rebuilt = !in->frequency, some = h / in->g, tokens = in->first + in->recent;
+    all.g = rebuilt ? in->g : 1, all.d = rebuilt ? d : 0, all.d4 = round_up(all.d, 4);
+    all.code_stride = in->code_stride, all.scale_stride = in->scale_stride;
+    all.columns = rebuilt ? d : all.rk + d, all.pairs = all.columns / 2;
+    all.whole_rows = round_up(all.d, 16), all.rows = all.whole_rows > 64 ? all.whole_rows : 64;
+    all.tiles = tiles_allowed, all.whole = in->key_decoder;
+    all.query_rows = (h + (h + 15) / 16 - 1) / ((h + 15) / 16), all.padded_h = round_up(h, all.query_rows);
     struct group *group = all.group = malloc(groups * sizeof *group);
     if (!group) return 1;
     for (long e = 0; e < groups; e++) {
-        const long bits = table[2 * e], size = table[2 * e + 1], bytes = size * bits / 8;
+        const long bits = in->groups[2 * e], size = in->groups[2 * e + 1], bytes = size * bits / 8;
         group[e] = (struct group){bits, size, all.r, all.bytes, bytes, all.vectors, (bytes + 15) / 16 * (8 / bits)};
         all.r += size, all.bytes += bytes, all.vectors += group[e].vectors;
     }
+    all.padded_pairs = round_up(rebuilt ? all.r / 2 : all.rk / 2, 16);
+    const long of_planes = all.tiles && !rebuilt ? 2 * all.padded_pairs * h : 0;
     long parts = (threads + b - 1) / b, most = (n + 4 * BLOCK - 1) / (4 * BLOCK);
     parts = parts < most ? parts : most;
     const long size = round_up((n + parts - 1) / parts, BLOCK);
     parts = (n + size - 1) / size;
     const long of_part = round_up(h * (16 * all.vectors + 16 * groups + 2), 16), of_queries = all.columns * h;
     struct scratch mine;
-    const long of_thread = cut_scratch(&all, 0, &mine);
+    const long of_exact = round_up((some * tokens + d) * 4, 64), of_codes = cut_scratch(&all, 0, &mine);
+    const long of_thread = of_exact > of_codes ? of_exact : of_codes;
     char *memory = 0;
-    float *partial, *laid;
+    float *partial, *laid, *planes, *turned, *exact, *exact_lse, *averages, *shares;
     char *work;
     for (int counted = 0; counted < 2; counted++) { /* first only how much there is to be had */
         char *at = memory;
         partial = cut(&at, b * parts * of_part * 4);
         laid = cut(&at, b * of_queries * 4);
+        planes = cut(&at, b * of_planes * 4);
+        turned = cut(&at, b * h * d * 4);
+        exact = cut(&at, b * h * d * 4);
+        exact_lse = cut(&at, b * h * 4);
+        averages = cut(&at, b * h * all.r * 4);
+        shares = cut(&at, b * h * 4);
         work = cut(&at, threads * of_thread);
         all.turns = cut(&at, all.pairs * 3 * 4);
         all.places = cut(&at, half * 2 * BLOCK * 4);
-        all.decoder = cut(&at, 2 * all.d4 * all.g * all.r);
-        all.factors = cut(&at, all.g * groups * 3 * all.d4 * 4);
+        all.decoder = cut(&at, all.tiles ? 0 : 2 * all.d4 * all.g * all.r);
+        all.factors = cut(&at, all.tiles ? 0 : all.g * groups * 3 * all.d4 * 4);
         all.mean = cut(&at, all.g * all.d4 * 4);
         if (!counted && !(memory = aligned_alloc(64, at - memory))) {
             free(group);
             return 1;
         }
     }
-    for (long s = 0; s < b; s++)
-        for (long i = 0; i < h; i++)
-            for (long c = 0; c < all.columns; c += 16) {
-                const long left = all.columns - c;
-                const __mmask16 mask = left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1);
-                const __m512 x = load_floats(queries + (s * h + i) * all.columns + c, mask);
-                _mm512_mask_i32scatter_ps(laid + s * of_queries + c * h + i, mask, multiples(h),
-                                          _mm512_mul_ps(x, _mm512_set1_ps(scale)), 4);
-            }
     for (long c = 0; c < all.g * all.d4; c++)
-        all.mean[c] = c % all.d4 < all.d ? mean[c / all.d4 * all.d + c % all.d4] : 0;
+        all.mean[c] = c % all.d4 < all.d ? in->key_mean[c / all.d4 * all.d + c % all.d4] : 0;
     for (long p = 0; p < all.pairs; p++) {
         int32_t *turn = all.turns + 3 * p;
-        turn[0] = decoder ? p : 2 * p, turn[1] = decoder ? half + p : 2 * p + 1;
-        turn[2] = decoder ? p : p < all.rk / 2 ? frequency[p] : p - all.rk / 2;
+        turn[0] = rebuilt ? p : 2 * p, turn[1] = rebuilt ? half + p : 2 * p + 1;
+        turn[2] = rebuilt ? p : p < all.rk / 2 ? in->frequency[p] : p - all.rk / 2;
     }
     for (long f = 0; f < half; f++)
         for (long u = 0; u < BLOCK; u += 16) {
             float *to = all.places + 2 * f * BLOCK + u;
-            _mm512_storeu_ps(to, _mm512_i32gather_ps(multiples(half), place_cosines + u * half + f, 4));
-            _mm512_storeu_ps(to + BLOCK, _mm512_i32gather_ps(multiples(half), place_sines + u * half + f, 4));
+            _mm512_storeu_ps(to, _mm512_i32gather_ps(multiples(half), in->place_cosines + u * half + f, 4));
+            _mm512_storeu_ps(to + BLOCK, _mm512_i32gather_ps(multiples(half), in->place_sines + u * half + f, 4));
         }
 #pragma omp parallel num_threads(threads)
     {
+#pragma omp for schedule(static) nowait
+        for (long i = 0; i < b * h; i++) {
+            const long s = i / h, angle = s * in->exact_sequence + (tokens - 1) * half;
+            turn_query(in, in->queries + i * d, in->exact_cosines + angle, in->exact_sines + angle, turned + i * d);
+            lay_query(in, turned + i * d, i % h / some, laid + s * of_queries + i % h);
+            for (long p = 0; p < of_planes / 2 / h; p++) {
+                float *to = planes + s * of_planes + i % h * 2 * all.padded_pairs + p;
+                const float *from = laid + s * of_queries + 2 * p * h + i % h;
+                to[0] = p < all.rk / 2 ? from[0] : 0, to[all.padded_pairs] = p < all.rk / 2 ? from[h] : 0;
+            }
+        }
 #pragma omp for schedule(static)
         for (long row = 0; row < all.g * all.d4; row++) /* the decoder is there for all before anyone reads it */
-            for (long e = 0; e < groups; e++) {
+            for (long e = 0; e < groups && !all.tiles; e++) {
                 static const bf16 none[LARGEST];
                 const long g = row / all.d4, c = row % all.d4;
                 int8_t *to = all.decoder + 2 * all.d4 * (g * all.r + group[e].first) + c * group[e].size;
-                lay_decoder(c < all.d ? decoder + (g * all.d + c) * all.r + group[e].first : none, group + e, to,
+                lay_decoder(c < all.d ? in->key_decoder + (g * all.whole_rows + c) * 2 * all.padded_pairs + group[e].first : none, group + e, to,
                             to + all.d4 * group[e].size, all.factors + (g * groups + e) * 3 * all.d4 + c, all.d4);
             }
 #pragma omp for schedule(static, 1)
         for (long thread = 0; thread < threads; thread++) {
             struct scratch my;
-            cut_scratch(&all, work + thread * of_thread, &my);
+            struct reading own = all;
+            char *scratch = work + thread * of_thread;
+            const unsigned modes = _mm_getcsr();
+            _mm_setcsr(modes | 0x8040); /* tiny numbers are 0: with them each product takes a hundred times as long */
+            cut_scratch(&all, scratch, &my);
             for (long task = thread; task < b * parts; task += threads) {
                 const long s = task / parts, from = task % parts * size, to = from + size < n ? from + size : n;
-                const long angles = s * sizes[11] + from / BLOCK * half;
+                const long angles = s * in->angle_sequence + from / BLOCK * half;
                 float *out = partial + task * of_part, *lows = out + h * 16 * all.vectors;
                 float *highest = lows + h * groups * 16;
-                read_part(&all, laid + s * of_queries, codes + s * sizes[9] + from * all.code_stride,
-                          scales + s * sizes[10] + from * all.scale_stride, hidden ? hidden + s * n + from : 0,
-                          block_cosines + angles, block_sines + angles, to - from, &my, out, lows, highest,
-                          highest + h);
+                own.planes = planes + s * of_planes;
+                read_part(&own, laid + s * of_queries, in->codes + s * in->code_sequence + from * all.code_stride,
+                          in->scales + s * in->scale_sequence + from * all.scale_stride,
+                          in->hidden ? in->hidden + s * n + from : 0, in->block_cosines + angles,
+                          in->block_sines + angles, to - from, &my, out, lows, highest, highest + h);
             }
+            for (long task = thread; task < b * in->g; task += threads) {
+                const long i = task * some;
+                read_exact(in, task / in->g, task % in->g, some, turned + i * d, (float *)scratch, exact + i * d,
+                           exact_lse + i);
+            }
+#ifdef __AMX_BF16__
+            if (all.tiles) _tile_release();
+#endif
+            _mm_setcsr(modes);
+        }
+#pragma omp for schedule(static)
+        for (long i = 0; i < b * h; i++) {
+            float lse;
+            join_parts(&all, partial + i / h * parts * of_part, parts, of_part, i % h, averages + i * all.r, &lse);
+            shares[i] = 1 / (1 + expf(exact_lse[i] - lse));
+        }
+        const long pieces = (d + 31) / 32;
+#pragma omp for schedule(static)
+        for (long task = 0; task < b * in->g * pieces; task++) {
+            const long s = task / pieces / in->g, from = task % pieces * 32;
+            unmix(in, all.r, s, task / pieces % in->g, from, from + 32 < d ? from + 32 : d, averages, shares, exact);
         }
     }
-    for (long i = 0; i < b * h; i++)
-        join_parts(&all, partial + i / h * parts * of_part, parts, of_part, i % h, averages + i * all.r, lse + i);
     free(memory), free(group);
     return 0;
+}
+
+/* buffer [b][g][t][d]: the oldest token goes, a new one comes behind the others. sizes: b, g, t, d, and the token's strides
+ * of b and g. */
+void mea_push(bf16 *buffer, const bf16 *token, const long *sizes) {
+    const long t = sizes[2], d = sizes[3];
+    for (long i = 0; i < sizes[0] * sizes[1]; i++, buffer += t * d) {
+        memmove(buffer, buffer + d, (t - 1) * d * sizeof *buffer);
+        memcpy(buffer + (t - 1) * d, token + i / sizes[1] * sizes[4] + i % sizes[1] * sizes[5], d * sizeof *buffer);
+    }
 }
