@@ -1,12 +1,11 @@
-"""Decoding with a whole model at a long context: compressed cache against the uncompressed model in its fastest form.
+"""Decoding with a whole model at a long context: packed caches against the uncompressed model in its fastest form.
 
 The uncompressed side is the stock model with each kv head's queries packed into one matrix (`mea.evaluate.speed`).
-Both sides go through the same loop with greedy tokens, each with a cache and weights of its own, and take turns token
-by token. A third side is the uncompressed model with its cache in 4 bits. The caches are filled with random numbers
-instead of reading a prompt: speed does not depend on what they hold.
+All sides go through the same loop with greedy tokens, each with a cache and weights of its own, and take turns token
+by token. One more side is the uncompressed model with its whole cache in 4 bits. The caches are filled with random
+numbers instead of reading a prompt: speed does not depend on what they hold.
 """
 
-import copy
 from collections.abc import Callable
 from statistics import median
 from typing import Any
@@ -15,28 +14,13 @@ import torch
 from timing import in_turns, speedup
 from transformers import DynamicCache
 
-from mea.compression.budget import Layout
-from mea.compression.convert import LayerFactors, assemble, latent_config
-from mea.compression.methods.factors import Factors
 from mea.evaluate.speed import held_bytes
 from mea.models.cache import PreallocatedCache
 from mea.models.quantized_cache import QuantisedCache
 
-CONFIG = {"context": 8192, "dtype": "bfloat16", "keep": 0.5, "repetitions": 3, "rounds": 20, "warmup": 3}
-BARS = {1: 1.15, 4: 1.4}  # sequences -> how many times as fast it has to be
-
-
-def truncated(model: Any, keep: float) -> Any:
-    """A compressed model as fast as any other of its size, and good for nothing else: the first channels are cached."""
-    width = model.model.layers[0].self_attn.k_proj.out_features
-    kept = round(keep * width)
-    eye = torch.eye(width, dtype=torch.float64)[:kept]
-    factors = LayerFactors(Factors(eye, eye.T), Factors(eye, eye.T))
-    layers = model.config.num_hidden_layers
-    layout = Layout(((kept, kept),) * layers)
-    compressed = assemble(copy.deepcopy(model), [factors] * layers, latent_config(model.config, layout, {}))
-    compressed.set_attn_implementation("sdpa")
-    return compressed
+CONFIG = {"context": 8192, "dtype": "bfloat16", "repetitions": 3, "rounds": 20, "warmup": 3}
+BATCHES = (1, 4)
+BARS = {"predictive": 1.0, "joint": 1 / 1.8}  # how many times as fast as the uncompressed model each reading has to be
 
 
 def filled_cache(model: Any, batch: int, config: dict[str, Any], bits: int | None = None) -> Any:
@@ -75,27 +59,32 @@ def stepper(model: Any, batch: int, config: dict[str, Any], bits: int | None = N
 
 @torch.inference_mode()
 def measure(models: dict[str, Any], config: dict[str, Any], seed: int = 0) -> dict[str, Any]:
-    """Results and samples of ``{"uncompressed": …, "compressed": …}``: seconds for every token of every repetition."""
+    """Results and samples of ``{"uncompressed": …, name: …}``: seconds for every token of every repetition."""
     results, samples = {}, {}
-    for batch, bar in BARS.items():
+    codes = {name: getattr(model.config, "cache_code", None) for name, model in models.items()}
+    bars = {name: BARS[code["reading"]] for name, code in codes.items() if code}
+    for batch in BATCHES:
         taken: list[dict[str, list[float]]] = []
         sizes = {}
         for repetition in range(config["repetitions"]):
             torch.manual_seed(seed + repetition)
-            both = {name: stepper(model, batch, config) for name, model in models.items()}
-            both["4 bits"] = stepper(models["uncompressed"], batch, config, bits=4)
-            works = {name: step for name, (step, _) in both.items()}
+            sides = {name: stepper(model, batch, config) for name, model in models.items()}
+            sides["4 bits"] = stepper(models["uncompressed"], batch, config, bits=4)
+            works = {name: step for name, (step, _) in sides.items()}
             taken.append(in_turns(works, config["rounds"], config["warmup"], seed + repetition))
-            for name, (_, cache) in both.items():
+            for name, (_, cache) in sides.items():
                 weights = models.get(name, models["uncompressed"]).parameters()
                 sizes[name] = sum(weight.nbytes for weight in weights) + sum(held_bytes(cache))
         together = {name: [seconds for each in taken for seconds in each[name]] for name in taken[0]}
+        others = [name for name in together if name != "uncompressed"]
         name = f"batch_{batch}"
         samples[name] = together
         results[name] = {
-            "speedup": speedup(together["uncompressed"], together["compressed"]),
-            "speedup_by_repetition": [median(x["uncompressed"]) / median(x["compressed"]) for x in taken],
-            "bar": bar,
+            "speedup": {side: speedup(together["uncompressed"], together[side]) for side in others},
+            "speedup_by_repetition": {
+                side: [median(x["uncompressed"]) / median(x[side]) for x in taken] for side in others
+            },
+            "bars": bars,
             "bytes_read": sizes,
         }
     return {"results": results, "samples": samples}

@@ -160,14 +160,14 @@ def score_error(maps, call, scale, tiles):
     """How far scores of coded tokens may be off: ``[b, h, n]``.
 
     With pairs all is fp32: a rounding for each of a score's terms, and about sixteen of the angles, of
-    ``low + step * code``, and of absorbing. Tiles round components to bf16 besides, by at most 2^-9 of them, and have
-    queries to 2^-17. When keys are rebuilt without tiles, a decoder's number is off by half a step of its row
-    and group, 1/127 of the largest or 1/16256; the middle of the codes is kept exact, so that a code counts by its
-    distance from there. Angles mix the channels of a pair.
+    ``low + step * code``, and of absorbing. Tiles round turned components and queries to bf16 besides, by at most 2^-9
+    of them, and have the mean's part in two bf16 numbers each. When keys are rebuilt without tiles, a decoder's number
+    is off by half a step of its row and group, 1/127 of the largest or 1/16256; the middle of the codes is kept exact,
+    so that a code counts by its distance from there. Angles mix the channels of a pair.
     """
     queries, sizes = call["queries"].double().abs(), decoded(maps, call)[1]
     (g, d), r = maps["key_mean"].shape, sizes.shape[-1]
-    rounding, bf16 = (r + d + 16) * 2**-23, (2**-9 + 2**-16) * tiles
+    rounding, bf16 = (r + d + 16) * 2**-23, (2**-8 + 2**-18) * tiles
     upper = {**maps, "key_mean": maps["key_mean"].abs(), "key_decoder": maps["key_decoder"].abs()}
     if "frequency" in maps:
         here = 2 * len(maps["frequency"])
@@ -175,9 +175,9 @@ def score_error(maps, call, scale, tiles):
         # |a re - b im| is at most |a| |re| + |b| |im|: two terms of the same sign
         upper["key_decoder"] = upper["key_decoder"].sum(-1, keepdim=True) * torch.tensor([0.5, 0.5])
         mean = upper["key_mean"].double()[:, None]
-        keys = (coded_keys(upper, 2 * both) - mean) * (rounding + bf16) + 2 * mean * rounding
+        keys = (coded_keys(upper, 2 * both) - mean) * (rounding + bf16) + 2 * mean * (rounding + 2**-16 * tiles)
     elif tiles:
-        keys = (rounding + bf16) * coded_keys(upper, sizes)
+        keys = (rounding + bf16) * coded_keys(upper, sizes)  # queries are fp32 here: more than there is
     else:
         keys, first = rounding * coded_keys(upper, sizes), 0
         scales = call["scales"][:, call["begin"] :][:, : call["n"]].double()

@@ -104,7 +104,7 @@ static inline float weigh(const float *scores, bf16 *weights, float *highest, fl
         total = _mm512_add_ps(total, p);
         _mm256_storeu_si256((__m256i *)(weights + 16 * i), (__m256i)_mm512_cvtneps_pbh(p));
     }
-    const float before = expf(*highest - now);
+    const float before = now > *highest ? expf(*highest - now) : 1;
     *highest = now;
     *sum = *sum * before + _mm512_reduce_add_ps(total);
     return before;
@@ -344,8 +344,8 @@ void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low,
  *   words   [4][BLOCK]: lanes are tokens, each with four bytes of its own. For scores: no sums across lanes.
  *   units   [vectors][BLOCK / 4][16][4]: lanes are 16 components, each with the codes of four tokens. For averages. A vector
  *           takes the same bits of 16 bytes; the order of components is put right once, at the end.
- * With matrix tiles (AMX) the products are done by those: scores from components as bf16 pairs of numbers, with queries as
- * sums of two bf16 numbers; averages from the same bytes and units; keys rebuilt in bf16, from the decoder as it is.
+ * With matrix tiles (AMX) the products are done by those: scores and rebuilt keys from components, queries
+ * and the decoder in bf16; averages from the same bytes and units.
  * The angle of a token is its block's plus its place's: the block's turns the queries, so that the places' angles, the same
  * for each block, are all that the tokens are turned by. */
 
@@ -372,7 +372,9 @@ struct reading {
     float *mean;                    /* [g][d4] */
     /* With matrix tiles (AMX): */
     long tiles, query_rows, padded_h, padded_pairs; /* rows of a tile of queries; multiples of it, and of 16 pairs */
-    const float *planes;                            /* [h][re, im][padded_pairs] of the queries */
+    long padded_half;                               /* frequencies, up to a multiple of 16 */
+    const float *planes;                            /* [h][re, im][padded_pairs + padded_half] of the queries */
+    uint32_t *place_pairs;                          /* [near, rest][LANES][padded_half][16]: the places' angles in bf16 */
     const bf16 *whole;                              /* [g][rows][2 padded_pairs]: the keys' decoder as it is */
     long whole_rows;                                /* a multiple of 16 */
 };
@@ -472,17 +474,22 @@ static inline __m512i multiples(long step) {
     return _mm512_mullo_epi32(lane, _mm512_set1_epi32((int)step));
 }
 
-/* low[groups][BLOCK] and step[groups][BLOCK]; 0 where a token is not visible. */
-static void lay_scales(const bf16 *scales, long stride, long groups, uint64_t visible, float *low, float *step) {
+/* low[groups][BLOCK] and step[groups][BLOCK], 0 where a token is not visible, and the widest step of each group. */
+static void lay_scales(const bf16 *scales, long stride, long groups, uint64_t visible, float *low, float *step,
+                       float *widest) {
     const __m512i index = multiples(stride);
-    for (int v = 0; v < LANES; v++)
-        for (long i = 0; i < groups; i++) {
+    for (long i = 0; i < groups; i++) {
+        __m512 most = _mm512_setzero_ps();
+        for (int v = 0; v < LANES; v++) {
             __m512i x = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), (__mmask16)(visible >> 16 * v), index,
                                                     scales + 16 * v * stride + 2 * i, 2);
+            const __m512 wide = _mm512_castsi512_ps(_mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
             _mm512_storeu_si512(low + i * BLOCK + 16 * v, _mm512_slli_epi32(x, 16));
-            _mm512_storeu_si512(step + i * BLOCK + 16 * v,
-                                _mm512_and_si512(x, _mm512_set1_epi32((int)0xffff0000)));
+            _mm512_storeu_ps(step + i * BLOCK + 16 * v, wide);
+            most = _mm512_max_ps(most, _mm512_abs_ps(wide));
         }
+        widest[i] = _mm512_reduce_max_ps(most);
+    }
 }
 
 /* Code k of each word as fp32. A table of 16 numbers looks at the lowest 4 bits alone. */
@@ -557,36 +564,37 @@ static void multiply(long count, const float *queries, long stride, const float 
         }
 }
 
-/* Scores of one query to weights in fp32, in their place; returns what the sums so far have to be multiplied with. */
-static inline float weigh_visible(float *scores, uint64_t visible, float *highest, float *sum) {
-    __m512 s[LANES], top = _mm512_set1_ps(*highest), total = _mm512_setzero_ps();
+/* Scores of one query to weights in fp32, in their place, and the largest of them; returns what the sums so far have to be
+ * multiplied with. */
+static inline float weigh_visible(float *scores, uint64_t visible, float *highest, float *sum, float *largest) {
+    __m512 s[LANES], top = _mm512_set1_ps(NONE), total = _mm512_setzero_ps();
     for (int v = 0; v < LANES; v++) {
         s[v] = _mm512_loadu_ps(scores + 16 * v);
         top = _mm512_mask_max_ps(top, (__mmask16)(visible >> 16 * v), top, s[v]);
     }
-    const float now = _mm512_reduce_max_ps(top);
+    const float here = _mm512_reduce_max_ps(top), now = here > *highest ? here : *highest;
+    *largest = expf(here - now);
     for (int v = 0; v < LANES; v++) {
         const __m512 p = exponential(_mm512_sub_ps(s[v], _mm512_set1_ps(now)));
         s[v] = _mm512_maskz_mov_ps((__mmask16)(visible >> 16 * v), p);
         total = _mm512_add_ps(total, s[v]);
         _mm512_storeu_ps(scores + 16 * v, s[v]);
     }
-    const float before = expf(*highest - now);
+    const float before = now > *highest ? expf(*highest - now) : 1;
     *highest = now;
     *sum = *sum * before + _mm512_reduce_add_ps(total);
     return before;
 }
 
-/* weights * step as 128 * high + low: high[BLOCK], low[BLOCK] bytes in the order of units; returns their scale. */
-static inline float in_bytes(const float *weights, const float *step, int8_t *bytes) {
-    __m512 x[LANES], top = _mm512_setzero_ps();
+/* weights * step as 128 * high + low, of products up to `largest`: high[BLOCK], low[BLOCK] bytes in the order of units;
+ * returns their scale. */
+static inline float in_bytes(const float *weights, const float *step, float largest, int8_t *bytes) {
     __m512i y[LANES], high[2], low[2];
+    const __m512 scale = _mm512_set1_ps(largest > TINY ? FINE / largest : 0);
     for (int v = 0; v < LANES; v++) {
-        x[v] = _mm512_mul_ps(_mm512_loadu_ps(weights + 16 * v), _mm512_loadu_ps(step + 16 * v));
-        top = _mm512_max_ps(top, _mm512_abs_ps(x[v]));
+        const __m512 x = _mm512_mul_ps(_mm512_loadu_ps(weights + 16 * v), _mm512_loadu_ps(step + 16 * v));
+        y[v] = _mm512_cvtps_epi32(_mm512_mul_ps(x, scale));
     }
-    const float largest = _mm512_reduce_max_ps(top), scale = largest > TINY ? FINE / largest : 0;
-    for (int v = 0; v < LANES; v++) y[v] = _mm512_cvtps_epi32(_mm512_mul_ps(x[v], _mm512_set1_ps(scale)));
     for (int i = 0; i < 2; i++) {
         const __m512i both = _mm512_packs_epi32(y[2 * i], y[2 * i + 1]);
         high[i] = _mm512_srai_epi16(_mm512_add_epi16(both, _mm512_set1_epi16(64)), 7);
@@ -792,11 +800,11 @@ static void turn_keys(float *keys, const float *mean, long half, const float *pl
     }
 }
 
-/* Queries [columns][h], from a pair on, turned back by a block's angles. */
-static void turn_queries(const struct reading *all, long from, const float *queries, const float *cosines,
-                         const float *sines, float *turned) {
+/* Queries [columns][h] turned back by a block's angles. */
+static void turn_queries(const struct reading *all, const float *queries, const float *cosines, const float *sines,
+                         float *turned) {
     const long h = all->h;
-    for (long p = from; p < all->pairs; p++) {
+    for (long p = 0; p < all->pairs; p++) {
         const int32_t *turn = all->turns + 3 * p;
         const __m512 cosine = _mm512_set1_ps(cosines[turn[2]]), sine = _mm512_set1_ps(sines[turn[2]]);
         const float *first = queries + turn[0] * h, *second = queries + turn[1] * h;
@@ -820,7 +828,7 @@ struct scratch {
     uint32_t *words, *codes, *pairs, *rows;
     int32_t *sums;
     uint8_t *units;
-    float *tile, *queries, *scores, *scale, *before, *low, *step, *turn;
+    float *tile, *queries, *scores, *scale, *before, *low, *step, *widest, *turn;
     int8_t *bytes;
 };
 
@@ -836,10 +844,11 @@ static long cut_scratch(const struct reading *all, char *from, struct scratch *t
     to->before = cut(&at, all->h * 4);
     to->low = cut(&at, all->groups * BLOCK * 4);
     to->step = cut(&at, all->groups * BLOCK * 4);
+    to->widest = cut(&at, all->groups * 4);
     to->bytes = cut(&at, all->padded_h * all->groups * 2 * BLOCK);
     to->pairs = cut(&at, all->tiles ? LANES * all->padded_pairs * 64 : 0);
-    to->rows = cut(&at, all->tiles && !all->d ? 2 * all->padded_h * all->padded_pairs * 4 : 0);
-    to->turn = cut(&at, all->tiles && !all->d ? 2 * all->padded_pairs * 4 : 0);
+    to->rows = cut(&at, all->tiles && !all->d ? all->padded_h * (all->padded_pairs + 2 * all->padded_half) * 4 : 0);
+    to->turn = cut(&at, all->tiles && !all->d ? 2 * (all->padded_pairs + all->padded_half) * 4 : 0);
     to->sums = cut(&at, all->tiles ? 4 * 16 * 16 * 4 : 0);
     return at - from;
 }
@@ -849,6 +858,13 @@ static inline __attribute__((always_inline)) __m512i in_pairs(__m512 first, __m5
     const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
                                            20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     return _mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+}
+
+/* What two numbers in bf16 miss of them, in bf16. */
+static inline __attribute__((always_inline)) __m512i rest_of(__m512i near, __m512 first, __m512 second) {
+    const __m512 upper = _mm512_castsi512_ps(_mm512_and_si512(near, _mm512_set1_epi32((int)0xffff0000)));
+    const __m512 lower = _mm512_castsi512_ps(_mm512_slli_epi32(near, 16));
+    return in_pairs(_mm512_sub_ps(first, lower), _mm512_sub_ps(second, upper));
 }
 
 /* pairs[LANES][padded][16]: two components of 16 tokens, turned by the angles of the places in a block if there are turns. */
@@ -894,28 +910,41 @@ static void lay_pairs(const struct reading *all, const struct scratch *my, const
     }
 }
 
-/* rows[two][padded_h][padded_pairs]: queries turned back by a block's angles, in bf16, and what that misses in bf16. */
+/* rows[padded_h][padded_pairs + 2 padded_half]: queries turned back by a block's angles in bf16, those of the mean in two
+ * parts, since a mean may be hundreds of times as large as what differs from it. */
 static void turn_rows(const struct reading *all, const float *cosines, const float *sines, float *turn, uint32_t *rows) {
-    const long padded = all->padded_pairs, pairs = all->rk / 2;
+    const long padded = all->padded_pairs, width = padded + all->padded_half, pairs = all->rk / 2;
     for (long p = 0; p < pairs; p++) {
         const long f = all->turns[3 * p + 2];
-        turn[p] = cosines[f], turn[padded + p] = sines[f];
+        turn[p] = cosines[f], turn[width + p] = sines[f];
     }
-    for (long i = 0; i < all->h; i++) {
-        const float *re = all->planes + 2 * i * padded, *im = re + padded;
-        for (long p = 0; p < padded; p += 16) {
-            const __m512 cosine = _mm512_loadu_ps(turn + p), sine = _mm512_loadu_ps(turn + padded + p);
+    memcpy(turn + padded, cosines, all->half * sizeof *turn);
+    memcpy(turn + width + padded, sines, all->half * sizeof *turn);
+    for (long i = 0; i < all->h; i++, rows += width + all->padded_half) {
+        const float *re = all->planes + 2 * i * width, *im = re + width;
+        for (long p = 0; p < width; p += 16) {
+            const __m512 cosine = _mm512_loadu_ps(turn + p), sine = _mm512_loadu_ps(turn + width + p);
             const __m512 x = _mm512_loadu_ps(re + p), y = _mm512_loadu_ps(im + p);
             const __m512 a = _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine));
             const __m512 b = _mm512_fnmadd_ps(x, sine, _mm512_mul_ps(y, cosine));
             const __m512i near = in_pairs(a, b);
-            const __m512 more = _mm512_sub_ps(a, _mm512_castsi512_ps(_mm512_slli_epi32(near, 16)));
-            const __m512i upper = _mm512_and_si512(near, _mm512_set1_epi32((int)0xffff0000));
-            const __m512 other = _mm512_sub_ps(b, _mm512_castsi512_ps(upper));
-            _mm512_storeu_si512(rows + i * padded + p, near);
-            _mm512_storeu_si512(rows + (all->padded_h + i) * padded + p, in_pairs(more, other));
+            _mm512_storeu_si512(rows + p, near);
+            if (p >= padded) _mm512_storeu_si512(rows + p + all->padded_half, rest_of(near, a, b));
         }
     }
+}
+
+/* The angles of the places as two bf16 parts, as `turn_rows` has queries of the mean. */
+static void lay_places(const struct reading *all) {
+    for (long f = 0; f < all->half; f++)
+        for (long v = 0; v < LANES; v++) {
+            const float *from = all->places + 2 * f * BLOCK + 16 * v;
+            const __m512 cosine = _mm512_loadu_ps(from), sine = _mm512_loadu_ps(from + BLOCK);
+            const __m512i near = in_pairs(cosine, sine);
+            uint32_t *to = all->place_pairs + (v * all->padded_half + f) * 16;
+            _mm512_storeu_si512(to, near);
+            _mm512_storeu_si512(to + LANES * all->padded_half * 16, rest_of(near, cosine, sine));
+        }
 }
 
 #ifdef __AMX_BF16__
@@ -934,25 +963,36 @@ static void shape_tiles(long rows) {
     _tile_loadconfig(&shape);
 }
 
-/* scores[h][BLOCK] += queries times turned pairs, all in tiles. */
+/* Adds rows times pairs[LANES][padded][16] to tiles 0 to 3. */
+static inline __attribute__((always_inline)) void add_tiles(const uint32_t *rows, long stride, const uint32_t *pairs,
+                                                            long padded) {
+    for (long p = 0; p < padded; p += 16, pairs += 256) {
+        _tile_loadd(4, rows + p, stride * 4);
+        _tile_loadd(6, pairs, 64); _tile_loadd(7, pairs + padded * 16, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
+        _tile_loadd(6, pairs + 2 * padded * 16, 64); _tile_loadd(7, pairs + 3 * padded * 16, 64);
+        _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(3, 4, 7);
+    }
+}
+
+/* to[rows of a tile][BLOCK] are the sums. */
+static inline __attribute__((always_inline)) void store_tiles(float *to) {
+    _tile_stored(0, to, BLOCK * 4); _tile_stored(1, to + 16, BLOCK * 4);
+    _tile_stored(2, to + 32, BLOCK * 4); _tile_stored(3, to + 48, BLOCK * 4);
+}
+
+/* scores[h][BLOCK]: queries times turned pairs, and times the places' angles but for the rest of both. */
 static void score_tiles(const struct reading *all, const struct scratch *my) {
-    const long padded = all->padded_pairs, m = all->query_rows;
+    const long padded = all->padded_pairs, half = all->padded_half, width = padded + 2 * half;
     WRITTEN;
-    for (long i = 0; i < all->h; i += m) {
-        float *scores = my->scores + i * BLOCK;
-        _tile_loadd(0, scores, BLOCK * 4); _tile_loadd(1, scores + 16, BLOCK * 4);
-        _tile_loadd(2, scores + 32, BLOCK * 4); _tile_loadd(3, scores + 48, BLOCK * 4);
-        for (long p = 0; p < padded; p += 16) {
-            const uint32_t *pairs = my->pairs + 16 * p;
-            _tile_loadd(4, my->rows + i * padded + p, padded * 4);
-            _tile_loadd(5, my->rows + (all->padded_h + i) * padded + p, padded * 4);
-            _tile_loadd(6, pairs, 64); _tile_loadd(7, pairs + padded * 16, 64);
-            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7); _tile_dpbf16ps(0, 5, 6); _tile_dpbf16ps(1, 5, 7);
-            _tile_loadd(6, pairs + 2 * padded * 16, 64); _tile_loadd(7, pairs + 3 * padded * 16, 64);
-            _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(3, 4, 7); _tile_dpbf16ps(2, 5, 6); _tile_dpbf16ps(3, 5, 7);
-        }
-        _tile_stored(0, scores, BLOCK * 4); _tile_stored(1, scores + 16, BLOCK * 4);
-        _tile_stored(2, scores + 32, BLOCK * 4); _tile_stored(3, scores + 48, BLOCK * 4);
+    for (long i = 0; i < all->h; i += all->query_rows) {
+        const uint32_t *rows = my->rows + i * width, *rest = all->place_pairs + LANES * half * 16;
+        _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+        add_tiles(rows, width, my->pairs, padded);
+        add_tiles(rows + padded, width, all->place_pairs, half);
+        add_tiles(rows + padded, width, rest, half);
+        add_tiles(rows + padded + half, width, all->place_pairs, half);
+        store_tiles(my->scores + i * BLOCK);
     }
 }
 
@@ -962,55 +1002,59 @@ static void rebuild_tiles(const struct reading *all, const struct scratch *my, l
     WRITTEN;
     for (long c = 0; c < all->whole_rows; c += 16) {
         const bf16 *rows = all->whole + (g * all->whole_rows + c) * 2 * padded;
-        float *keys = my->tile + c * BLOCK;
         _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
-        for (long p = 0; p < padded; p += 16) {
-            const uint32_t *pairs = my->pairs + 16 * p;
-            _tile_loadd(4, rows + 2 * p, padded * 4);
-            _tile_loadd(6, pairs, 64); _tile_loadd(7, pairs + padded * 16, 64);
-            _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 4, 7);
-            _tile_loadd(6, pairs + 2 * padded * 16, 64); _tile_loadd(7, pairs + 3 * padded * 16, 64);
-            _tile_dpbf16ps(2, 4, 6); _tile_dpbf16ps(3, 4, 7);
+        add_tiles((const uint32_t *)rows, padded, my->pairs, padded);
+        store_tiles(my->tile + c * BLOCK);
+    }
+}
+
+/* out[rows][stride] = before * out + scale * (128 * high + low) for one or two vectors, sums being [vectors][high, low][16][16]. */
+static inline __attribute__((always_inline)) void add_sums(const int vectors, long rows, const int32_t *sums,
+                                                           const float *scale, long groups, const float *before,
+                                                           float *out, long stride) {
+    for (long a = 0; a < rows; a++, sums += 16, scale += groups, out += stride) {
+        const __m512 s = _mm512_set1_ps(*scale), b = _mm512_set1_ps(before[a]);
+#pragma GCC unroll 2
+        for (int k = 0; k < vectors; k++) {
+            const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(sums + 512 * k), 7);
+            const __m512i sum = _mm512_add_epi32(high, _mm512_loadu_si512(sums + 512 * k + 256));
+            const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(out + 16 * k), b);
+            _mm512_storeu_ps(out + 16 * k, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), s, old));
         }
-        _tile_stored(0, keys, BLOCK * 4); _tile_stored(1, keys + 16, BLOCK * 4);
-        _tile_stored(2, keys + 32, BLOCK * 4); _tile_stored(3, keys + 48, BLOCK * 4);
     }
 }
 
 /* As `average`. */
 static void average_tiles(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row,
                           float *out) {
-    const long width = 16 * all->vectors, groups = all->groups, stride = groups * 2 * BLOCK, m = all->query_rows;
+    const long h = all->h, width = 16 * all->vectors, groups = all->groups, stride = groups * 2 * BLOCK;
+    const long m = all->query_rows;
+    int32_t *sums = my->sums;
     for (long e = 0; e < groups; e++) {
-        const struct group *group = all->group + e;
-        units_of(codes, row, group, my->units);
+        const long vectors = all->group[e].vectors;
+        units_of(codes, row, all->group + e, my->units);
         WRITTEN;
-        for (long i = 0; i < all->h; i += m) {
+        for (long i = 0; i < h; i += m) {
             const int8_t *bytes = my->bytes + i * stride + e * 2 * BLOCK;
+            const float *scale = my->scale + i * groups + e, *before = my->before + i;
+            const long rows = h - i < m ? h - i : m;
+            float *to = out + i * width + 16 * all->group[e].vector;
+            const uint8_t *units = my->units;
             _tile_loadd(4, bytes, stride); _tile_loadd(5, bytes + BLOCK, stride);
-            for (long v = 0; v < group->vectors; v += 2) {
-                const long two = group->vectors - v > 1;
-                const uint8_t *units = my->units + v * UNITS * 64;
+            for (long v = vectors; v > 1; v -= 2, units += 2 * UNITS * 64, to += 32) {
                 _tile_zero(0); _tile_zero(1); _tile_loadd(6, units, 64);
                 _tile_dpbsud(0, 4, 6); _tile_dpbsud(1, 5, 6);
-                if (two) {
-                    _tile_zero(2); _tile_zero(3); _tile_loadd(7, units + UNITS * 64, 64);
-                    _tile_dpbsud(2, 4, 7); _tile_dpbsud(3, 5, 7);
-                    _tile_stored(2, my->sums + 512, 64); _tile_stored(3, my->sums + 768, 64);
-                }
-                _tile_stored(0, my->sums, 64); _tile_stored(1, my->sums + 256, 64);
-                for (long a = 0; a < m && i + a < all->h; a++) {
-                    const __m512 scale = _mm512_set1_ps(my->scale[(i + a) * groups + e]);
-                    const __m512 before = _mm512_set1_ps(my->before[i + a]);
-                    for (long k = 0; k < 1 + two; k++) {
-                        float *to = out + (i + a) * width + 16 * (group->vector + v + k);
-                        const int32_t *sums = my->sums + 512 * k + 16 * a;
-                        const __m512i high = _mm512_slli_epi32(_mm512_loadu_si512(sums), 7);
-                        const __m512i sum = _mm512_add_epi32(high, _mm512_loadu_si512(sums + 256));
-                        const __m512 old = _mm512_mul_ps(_mm512_loadu_ps(to), before);
-                        _mm512_storeu_ps(to, _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), scale, old));
-                    }
-                }
+                _tile_zero(2); _tile_zero(3); _tile_loadd(7, units + UNITS * 64, 64);
+                _tile_dpbsud(2, 4, 7); _tile_dpbsud(3, 5, 7);
+                _tile_stored(0, sums, 64); _tile_stored(1, sums + 256, 64);
+                _tile_stored(2, sums + 512, 64); _tile_stored(3, sums + 768, 64);
+                add_sums(2, rows, sums, scale, groups, before, to, width);
+            }
+            if (vectors % 2) {
+                _tile_zero(0); _tile_zero(1); _tile_loadd(6, units, 64);
+                _tile_dpbsud(0, 4, 6); _tile_dpbsud(1, 5, 6);
+                _tile_stored(0, sums, 64); _tile_stored(1, sums + 256, 64);
+                add_sums(1, rows, sums, scale, groups, before, to, width);
             }
         }
     }
@@ -1040,12 +1084,12 @@ int mea_use_tiles(int wanted) {
 /* Scores of a block, predictive: pairs are turned and multiplied; the constant part of the keys is the angles alone. */
 static void score_pairs(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
     const long h = all->h;
-    multiply(h, my->queries + all->rk * h, h, all->places, 2 * all->half, my->scores);
     if (all->tiles) {
         lay_pairs(all, my, codes, row);
         score_tiles(all, my);
         return;
     }
+    multiply(h, my->queries + all->rk * h, h, all->places, 2 * all->half, my->scores);
     for (long e = 0; e < all->groups && all->group[e].first < all->rk; e++) {
         const struct group *group = all->group + e;
         const long bits = group->bits;
@@ -1112,9 +1156,8 @@ static void read_part(const struct reading *all, const float *queries, const uin
         const long pairs = all->d ? all->r / 2 : all->rk / 2;
         for (long v = 0; v < LANES; v++)
             memset(my->pairs + (v * all->padded_pairs + pairs) * 16, 0, (all->padded_pairs - pairs) * 64);
-        if (!all->d) memset(my->rows, 0, 2 * all->padded_h * all->padded_pairs * 4);
-        if (!all->d) memset(my->turn, 0, 2 * all->padded_pairs * 4);
-        memset(my->scores + h * BLOCK, 0, (all->padded_h - h) * BLOCK * 4);
+        if (!all->d) memset(my->rows, 0, all->padded_h * (all->padded_pairs + 2 * all->padded_half) * 4);
+        if (!all->d) memset(my->turn, 0, 2 * (all->padded_pairs + all->padded_half) * 4);
         shape_tiles(all->query_rows);
     }
     for (long start = 0; start < n; start += BLOCK, cosines += all->half, sines += all->half) {
@@ -1136,18 +1179,20 @@ static void read_part(const struct reading *all, const float *queries, const uin
             _mm_prefetch((const char *)(cosines + all->half + f), _MM_HINT_T0);
             _mm_prefetch((const char *)(sines + all->half + f), _MM_HINT_T0);
         }
-        lay_scales(scales + start * all->scale_stride, all->scale_stride, groups, visible, my->low, my->step);
-        turn_queries(all, all->tiles && !all->d ? all->rk / 2 : 0, queries, cosines, sines, my->queries);
+        lay_scales(scales + start * all->scale_stride, all->scale_stride, groups, visible, my->low, my->step, my->widest);
         if (all->tiles && !all->d) turn_rows(all, cosines, sines, my->turn, my->rows);
+        else turn_queries(all, queries, cosines, sines, my->queries);
         memset(my->scores, 0, h * BLOCK * sizeof(float));
         if (all->d) score_joint(all, my, from, row);
         else score_pairs(all, my, from, row);
         for (long i = 0; i < h; i++) {
             float *weights = my->scores + i * BLOCK;
-            const float before = my->before[i] = weigh_visible(weights, visible, highest + i, sum + i);
+            float largest;
+            const float before = my->before[i] = weigh_visible(weights, visible, highest + i, sum + i, &largest);
             for (long e = 0; e < groups; e++) {
                 const long place = i * groups + e;
-                my->scale[place] = in_bytes(weights, my->step + e * BLOCK, my->bytes + place * 2 * BLOCK);
+                my->scale[place] =
+                    in_bytes(weights, my->step + e * BLOCK, 1.001f * largest * my->widest[e], my->bytes + place * 2 * BLOCK);
                 __m512 x = _mm512_mul_ps(_mm512_loadu_ps(lows + place * 16), _mm512_set1_ps(before));
                 for (int v = 0; v < BLOCK; v += 16)
                     x = _mm512_fmadd_ps(_mm512_loadu_ps(weights + v), _mm512_loadu_ps(my->low + e * BLOCK + v), x);
@@ -1305,15 +1350,15 @@ static void lay_query(const struct packed *all, const float *query, long g, floa
     }
 }
 
-/* Channels from .. to of the outputs of a kv head's queries: the coded tokens' average through the decoder, and the exact
- * tokens', each by its share of the weight. */
-static void unmix(const struct packed *all, long r, long s, long g, long from, long to, const float *averages,
-                  const float *shares, const float *exact) {
-    const long d = 2 * all->half, some = all->h / all->g, i0 = s * all->h + g * some;
-    for (long c = from; c < to; c += 4) {
+/* The outputs of the queries of a sequence's kv head: the coded tokens' average through the decoder, and the exact tokens',
+ * each by its share of the weight. */
+static void unmix(const struct packed *all, long r, long head, const float *averages, const float *shares,
+                  const float *exact) {
+    const long d = 2 * all->half, some = all->h / all->g, g = head % all->g;
+    for (long c = 0; c < d; c += 4) {
         const bf16 *row[4];
-        for (long a = 0; a < 4; a++) row[a] = all->value_decoder + (g * d + (c + a < to ? c + a : to - 1)) * r;
-        for (long i = i0; i < i0 + some; i++) {
+        for (long a = 0; a < 4; a++) row[a] = all->value_decoder + (g * d + (c + a < d ? c + a : d - 1)) * r;
+        for (long i = head * some; i < (head + 1) * some; i++) {
             __m512 sum[4];
 #pragma GCC unroll 4
             for (int a = 0; a < 4; a++) sum[a] = _mm512_setzero_ps();
@@ -1322,7 +1367,7 @@ static void unmix(const struct packed *all, long r, long s, long g, long from, l
 #pragma GCC unroll 4
                 for (int a = 0; a < 4; a++) sum[a] = _mm512_fmadd_ps(load_floats(row[a] + k, 0xffff), x, sum[a]);
             }
-            for (long a = 0; a < 4 && c + a < to; a++) {
+            for (long a = 0; a < 4 && c + a < d; a++) {
                 const float coded = _mm512_reduce_add_ps(sum[a]) + all->value_mean[g * d + c + a];
                 all->output[i * d + c + a] = shares[i] * coded + (1 - shares[i]) * exact[i * d + c + a];
             }
@@ -1350,7 +1395,8 @@ int mea_read_packed(const struct packed *in) {
         all.r += size, all.bytes += bytes, all.vectors += group[e].vectors;
     }
     all.padded_pairs = round_up(rebuilt ? all.r / 2 : all.rk / 2, 16);
-    const long of_planes = all.tiles && !rebuilt ? 2 * all.padded_pairs * h : 0;
+    all.padded_half = all.tiles && !rebuilt ? round_up(half, 16) : 0;
+    const long of_plane = all.padded_half ? all.padded_pairs + all.padded_half : 0;
     long parts = (threads + b - 1) / b, most = (n + 4 * BLOCK - 1) / (4 * BLOCK);
     parts = parts < most ? parts : most;
     const long size = round_up((n + parts - 1) / parts, BLOCK);
@@ -1366,7 +1412,7 @@ int mea_read_packed(const struct packed *in) {
         char *at = memory;
         partial = cut(&at, b * parts * of_part * 4);
         laid = cut(&at, b * of_queries * 4);
-        planes = cut(&at, b * of_planes * 4);
+        planes = cut(&at, 2 * b * h * of_plane * 4);
         turned = cut(&at, b * h * d * 4);
         exact = cut(&at, b * h * d * 4);
         exact_lse = cut(&at, b * h * 4);
@@ -1375,6 +1421,7 @@ int mea_read_packed(const struct packed *in) {
         work = cut(&at, threads * of_thread);
         all.turns = cut(&at, all.pairs * 3 * 4);
         all.places = cut(&at, half * 2 * BLOCK * 4);
+        all.place_pairs = cut(&at, 2 * LANES * all.padded_half * 64);
         all.decoder = cut(&at, all.tiles ? 0 : 2 * all.d4 * all.g * all.r);
         all.factors = cut(&at, all.tiles ? 0 : all.g * groups * 3 * all.d4 * 4);
         all.mean = cut(&at, all.g * all.d4 * 4);
@@ -1396,28 +1443,32 @@ int mea_read_packed(const struct packed *in) {
             _mm512_storeu_ps(to, _mm512_i32gather_ps(multiples(half), in->place_cosines + u * half + f, 4));
             _mm512_storeu_ps(to + BLOCK, _mm512_i32gather_ps(multiples(half), in->place_sines + u * half + f, 4));
         }
+    memset(planes, 0, 2 * b * h * of_plane * 4);
+    memset(all.place_pairs, 0, 2 * LANES * all.padded_half * 64);
+    for (long i = 0; i < b * h; i++) { /* by one thread: threads that wait for each other take longer than this */
+        const long s = i / h, angle = s * in->exact_sequence + (tokens - 1) * half;
+        turn_query(in, in->queries + i * d, in->exact_cosines + angle, in->exact_sines + angle, turned + i * d);
+        lay_query(in, turned + i * d, i % h / some, laid + s * of_queries + i % h);
+        for (long p = 0; p < all.pairs && of_plane; p++) {
+            float *to = planes + 2 * i * of_plane + (p < all.rk / 2 ? p : all.padded_pairs + p - all.rk / 2);
+            const float *from = laid + s * of_queries + 2 * p * h + i % h;
+            to[0] = from[0], to[of_plane] = from[h];
+        }
+    }
+    if (of_plane) lay_places(&all);
 #pragma omp parallel num_threads(threads)
     {
-#pragma omp for schedule(static) nowait
-        for (long i = 0; i < b * h; i++) {
-            const long s = i / h, angle = s * in->exact_sequence + (tokens - 1) * half;
-            turn_query(in, in->queries + i * d, in->exact_cosines + angle, in->exact_sines + angle, turned + i * d);
-            lay_query(in, turned + i * d, i % h / some, laid + s * of_queries + i % h);
-            for (long p = 0; p < of_planes / 2 / h; p++) {
-                float *to = planes + s * of_planes + i % h * 2 * all.padded_pairs + p;
-                const float *from = laid + s * of_queries + 2 * p * h + i % h;
-                to[0] = p < all.rk / 2 ? from[0] : 0, to[all.padded_pairs] = p < all.rk / 2 ? from[h] : 0;
-            }
-        }
+        if (rebuilt && !all.tiles)
 #pragma omp for schedule(static)
-        for (long row = 0; row < all.g * all.d4; row++) /* the decoder is there for all before anyone reads it */
-            for (long e = 0; e < groups && !all.tiles; e++) {
-                static const bf16 none[LARGEST];
-                const long g = row / all.d4, c = row % all.d4;
-                int8_t *to = all.decoder + 2 * all.d4 * (g * all.r + group[e].first) + c * group[e].size;
-                lay_decoder(c < all.d ? in->key_decoder + (g * all.whole_rows + c) * 2 * all.padded_pairs + group[e].first : none, group + e, to,
-                            to + all.d4 * group[e].size, all.factors + (g * groups + e) * 3 * all.d4 + c, all.d4);
-            }
+            for (long row = 0; row < all.g * all.d4; row++) /* the decoder is there for all before anyone reads it */
+                for (long e = 0; e < groups; e++) {
+                    static const bf16 none[LARGEST];
+                    const long g = row / all.d4, c = row % all.d4;
+                    const bf16 *from = in->key_decoder + (g * all.whole_rows + c) * 2 * all.padded_pairs + group[e].first;
+                    int8_t *to = all.decoder + 2 * all.d4 * (g * all.r + group[e].first) + c * group[e].size;
+                    lay_decoder(c < all.d ? from : none, group + e, to, to + all.d4 * group[e].size,
+                                all.factors + (g * groups + e) * 3 * all.d4 + c, all.d4);
+                }
 #pragma omp for schedule(static, 1)
         for (long thread = 0; thread < threads; thread++) {
             struct scratch my;
@@ -1431,7 +1482,7 @@ int mea_read_packed(const struct packed *in) {
                 const long angles = s * in->angle_sequence + from / BLOCK * half;
                 float *out = partial + task * of_part, *lows = out + h * 16 * all.vectors;
                 float *highest = lows + h * groups * 16;
-                own.planes = planes + s * of_planes;
+                own.planes = planes + 2 * s * h * of_plane;
                 read_part(&own, laid + s * of_queries, in->codes + s * in->code_sequence + from * all.code_stride,
                           in->scales + s * in->scale_sequence + from * all.scale_stride,
                           in->hidden ? in->hidden + s * n + from : 0, in->block_cosines + angles,
@@ -1448,16 +1499,13 @@ int mea_read_packed(const struct packed *in) {
             _mm_setcsr(modes);
         }
 #pragma omp for schedule(static)
-        for (long i = 0; i < b * h; i++) {
-            float lse;
-            join_parts(&all, partial + i / h * parts * of_part, parts, of_part, i % h, averages + i * all.r, &lse);
-            shares[i] = 1 / (1 + expf(exact_lse[i] - lse));
-        }
-        const long pieces = (d + 31) / 32;
-#pragma omp for schedule(static)
-        for (long task = 0; task < b * in->g * pieces; task++) {
-            const long s = task / pieces / in->g, from = task % pieces * 32;
-            unmix(in, all.r, s, task / pieces % in->g, from, from + 32 < d ? from + 32 : d, averages, shares, exact);
+        for (long task = 0; task < b * in->g; task++) {
+            for (long i = task * some; i < (task + 1) * some; i++) {
+                float lse;
+                join_parts(&all, partial + i / h * parts * of_part, parts, of_part, i % h, averages + i * all.r, &lse);
+                shares[i] = 1 / (1 + expf(exact_lse[i] - lse));
+            }
+            unmix(in, all.r, task, averages, shares, exact);
         }
     }
     free(memory), free(group);
