@@ -21,7 +21,6 @@ def test_compare_writes_records_and_three_reports(mea, models_, text, tmp_path):
     assert {
         "uncompressed",
         "post_rope:uniform 0.5",
-        "post_rope:uniform 0.5, 8 bits",
         "8 bits",
         "kvpress KnormPress 0.75",
     } <= labels

@@ -40,7 +40,7 @@ def compare(
     bits: Annotated[
         list[int] | None,
         typer.Option(
-            help=f"Bits of a quantised cache: {listed(BITS)}. May be repeated; all by default.",
+            help=f"Bits of the uncompressed model's quantised cache: {listed(BITS)}. May be repeated; all by default.",
             rich_help_panel=shared.WHAT,
         ),
     ] = None,

@@ -31,7 +31,9 @@ Window = Annotated[
 ]
 CacheBits = Annotated[
     int | None,
-    typer.Option(help=f"Store the cache in {listed(CACHE_BITS)} bits a number.", rich_help_panel=ADVANCED),
+    typer.Option(
+        help=f"Bits of a cached number, of uncompressed models: {listed(CACHE_BITS)}.", rich_help_panel=ADVANCED
+    ),
 ]
 Dtype = Annotated[
     str,

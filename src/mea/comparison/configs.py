@@ -59,7 +59,7 @@ class MethodConfig:
         `method` of ``"none"`` leaves ranks as they are, and one of ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that
         method of the peer, scored on continuations alone.
     bits, backend
-        See `CacheConfig`; None is an ordinary cache.
+        See `CacheConfig`; None is an ordinary cache. Others are for a `method` of ``"none"``.
     series
         What configs at several sizes share; their labels then say the size.
     recovered
@@ -87,11 +87,6 @@ class MethodConfig:
     def peer(self) -> str:
         """The package that the method belongs to, if it is not this one."""
         return self.method.split()[0] if " " in self.method else ""
-
-    @property
-    def coded(self) -> bool:
-        """Whether the method packs the cache itself, so that no quantised cache can be put on top of it."""
-        return self.method in METHODS and METHODS[self.method].coded
 
     @property
     def calibrated(self) -> bool:
@@ -126,7 +121,7 @@ def method_configs(
     conversions: Sequence[str] = (),
     recovered: bool = False,
 ) -> list[MethodConfig]:
-    """Every method at every size, quantisation alone and on top of a method with ranks, and the peers' methods.
+    """Every method at every size, the uncompressed model's quantised cache, and the peers' methods.
 
     Parameters
     ----------
@@ -135,7 +130,7 @@ def method_configs(
         packed caches and `RANKED_KEEPS` of other methods. Sizes that a method cannot have are the caller's to leave
         out.
     bits
-        Of this package's quantised cache, alone and (8 and 4) on top of the first method that lowers ranks.
+        Of this package's quantised cache.
     backends
         Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
     allocated
@@ -166,12 +161,6 @@ def method_configs(
         for keep in allocated
     ]
     configs += [MethodConfig(f"{count} bits", "none", 1.0, bits=count, series="quantised") for count in bits]
-    configs += [
-        MethodConfig(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
-        for count in bits
-        if count > 2 and first
-        for keep in sizes[first]
-    ]
     configs += [MethodConfig(f"transformers {name} 4 bits", "none", 1.0, bits=4, backend=name) for name in backends]
     peers = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
     return configs + [_sized(peer, keep) for peer in peers for keep in keeps or RANKED_KEEPS]

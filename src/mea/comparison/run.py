@@ -86,8 +86,8 @@ def compare(
 def _check(configs: Sequence[MethodConfig], protocol: Protocol, training: Training | None) -> None:
     """Refuse configs that cannot be measured; raises ValueError."""
     for config in configs:
-        if config.coded and config.bits is not None:
-            raise ValueError(f"{config.label}: {config.method} packs the cache by itself; give bits without a method")
+        if config.method != "none" and config.bits is not None:
+            raise ValueError(f"{config.label}: {config.method} compresses the cache; give bits without a method")
     labels = [ORIGINAL, *(config.label for config in configs)]
     if len({_slug(label) for label in labels}) < len(labels):
         raise ValueError(f"configs need labels of their own, not {', '.join(labels)}")
