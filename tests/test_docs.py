@@ -41,9 +41,8 @@ def test_links_and_paths_exist(name: str):
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
 def test_an_experiment_holds_what_runs_it_and_its_records(folder: Path):
-    if "It cannot be repeated" not in (folder / "README.md").read_text(
-        encoding="utf-8"
-    ):  # what it measured was removed
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    if "It cannot be repeated" not in readme:  # what it measured was removed
         assert [*folder.glob("*.py"), *folder.glob("run.sh"), *folder.glob("sweep.toml")]
     assert list((folder / "records").rglob("*.json"))
     assert not list(folder.glob("*.json")), "records belong into records/"

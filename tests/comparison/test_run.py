@@ -209,8 +209,6 @@ def test_sizes_follow_the_method_and_bits_are_of_the_uncompressed_model():
             sizes.setdefault(config.method, []).append(config.keep)
     assert sizes == {"predictive": [0.08, 0.1, 0.14, 0.2, 0.28], "post_rope": [0.5], "svd": [0.5]}
     assert [(config.method, config.bits) for config in configs if config.bits] == [("none", n) for n in (8, 4, 2)]
-    with pytest.raises(ValueError, match="joint have no ranks to choose"):
-        method_configs(["joint"], allocated=[0.5])
 
 
 @pytest.mark.parametrize("method", ["predictive", "svd"])

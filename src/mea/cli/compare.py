@@ -44,14 +44,6 @@ def compare(
             rich_help_panel=shared.WHAT,
         ),
     ] = None,
-    allocate_keep: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Fraction to keep with ranks chosen layer by layer, by the first method that lowers ranks. May be "
-            "repeated.",
-            rich_help_panel=shared.WHAT,
-        ),
-    ] = None,
     text: Annotated[
         list[str] | None,
         typer.Option(
@@ -116,9 +108,8 @@ def compare(
     from mea.report.render.markdown import as_csv, write_markdown, write_text
 
     configs = method_configs(
-        method or METHODS, keep or (), bits=bits or BITS,
-        backends=backend or [], allocated=allocate_keep or [], presses=press or [],
-        conversions=conversion or [], recovered=recover_tokens > 0,
+        method or METHODS, keep or (), bits=bits or BITS, backends=backend or [],
+        presses=press or [], conversions=conversion or [], recovered=recover_tokens > 0,
     )  # fmt: skip
     texts = tuple((name, tokens) for name in text or TEXTS)
     protocol = Protocol(texts, window, positions=(), prompt="", decode_steps=decode_steps, context=context, dtype=dtype)

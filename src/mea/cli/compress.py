@@ -34,14 +34,6 @@ def compress(
             rich_help_panel=shared.BUDGET,
         ),
     ] = None,
-    allocate: Annotated[
-        bool,
-        typer.Option(
-            "--allocate",
-            help="Of methods that lower ranks: choose each layer's by its effect on held-out text.",
-            rich_help_panel=shared.BUDGET,
-        ),
-    ] = False,
     method: Annotated[str, typer.Option(help=shared.METHOD_HELP, rich_help_panel=shared.METHOD)] = DEFAULT_METHOD,
     weighting: Annotated[
         str | None,
@@ -58,22 +50,6 @@ def compress(
     calibration_tokens: shared.CalibrationTokens = shared.CALIBRATION_TOKENS,
     calibration_window: shared.CalibrationWindow = shared.CALIBRATION_WINDOW,
     copy_fraction: shared.CopyFraction = shared.COPY_FRACTION,
-    equal: Annotated[
-        bool,
-        typer.Option(
-            "--equal",
-            help="With --allocate: the same rank for keys and for values within a layer.",
-            rich_help_panel=shared.ADVANCED,
-        ),
-    ] = False,
-    same: Annotated[
-        bool,
-        typer.Option("--same", help="With --allocate: the same ranks in all layers.", rich_help_panel=shared.ADVANCED),
-    ] = False,
-    step: Annotated[
-        int | None,
-        typer.Option(help="With --allocate: ranks are multiples of it.", rich_help_panel=shared.ADVANCED),
-    ] = None,
     groups: Annotated[
         int,
         typer.Option(
@@ -93,15 +69,12 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, its memory and its time.")] = False,
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
-    from mea.compression import Allocation, Calibration, CompressOptions, compress_to_folder, preview
+    from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
     from mea.report.sections.compression import compression_table, plan_table
 
-    if not allocate and (equal or same or step is not None):
-        raise ValueError("--equal, --same and --step are options of --allocate: give --allocate too")
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, seed, copy_fraction)
     options = CompressOptions(
-        keep, budget, layout, method, weighting, groups, calibration,
-        allocate=Allocation(equal=equal, same=same, step=step) if allocate else False, refine=refine,
+        keep, budget, layout, method, weighting, groups, calibration, refine=refine,
     )  # fmt: skip
     plan = preview(model, options, dtype=dtype)
     if dry_run:

@@ -39,8 +39,8 @@ def profile(
 ) -> None:
     """Compress one layer at a time, and show how much loss each layer's compression adds."""
     from mea.compression import Calibration, CompressOptions
-    from mea.compression.allocate.profile import describe_cost
-    from mea.compression.allocate.profile import profile as run
+    from mea.compression.profile import describe_cost
+    from mea.compression.profile import profile as run
     from mea.report.sections.profile import profile_table
 
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, copy_fraction=copy_fraction)

@@ -23,11 +23,7 @@ class Average(Protocol):
     """Attention-averaged values of a layer under compressed keys, see `AveragedValuesSum` for the arguments."""
 
     def __call__(
-        self,
-        method: "Method",
-        key_rank: int,
-        key_projection: Float[Tensor, "n _"],
-        encoder: Float[Tensor, "r _"] | None = None,
+        self, method: "Method", key_projection: Float[Tensor, "n _"], encoder: Float[Tensor, "r _"] | None = None
     ) -> AveragedValues: ...
 
 
@@ -107,7 +103,7 @@ class Method:
         keys = self.keys(statistics, ranks[0])
         if self.values is not None:
             return LayerFactors(keys, self.values(statistics, ranks[1]), form=self.form, groups=self.groups)
-        averaged = layer.average(self, ranks[0], keys.projection)
+        averaged = layer.average(self, keys.projection)
         values, output = self.averaged(averaged, statistics.num_kv_heads, ranks[1])
         return LayerFactors(keys, values, output, self.form, self.groups)
 

@@ -48,7 +48,6 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
             ]
         ),
         **(_bits(preview) if "tiers" in preview else {"ranks (keys, values)": _ranges(preview["ranks"])}),
-        "allocation": "starts from these ranks, then chooses ranks layer by layer" if preview.get("allocation") else "",
         "cache per token": f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}",
         f"cache at {preview['context']:,} tokens": f"{size(preview['bytes_at_context_before'])} → "
         + size(preview["bytes_at_context"]),
