@@ -7,13 +7,13 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, DEFAULT_RANKED, RANKED_KEEPS, listed
+from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, RANKED_KEEPS, listed
 
 EXAMPLES = (
     "mea compare MODEL OUT --method predictive --keep 0.2 --keep 0.1",
     "mea compare MODEL OUT --method joint --method svd --bits 4 --tokens 2048",
 )
-METHODS, TEXTS = (*CODED_METHODS, DEFAULT_RANKED, "shared", "svd"), ("wikitext-2-test", "technical")
+METHODS, TEXTS = (*CODED_METHODS, "post_rope", "shared", "svd"), ("wikitext-2-test", "technical")
 PEERS = "Other packages"
 BITS = tuple(sorted(CACHE_BITS, reverse=True))
 
@@ -25,7 +25,7 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{shared.METHOD_OR_WEIGHTING_HELP} May be repeated; {', '.join(METHODS)} by default.",
+            help=f"{shared.METHOD_HELP} {shared.BASELINES_HELP} May be repeated; {', '.join(METHODS)} by default.",
             rich_help_panel=shared.WHAT,
         ),
     ] = None,

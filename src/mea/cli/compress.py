@@ -7,7 +7,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import DEFAULT_METHOD, DEFAULT_WEIGHTING, LAYOUTS, WEIGHTINGS, listed
+from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, WHOLE_HEAD_METHODS, listed
 
 EXAMPLES = (
     "mea compress MODEL OUT --keep 0.2",
@@ -35,13 +35,6 @@ def compress(
         ),
     ] = None,
     method: Annotated[str, typer.Option(help=shared.METHOD_HELP, rich_help_panel=shared.METHOD)] = DEFAULT_METHOD,
-    weighting: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Weighting of the scores in post_rope: {listed(WEIGHTINGS)}; {DEFAULT_WEIGHTING} by default.",
-            rich_help_panel=shared.METHOD,
-        ),
-    ] = None,
     refine: Annotated[
         int,
         typer.Option(help="Passes of refinement over the calibration text; 0: none.", rich_help_panel=shared.METHOD),
@@ -53,8 +46,7 @@ def compress(
     groups: Annotated[
         int,
         typer.Option(
-            help="Of methods that lower ranks: groups of neighbouring heads with separate latents, for tensor "
-            "parallelism.",
+            help="Of whole heads: groups of neighbouring heads with separate latents, for tensor parallelism.",
             rich_help_panel=shared.ADVANCED,
         ),
     ] = 1,
@@ -72,9 +64,14 @@ def compress(
     from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
     from mea.report.sections.compression import compression_table, plan_table
 
+    if method.partition(":")[0] in BASELINES:
+        raise ValueError(
+            f"{method} is a baseline, which mea compare measures: give {listed(CODED_METHODS)}, which lose far less at "
+            f"equal bytes, or for whole heads {listed(WHOLE_HEAD_METHODS)}"
+        )
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, seed, copy_fraction)
     options = CompressOptions(
-        keep, budget, layout, method, weighting, groups, calibration, refine=refine,
+        keep, budget, layout, method, groups, calibration, refine,
     )  # fmt: skip
     plan = preview(model, options, dtype=dtype)
     if dry_run:

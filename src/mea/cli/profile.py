@@ -7,7 +7,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import DEFAULT_RANKED
+from mea.names import BASELINES
 
 EXAMPLES = (
     "mea profile MODEL profile.json",
@@ -22,7 +22,7 @@ def profile(
         float,
         typer.Option(help="Fraction of its cache that the compressed layer keeps.", rich_help_panel=shared.BUDGET),
     ] = 0.5,
-    method: Annotated[str, typer.Option(help=shared.RANKED_HELP, rich_help_panel=shared.METHOD)] = DEFAULT_RANKED,
+    method: Annotated[str, typer.Option(help=shared.RANKED_HELP, rich_help_panel=shared.METHOD)] = BASELINES[0],
     calibration_text: shared.CalibrationText = shared.CALIBRATION_TEXT,
     calibration_tokens: shared.CalibrationTokens = shared.CALIBRATION_TOKENS,
     calibration_window: shared.CalibrationWindow = shared.CALIBRATION_WINDOW,

@@ -55,9 +55,8 @@ class MethodConfig:
     label
         Its name in tables and of its record.
     method, keep, refine
-        As in `mea.compression.options.CompressOptions`; a weighting stands behind a colon, ``"post_rope:uniform"``. A
-        `method` of ``"none"`` leaves ranks as they are, and one of ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that
-        method of the peer, scored on continuations alone.
+        As in `mea.compression.options.CompressOptions`. A `method` of ``"none"`` leaves ranks as they are, and one of
+        ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that method of the peer, scored on continuations alone.
     bits, backend
         See `CacheConfig`; None is an ordinary cache. Others are for a `method` of ``"none"``.
     series

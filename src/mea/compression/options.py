@@ -62,9 +62,7 @@ class CompressOptions:
     layout
         Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep` for the compressed layers), or a file of ranks.
     method
-        A name in `mea.compression.methods.METHODS`.
-    weighting
-        Of the method ``"post_rope"``: a name in `mea.compression.methods.post_rope.WEIGHTINGS`.
+        A key of `mea.compression.methods.METHODS`.
     groups
         Groups of neighbouring heads with separate latents: as many as the ranks of tensor parallelism.
     calibration
@@ -72,14 +70,13 @@ class CompressOptions:
     refine
         Passes over the calibration text that refine every layer after the closed-form fit, or a `Refinement`.
 
-    Groups and weighting, and a file of ranks, are for methods that lower ranks.
+    Groups and a file of ranks are for methods that lower ranks.
     """
 
     keep: float | None = None
     budget: str | None = None
     layout: str | Path | None = None
     method: str = DEFAULT_METHOD
-    weighting: str | None = None
     groups: int = 1
     calibration: Calibration = field(default_factory=Calibration)
     refine: Refinement | int = 0

@@ -27,7 +27,7 @@ from mea.compression.options import CompressOptions
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
-from mea.names import CODED_METHODS, DEFAULT_CODED_KEEP, DEFAULT_KEEP, DEFAULT_RANKED
+from mea.names import CODED_METHODS, DEFAULT_CODED_KEEP, DEFAULT_KEEP, WHOLE_HEAD_METHODS
 
 
 @dataclass(frozen=True)
@@ -119,16 +119,13 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
 
 
 def _method(options: CompressOptions, num_kv_heads: int) -> Method:
-    """The method; raises ValueError where there is none, or an option is for methods that lower ranks."""
-    ranked = {"groups": options.groups != 1, "weighting": options.weighting}
-    for name, given in ranked.items():
-        if given and options.method in CODED_METHODS:
-            raise ValueError(
-                f"{name} is an option of methods that lower ranks, such as {DEFAULT_RANKED}: {options.method} spends "
-                "bits by one threshold over all layers"
-            )
-    name = options.method if options.weighting is None else f"{options.method}:{options.weighting}"
-    return in_groups(find_method(name, num_kv_heads), options.groups, num_kv_heads)
+    """The method; raises ValueError where there is none, or groups are given that it cannot have."""
+    if options.groups != 1 and options.method in CODED_METHODS:
+        raise ValueError(
+            f"groups is an option of methods that lower ranks, such as {WHOLE_HEAD_METHODS[0]}: {options.method} "
+            "spends bits by one threshold over all layers"
+        )
+    return in_groups(find_method(options.method, num_kv_heads), options.groups, num_kv_heads)
 
 
 def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, longest: int) -> Layout:
@@ -149,7 +146,7 @@ def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, lo
         return coded_layout(shape, keep, context, preset_layers(shape, str(options.layout)))
     raise ValueError(
         f"{options.method} has bits, not ranks: give keep, budget or a layout of {', '.join(PRESETS)}, or for a file "
-        f"of ranks a method that lowers them, such as {DEFAULT_RANKED}"
+        f"of ranks a method that lowers them, such as {WHOLE_HEAD_METHODS[0]}"
     )
 
 

@@ -30,7 +30,7 @@ from mea.evaluate.perplexity import block_means, cross_entropy, ratio
 from mea.models.fold import stock_config
 from mea.models.lm_head import ROWS, head_logits
 from mea.models.loading import load, load_config
-from mea.names import DEFAULT_KEEP, DEFAULT_RANKED
+from mea.names import BASELINES, DEFAULT_KEEP
 from mea.ops.precision import named_dtype
 from mea.records import Progress, Record, make_record, read_record, write_record
 
@@ -68,10 +68,10 @@ def profile(
     ValueError
         `out` is not a record of this run; the method has no ranks; or as `mea.compression.api.compress`.
     """
-    options, dtype = options or CompressOptions(method=DEFAULT_RANKED), named_dtype(dtype)
+    options, dtype = options or CompressOptions(method=BASELINES[0]), named_dtype(dtype)
     plan = make_plan(load_config(source), 2, options)
     if plan.method.coded:
-        raise ValueError(f"a profile is of methods that lower ranks, such as {DEFAULT_RANKED}, not of {options.method}")
+        raise ValueError(f"a profile is of methods that lower ranks, such as {BASELINES[0]}, not of {options.method}")
     config = _config(source, plan, text, tokens, window, dtype)
     record = _begun(out, config)
     if record and len(record["results"]["layers"]) == config["layers"]:

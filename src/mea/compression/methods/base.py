@@ -11,11 +11,11 @@ from mea.compression.budget import Step
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.compression.methods.values import covariance_values, fit_values
-from mea.names import DEFAULT_WEIGHTING
 from mea.ops.cache_forms import FORMS, PostRope
 
 Factorise = Callable[[LayerStatistics, int], Factors]
 FitAveraged = Callable[[AveragedValues, int, int], tuple[Factors, Float[Tensor, "D _"]]]
+DEFAULT_WEIGHTING = "mean"
 RANK_STEP = 8  # attention kernels are fast for multiples of 8
 
 
@@ -69,7 +69,7 @@ class Method:
     full_rank_values
         Used instead of attention-averaged values at full rank, where any basis is exact.
     weighting
-        Weight of each attention score, for the method with this option (`mea.compression.methods.post_rope`).
+        Weight of each attention score, for the method with this option (`mea.compression.methods.baselines.post_rope`).
     """
 
     name: str
