@@ -80,7 +80,7 @@ def losses(model, tokenizer, tokens: dict[str, torch.Tensor]) -> dict[str, torch
 
 def one(run: Run, model, tokenizer, tokens, reference) -> None:
     calibration = Calibration(run.text, run.tokens, seed=run.seed)
-    plan = make_plan(model.config, 4, CompressOptions(keep=0.5, calibration=calibration))
+    plan = make_plan(model.config, 4, CompressOptions(keep=0.5, method="post_rope", calibration=calibration))
     windows = calibration_tokens(tokenizer, calibration)
     result = run_plans(LayerWalk(checked_stock_form(model, windows)), windows, [plan])[0]
     texts = {}

@@ -2,5 +2,5 @@
 # As many groups as key/value heads. Run at the root of the repository: run.sh [MODEL]
 set -euo pipefail
 MODEL=${1:-$(python -c 'from mea.models.loading import packaged_model; print(packaged_model())')}
-mea compress "$MODEL" build/head_groups --groups 3 --dtype float32 --measure 20480
+python experiments/make_baseline.py "$MODEL" build/head_groups post_rope --groups 3 --measure 20480
 cp build/head_groups/compression.json experiments/head_groups/records/three-groups.json

@@ -48,12 +48,12 @@ SVD = {"method": "svd"}
 # name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
 ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "joint": (prose("joint"), stage("distill", SHORT, **NEAR)),
-    "uniform": (prose("post_rope", weighting="uniform"), stage("distill", SHORT)),
-    "uniform-refined": (prose("post_rope", 32768, weighting="uniform", refine=2), stage("distill", SHORT)),
-    "frequency": ({"method": "post_rope", "weighting": "frequency"}, like_default(SHORT)),
+    "uniform": (prose("post_rope:uniform"), stage("distill", SHORT)),
+    "uniform-refined": (prose("post_rope:uniform", 32768, refine=2), stage("distill", SHORT)),
+    "frequency": ({"method": "post_rope:frequency"}, like_default(SHORT)),
     "gauge": ({"method": "gauge"}, like_default(SHORT)),
     "svd": (SVD, like_default(SHORT)),
-    "sensitivity": (prose("post_rope", 65536, weighting="sensitivity", refine=2), stage("distill", SHORT)),
+    "sensitivity": (prose("post_rope:sensitivity", 65536, refine=2), stage("distill", SHORT)),
     "mean": ({"refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
     "uniform-million": ("uniform-refined", stage("distill", LONG, **SMALL_STEPS)),
     "sensitivity-million": ("sensitivity", stage("distill", LONG, **LONG_WINDOWS)),

@@ -3,14 +3,15 @@
 set -euo pipefail
 MODEL=${1:-$(python -c 'from mea.models.loading import packaged_model; print(packaged_model())')}
 RECORDS=experiments/refinement/records
-OPTIONS=(--tokens 65536 --refine 2 --dtype float32)
+OPTIONS=(--calibration-tokens 65536 --refine 2)
 
-mea compress "$MODEL" build/sensitivity --method post_rope --weighting sensitivity --copy-fraction 0 \
-  "${OPTIONS[@]}" --measure 20480
+baseline() { python experiments/make_baseline.py "$MODEL" "$@" "${OPTIONS[@]}"; }
+
+baseline build/sensitivity post_rope:sensitivity --copy-fraction 0 --measure 20480
 cp build/sensitivity/compression.json $RECORDS/sensitivity-64k.json
 mea perplexity build/sensitivity --against "$MODEL" --text technical --tokens 4096 --dtype float32 \
   --record $RECORDS/sensitivity-64k-technical.json
 mea perplexity build/sensitivity --against "$MODEL" --window 8192 --tokens 8192 --dtype float32 \
   --record $RECORDS/sensitivity-64k-8k.json
-mea compress "$MODEL" build/mean "${OPTIONS[@]}" --measure 0
+baseline build/mean post_rope
 cp build/mean/compression.json $RECORDS/mean-64k.json

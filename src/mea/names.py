@@ -12,22 +12,21 @@ DTYPES = ("auto", "fast", "float32", "bfloat16", "float16")
 METHODS = {  # name -> its file in mea.compression.methods
     "predictive": "coded",
     "joint": "coded",
-    "post_rope": "post_rope",
-    "pre_rope": "pre_rope",
-    "shared": "shared",
-    "svd": "baselines.svd",
+    "svd": "whole_heads.svd",
+    "gauge": "whole_heads.gauge",
+    "gqa-mean": "whole_heads.gqa_mean",
+    "gqa-procrustes": "whole_heads.gqa_procrustes",
+    "post_rope": "baselines.post_rope",
+    "pre_rope": "baselines.pre_rope",
+    "shared": "baselines.shared",
     "gram": "baselines.gram",
-    "gauge": "baselines.gauge",
-    "gqa-mean": "baselines.gqa_mean",
-    "gqa-procrustes": "baselines.gqa_procrustes",
 }
 DEFAULT_METHOD = "predictive"
 CODED_METHODS = ("predictive", "joint")  # give bits to components; the others lower ranks
-DEFAULT_RANKED = "post_rope"  # where only methods that lower ranks are of use
+WHOLE_HEAD_METHODS = ("svd", "gauge", "gqa-mean", "gqa-procrustes")
+BASELINES = ("post_rope", "pre_rope", "shared", "gram")  # only to compare with: mea compress does not offer them
 DEFAULT_KEEP, DEFAULT_CODED_KEEP = 0.5, 0.2  # of methods that lower ranks, and of the others
 CODED_KEEPS, RANKED_KEEPS = (0.08, 0.1, 0.14, 0.2, 0.28), (0.5,)  # sizes of a comparison that names none
-WEIGHTINGS = ("mean", "uniform", "sensitivity", "frequency")
-DEFAULT_WEIGHTING = "mean"
 LAYOUTS = ("full", "half", "deep")
 CACHE_BITS = (2, 4, 8)
 SUITES = ("zero-shot", "knowledge", "science", "math", "long-context")

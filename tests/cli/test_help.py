@@ -22,8 +22,7 @@ from mea.cli.command import RENAMED
 from mea.comparison import configs
 from mea.compression import Calibration
 from mea.compression.budget import PRESETS
-from mea.compression.methods import DEFAULT_METHOD, DEFAULT_WEIGHTING, METHODS
-from mea.compression.methods.post_rope import WEIGHTINGS
+from mea.compression.methods import METHODS
 from mea.compression.options import CompressOptions
 from mea.evaluate.suites import LONG_CONTEXT, SUITES
 from mea.models.quantized_cache import BITS
@@ -47,10 +46,9 @@ def shown(command: str) -> str:
 def test_names_in_the_help_are_those_of_the_registries():
     assert list(names.METHODS) == list(dict.fromkeys(method.name for method in METHODS.values()))
     assert [name for name, method in METHODS.items() if method.coded] == list(names.CODED_METHODS)
-    assert not METHODS[names.DEFAULT_RANKED].coded
+    assert all(METHODS[name].whole_heads for name in names.WHOLE_HEAD_METHODS)
+    assert (*names.CODED_METHODS, *names.WHOLE_HEAD_METHODS, *names.BASELINES) == tuple(names.METHODS)
     assert (compare.CODED_KEEPS, compare.RANKED_KEEPS) == (configs.CODED_KEEPS, configs.RANKED_KEEPS)
-    assert tuple(WEIGHTINGS) == names.WEIGHTINGS
-    assert (names.DEFAULT_METHOD, names.DEFAULT_WEIGHTING) == (DEFAULT_METHOD, DEFAULT_WEIGHTING)
     assert names.LAYOUTS == PRESETS
     assert names.CACHE_BITS == BITS
     assert (*SUITES, LONG_CONTEXT) == names.SUITES
@@ -117,7 +115,7 @@ def test_old_option_names_are_answered_with_the_new_ones(command, old):
     ("arguments", "message"),
     [
         (["compres"], "Did you mean 'compress'"),
-        (["compress", "a", "b", "--kep", "1"], "--keep, --step"),
+        (["compress", "a", "b", "--kep", "1"], "--keep"),
         (["compress", "a"], "Missing argument"),
     ],
 )

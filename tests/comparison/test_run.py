@@ -92,7 +92,6 @@ def test_quantised_caches_and_ranks_are_measured_in_one_protocol(several):
     by_label = {record["config"]["label"]: record["results"] for record in several}
     size = {label: results["cache"]["bytes_per_token"] for label, results in by_label.items() if "cache" in results}
     assert size["post_rope:uniform 0.5"] == size["uncompressed"] / 2
-    assert size["post_rope:uniform 0.5, 8 bits"] < size["post_rope:uniform 0.5"]
     assert size["4 bits"] < size["8 bits"] < size["uncompressed"]
     for results in by_label.values():
         for text in results.get("continuations", {}).values():
@@ -202,23 +201,20 @@ def test_what_no_calibration_text_made_is_not_measured_again_for_another(saved, 
     assert kept == ["8-bits"]  # the uncompressed model is measured anew because ratios are to it
 
 
-def test_sizes_follow_the_method_and_bits_go_on_top_of_ranks_only():
+def test_sizes_follow_the_method_and_bits_are_of_the_uncompressed_model():
     configs = method_configs(["predictive", "post_rope", "svd"], bits=(8, 4, 2))
     sizes = {}
     for config in configs:
         if config.bits is None:
             sizes.setdefault(config.method, []).append(config.keep)
     assert sizes == {"predictive": [0.08, 0.1, 0.14, 0.2, 0.28], "post_rope": [0.5], "svd": [0.5]}
-    on_top = [(config.method, config.bits) for config in configs if config.bits]
-    assert on_top == [("none", 8), ("none", 4), ("none", 2), ("post_rope", 8), ("post_rope", 4)]
-    assert {config.method for config in method_configs(["joint"], [0.2], bits=(4,))} == {"joint", "none"}
-    with pytest.raises(ValueError, match="joint have no ranks to choose"):
-        method_configs(["joint"], allocated=[0.5])
+    assert [(config.method, config.bits) for config in configs if config.bits] == [("none", n) for n in (8, 4, 2)]
 
 
-def test_bits_on_top_of_a_packed_cache_are_refused(saved, calibration, tmp_path):
-    configs = [MethodConfig("both", "predictive", 0.5, bits=4)]
-    with pytest.raises(ValueError, match="both: predictive packs the cache by itself"):
+@pytest.mark.parametrize("method", ["predictive", "svd"])
+def test_bits_on_top_of_a_compressed_cache_are_refused(saved, calibration, tmp_path, method):
+    configs = [MethodConfig("both", method, 0.5, bits=4)]
+    with pytest.raises(ValueError, match=f"both: {method} compresses the cache;"):
         compare(str(saved), tmp_path, configs, protocol=CONTINUED, calibration=calibration)
 
 

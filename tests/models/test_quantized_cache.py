@@ -115,11 +115,10 @@ def test_impossible_formats_are_refused(options):
         CacheFormat(**options)
 
 
-@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text"])
-def test_a_compressed_model_decodes_over_a_quantised_cache(kind, form):
+def test_a_model_decodes_over_a_quantised_cache(kind):
     """Eight bits move the logits of a random model little, two bits more; sliding layers stay as they are."""
-    model = compress(stock(kind), EVEN, form)
+    model = stock(kind)
     ids = torch.randint(3, 99, (1, 60))
     expected = model(input_ids=ids).logits
     errors = []
@@ -135,7 +134,7 @@ def test_a_compressed_model_decodes_over_a_quantised_cache(kind, form):
 
 @torch.no_grad()
 def test_generate_takes_the_cache_also_with_beams():
-    model = compress(stock("llama"))
+    model = stock("llama")
     ids = torch.randint(3, 99, (2, 20))
     for options in ({}, {"num_beams": 2}):
         cache = QuantisedCache(model.config, CacheFormat(8, block=8))
@@ -144,8 +143,14 @@ def test_generate_takes_the_cache_also_with_beams():
         assert cache.get_seq_length() == 31
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_a_model_with_latents_is_refused(form):
+    with pytest.raises(ValueError, match=r"compressed already, .* leave out cache bits"):
+        QuantisedCache(compress(stock("llama"), EVEN, form).config, 4)
+
+
 def test_reading_in_blocks_equals_decoding_token_by_token():
-    model = compress(stock("llama"))
+    model = stock("llama")
     row = torch.randint(3, 99, (50,))
     form = CacheFormat(2, block=8, first=3)
     read = reading_in(form)

@@ -13,7 +13,7 @@ RENAMED: dict[str, dict[str, str]] = {
         "--reread": "--copy-fraction",
         "--odd": "--layout FILE, with the ranks of keys and values of each layer",
     },
-    "compare": {"--allocate": "--allocate-keep", "--reread": "--copy-fraction"},
+    "compare": {"--reread": "--copy-fraction"},
     "fit": {"--out": "--record"},
     "perplexity": {"--json": "--record"},
     "profile": {"--reread": "--copy-fraction"},

@@ -7,13 +7,13 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, DEFAULT_RANKED, RANKED_KEEPS, listed
+from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, RANKED_KEEPS, listed
 
 EXAMPLES = (
     "mea compare MODEL OUT --method predictive --keep 0.2 --keep 0.1",
     "mea compare MODEL OUT --method joint --method svd --bits 4 --tokens 2048",
 )
-METHODS, TEXTS = (*CODED_METHODS, DEFAULT_RANKED, "shared", "svd"), ("wikitext-2-test", "technical")
+METHODS, TEXTS = (*CODED_METHODS, "post_rope", "shared", "svd"), ("wikitext-2-test", "technical")
 PEERS = "Other packages"
 BITS = tuple(sorted(CACHE_BITS, reverse=True))
 
@@ -25,7 +25,7 @@ def compare(
     method: Annotated[
         list[str] | None,
         typer.Option(
-            help=f"{shared.METHOD_OR_WEIGHTING_HELP} May be repeated; {', '.join(METHODS)} by default.",
+            help=f"{shared.METHOD_HELP} {shared.BASELINES_HELP} May be repeated; {', '.join(METHODS)} by default.",
             rich_help_panel=shared.WHAT,
         ),
     ] = None,
@@ -40,15 +40,7 @@ def compare(
     bits: Annotated[
         list[int] | None,
         typer.Option(
-            help=f"Bits of a quantised cache: {listed(BITS)}. May be repeated; all by default.",
-            rich_help_panel=shared.WHAT,
-        ),
-    ] = None,
-    allocate_keep: Annotated[
-        list[float] | None,
-        typer.Option(
-            help="Fraction to keep with ranks chosen layer by layer, by the first method that lowers ranks. May be "
-            "repeated.",
+            help=f"Bits of the uncompressed model's quantised cache: {listed(BITS)}. May be repeated; all by default.",
             rich_help_panel=shared.WHAT,
         ),
     ] = None,
@@ -116,9 +108,8 @@ def compare(
     from mea.report.render.markdown import as_csv, write_markdown, write_text
 
     configs = method_configs(
-        method or METHODS, keep or (), bits=bits or BITS,
-        backends=backend or [], allocated=allocate_keep or [], presses=press or [],
-        conversions=conversion or [], recovered=recover_tokens > 0,
+        method or METHODS, keep or (), bits=bits or BITS, backends=backend or [],
+        presses=press or [], conversions=conversion or [], recovered=recover_tokens > 0,
     )  # fmt: skip
     texts = tuple((name, tokens) for name in text or TEXTS)
     protocol = Protocol(texts, window, positions=(), prompt="", decode_steps=decode_steps, context=context, dtype=dtype)

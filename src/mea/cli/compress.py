@@ -7,7 +7,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import DEFAULT_METHOD, DEFAULT_WEIGHTING, LAYOUTS, WEIGHTINGS, listed
+from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, WHOLE_HEAD_METHODS, listed
 
 EXAMPLES = (
     "mea compress MODEL OUT --keep 0.2",
@@ -34,22 +34,7 @@ def compress(
             rich_help_panel=shared.BUDGET,
         ),
     ] = None,
-    allocate: Annotated[
-        bool,
-        typer.Option(
-            "--allocate",
-            help="Of methods that lower ranks: choose each layer's by its effect on held-out text.",
-            rich_help_panel=shared.BUDGET,
-        ),
-    ] = False,
     method: Annotated[str, typer.Option(help=shared.METHOD_HELP, rich_help_panel=shared.METHOD)] = DEFAULT_METHOD,
-    weighting: Annotated[
-        str | None,
-        typer.Option(
-            help=f"Weighting of the scores in post_rope: {listed(WEIGHTINGS)}; {DEFAULT_WEIGHTING} by default.",
-            rich_help_panel=shared.METHOD,
-        ),
-    ] = None,
     refine: Annotated[
         int,
         typer.Option(help="Passes of refinement over the calibration text; 0: none.", rich_help_panel=shared.METHOD),
@@ -58,27 +43,10 @@ def compress(
     calibration_tokens: shared.CalibrationTokens = shared.CALIBRATION_TOKENS,
     calibration_window: shared.CalibrationWindow = shared.CALIBRATION_WINDOW,
     copy_fraction: shared.CopyFraction = shared.COPY_FRACTION,
-    equal: Annotated[
-        bool,
-        typer.Option(
-            "--equal",
-            help="With --allocate: the same rank for keys and for values within a layer.",
-            rich_help_panel=shared.ADVANCED,
-        ),
-    ] = False,
-    same: Annotated[
-        bool,
-        typer.Option("--same", help="With --allocate: the same ranks in all layers.", rich_help_panel=shared.ADVANCED),
-    ] = False,
-    step: Annotated[
-        int | None,
-        typer.Option(help="With --allocate: ranks are multiples of it.", rich_help_panel=shared.ADVANCED),
-    ] = None,
     groups: Annotated[
         int,
         typer.Option(
-            help="Of methods that lower ranks: groups of neighbouring heads with separate latents, for tensor "
-            "parallelism.",
+            help="Of whole heads: groups of neighbouring heads with separate latents, for tensor parallelism.",
             rich_help_panel=shared.ADVANCED,
         ),
     ] = 1,
@@ -93,15 +61,17 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, its memory and its time.")] = False,
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
-    from mea.compression import Allocation, Calibration, CompressOptions, compress_to_folder, preview
+    from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
     from mea.report.sections.compression import compression_table, plan_table
 
-    if not allocate and (equal or same or step is not None):
-        raise ValueError("--equal, --same and --step are options of --allocate: give --allocate too")
+    if method.partition(":")[0] in BASELINES:
+        raise ValueError(
+            f"{method} is a baseline, which mea compare measures: give {listed(CODED_METHODS)}, which lose far less at "
+            f"equal bytes, or for whole heads {listed(WHOLE_HEAD_METHODS)}"
+        )
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, seed, copy_fraction)
     options = CompressOptions(
-        keep, budget, layout, method, weighting, groups, calibration,
-        allocate=Allocation(equal=equal, same=same, step=step) if allocate else False, refine=refine,
+        keep, budget, layout, method, groups, calibration, refine,
     )  # fmt: skip
     plan = preview(model, options, dtype=dtype)
     if dry_run:

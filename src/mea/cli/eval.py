@@ -48,7 +48,7 @@ def evaluate(
     cache_bits: Annotated[
         int | None,
         typer.Option(
-            help=f"Store the cache of MODEL (not of --against) in {listed(CACHE_BITS)} bits a number.",
+            help=f"Bits of a cached number, of an uncompressed MODEL (not of --against): {listed(CACHE_BITS)}.",
             rich_help_panel=LONG_CONTEXT_PANEL,
         ),
     ] = None,

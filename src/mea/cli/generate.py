@@ -8,8 +8,8 @@ from mea.cli import options as shared
 from mea.cli.console import errors
 
 EXAMPLES = (
-    "mea generate MODEL --prompt 'Once upon a time'",
-    "mea generate COMPRESSED --against MODEL --prompt 'Once upon' --cache-bits 8",
+    "mea generate MODEL --prompt 'Once upon a time' --cache-bits 8",
+    "mea generate COMPRESSED --against MODEL --prompt 'Once upon a time'",
 )
 
 

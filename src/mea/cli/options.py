@@ -4,7 +4,17 @@ from typing import Annotated
 
 import typer
 
-from mea.names import CACHE_BITS, CODED_METHODS, DEFAULT_CODED_KEEP, DEFAULT_KEEP, DTYPES, METHODS, TEXTS, listed
+from mea.names import (
+    BASELINES,
+    CACHE_BITS,
+    CODED_METHODS,
+    DEFAULT_CODED_KEEP,
+    DEFAULT_KEEP,
+    DTYPES,
+    TEXTS,
+    WHOLE_HEAD_METHODS,
+    listed,
+)
 
 WHAT, BUDGET, METHOD, CALIBRATION = "What", "Budget", "Method", "Calibration"
 MEASUREMENT, TRAINING, ADVANCED = "Measurement", "Training", "Advanced"
@@ -14,13 +24,12 @@ CALIBRATION_TEXT, CALIBRATION_TOKENS, CALIBRATION_WINDOW, COPY_FRACTION = "calib
 WINDOW = 1024
 
 TEXT_HELP = f"{listed(TEXTS)}, or a .txt or .txt.gz file."
-RANKED_METHODS = [name for name in METHODS if name not in CODED_METHODS]
-METHOD_HELP = f"Bits for each component: {listed(CODED_METHODS)}. Lower ranks: {listed(RANKED_METHODS)}."
-METHOD_OR_WEIGHTING_HELP = f"{listed(METHODS)}, or post_rope:WEIGHTING."
-RANKED_HELP = f"{listed(RANKED_METHODS)}, or post_rope:WEIGHTING."
+WHOLE_HEADS_HELP = f"Whole heads: {listed(WHOLE_HEAD_METHODS)}."
+METHOD_HELP = f"Coding: {listed(CODED_METHODS)}. {WHOLE_HEADS_HELP}"
+BASELINES_HELP = f"Baselines: {listed(BASELINES)}, or post_rope:WEIGHTING."
+RANKED_HELP = f"{WHOLE_HEADS_HELP} {BASELINES_HELP}"
 KEEP_HELP = (
-    f"Fraction of the cache's bytes to keep; {DEFAULT_CODED_KEEP:g} by default, {DEFAULT_KEEP:g} with methods that "
-    "lower ranks."
+    f"Fraction of the cache's bytes to keep; {DEFAULT_CODED_KEEP:g} by default, {DEFAULT_KEEP:g} with whole heads."
 )
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.", show_default=False)]
@@ -31,7 +40,9 @@ Window = Annotated[
 ]
 CacheBits = Annotated[
     int | None,
-    typer.Option(help=f"Store the cache in {listed(CACHE_BITS)} bits a number.", rich_help_panel=ADVANCED),
+    typer.Option(
+        help=f"Bits of a cached number, of uncompressed models: {listed(CACHE_BITS)}.", rich_help_panel=ADVANCED
+    ),
 ]
 Dtype = Annotated[
     str,

@@ -7,7 +7,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
-from mea.names import DEFAULT_RANKED
+from mea.names import BASELINES
 
 EXAMPLES = (
     "mea profile MODEL profile.json",
@@ -22,7 +22,7 @@ def profile(
         float,
         typer.Option(help="Fraction of its cache that the compressed layer keeps.", rich_help_panel=shared.BUDGET),
     ] = 0.5,
-    method: Annotated[str, typer.Option(help=shared.RANKED_HELP, rich_help_panel=shared.METHOD)] = DEFAULT_RANKED,
+    method: Annotated[str, typer.Option(help=shared.RANKED_HELP, rich_help_panel=shared.METHOD)] = BASELINES[0],
     calibration_text: shared.CalibrationText = shared.CALIBRATION_TEXT,
     calibration_tokens: shared.CalibrationTokens = shared.CALIBRATION_TOKENS,
     calibration_window: shared.CalibrationWindow = shared.CALIBRATION_WINDOW,
@@ -39,8 +39,8 @@ def profile(
 ) -> None:
     """Compress one layer at a time, and show how much loss each layer's compression adds."""
     from mea.compression import Calibration, CompressOptions
-    from mea.compression.allocate.profile import describe_cost
-    from mea.compression.allocate.profile import profile as run
+    from mea.compression.profile import describe_cost
+    from mea.compression.profile import profile as run
     from mea.report.sections.profile import profile_table
 
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, copy_fraction=copy_fraction)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from mea.compression.methods import DEFAULT_METHOD, METHODS
-from mea.compression.options import Allocation, CompressOptions
+from mea.compression.options import CompressOptions
 from mea.evaluate.through_cache import ThroughCache
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
 from mea.names import CODED_KEEPS, RANKED_KEEPS
@@ -54,12 +54,11 @@ class MethodConfig:
     ----------
     label
         Its name in tables and of its record.
-    method, keep, allocate, refine
-        As in `mea.compression.options.CompressOptions`; a weighting stands behind a colon, ``"post_rope:uniform"``. A
-        `method` of ``"none"`` leaves ranks as they are, and one of ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that
-        method of the peer, scored on continuations alone.
+    method, keep, refine
+        As in `mea.compression.options.CompressOptions`. A `method` of ``"none"`` leaves ranks as they are, and one of
+        ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that method of the peer, scored on continuations alone.
     bits, backend
-        See `CacheConfig`; None is an ordinary cache.
+        See `CacheConfig`; None is an ordinary cache. Others are for a `method` of ``"none"``.
     series
         What configs at several sizes share; their labels then say the size.
     recovered
@@ -69,7 +68,6 @@ class MethodConfig:
     label: str
     method: str
     keep: float = 0.5
-    allocate: Allocation | bool = False
     refine: int = 0
     bits: int | None = None
     backend: str = ""
@@ -81,17 +79,12 @@ class MethodConfig:
         """Of the fit, without the calibration text; None where nothing is fitted."""
         if self.method == "none" or self.peer:
             return None
-        return CompressOptions(keep=self.keep, method=self.method, allocate=self.allocate, refine=self.refine)
+        return CompressOptions(keep=self.keep, method=self.method, refine=self.refine)
 
     @property
     def peer(self) -> str:
         """The package that the method belongs to, if it is not this one."""
         return self.method.split()[0] if " " in self.method else ""
-
-    @property
-    def coded(self) -> bool:
-        """Whether the method packs the cache itself, so that no quantised cache can be put on top of it."""
-        return self.method in METHODS and METHODS[self.method].coded
 
     @property
     def calibrated(self) -> bool:
@@ -121,12 +114,11 @@ def method_configs(
     *,
     bits: Sequence[int] = (8, 4, 2),
     backends: Sequence[str] = (),
-    allocated: Sequence[float] = (),
     presses: Sequence[str] = (),
     conversions: Sequence[str] = (),
     recovered: bool = False,
 ) -> list[MethodConfig]:
-    """Every method at every size, quantisation alone and on top of a method with ranks, and the peers' methods.
+    """Every method at every size, the uncompressed model's quantised cache, and the peers' methods.
 
     Parameters
     ----------
@@ -135,20 +127,13 @@ def method_configs(
         packed caches and `RANKED_KEEPS` of other methods. Sizes that a method cannot have are the caller's to leave
         out.
     bits
-        Of this package's quantised cache, alone and (8 and 4) on top of the first method that lowers ranks.
+        Of this package's quantised cache.
     backends
         Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
-    allocated
-        Sizes at which ranks are also chosen layer by layer, with the first method that lowers ranks.
     presses, conversions
         Classes of kvpress, and of cacheshrink's ways to compress: ``separate``, ``joint``, ``xkv``.
     recovered
         Every method at every size also after training.
-
-    Raises
-    ------
-    ValueError
-        Ranks are to be chosen, and no method lowers any.
     """
     coded = {method for method in methods if method in METHODS and METHODS[method].coded}
     sizes = {method: keeps or (CODED_KEEPS if method in coded else RANKED_KEEPS) for method in methods}
@@ -158,20 +143,7 @@ def method_configs(
             replace(config, label=f"{config.label}, recovered", series=f"{config.series}, recovered", recovered=True)
             for config in configs
         ]
-    first = next((method for method in methods if method not in coded), "")
-    if allocated and not first:
-        raise ValueError(f"{' and '.join(methods)} have no ranks to choose: add a method that lowers them")
-    configs += [
-        MethodConfig(f"{first} allocated {keep:.3g}", first, keep, allocate=True, series=f"{first}, allocated")
-        for keep in allocated
-    ]
     configs += [MethodConfig(f"{count} bits", "none", 1.0, bits=count, series="quantised") for count in bits]
-    configs += [
-        MethodConfig(f"{first} {keep:.3g}, {count} bits", first, keep, bits=count, series=f"{first}, {count} bits")
-        for count in bits
-        if count > 2 and first
-        for keep in sizes[first]
-    ]
     configs += [MethodConfig(f"transformers {name} 4 bits", "none", 1.0, bits=4, backend=name) for name in backends]
     peers = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
     return configs + [_sized(peer, keep) for peer in peers for keep in keeps or RANKED_KEEPS]

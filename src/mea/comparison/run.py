@@ -18,7 +18,6 @@ from mea.comparison.measure import Measurement
 from mea.comparison.peers.records import peer_records
 from mea.comparison.protocol import ORIGINAL, Protocol
 from mea.comparison.training import Training
-from mea.compression.allocate.search import allocated
 from mea.compression.api import run_plans
 from mea.compression.budget import CacheShape
 from mea.compression.calibrate.layerwise import LayerWalk
@@ -86,8 +85,8 @@ def compare(
 def _check(configs: Sequence[MethodConfig], protocol: Protocol, training: Training | None) -> None:
     """Refuse configs that cannot be measured; raises ValueError."""
     for config in configs:
-        if config.coded and config.bits is not None:
-            raise ValueError(f"{config.label}: {config.method} packs the cache by itself; give bits without a method")
+        if config.method != "none" and config.bits is not None:
+            raise ValueError(f"{config.label}: {config.method} compresses the cache; give bits without a method")
     labels = [ORIGINAL, *(config.label for config in configs)]
     if len({_slug(label) for label in labels}) < len(labels):
         raise ValueError(f"configs need labels of their own, not {', '.join(labels)}")
@@ -167,7 +166,7 @@ class _Run:
             self.files[config.label].write(record)
 
     def _fitted(self, configs: Sequence[MethodConfig], tokens: Int[Tensor, "n t"]) -> None:
-        model, tokenizer = self.measurement.model, self.measurement.tokenizer
+        model = self.measurement.model
         plans = _plans(model.config, configs, self.calibration, self.measurement.protocol)
         if not plans:
             return
@@ -175,8 +174,8 @@ class _Run:
         coded = [key for key in keys if plans[key].method.coded]  # these share all weights, and one calibration
         ranked = [key for key in keys if key not in coded]
         for some in [coded, *(ranked[start : start + AT_ONCE] for start in range(0, len(ranked), AT_ONCE))]:
-            chosen = [allocated(walk, tokenizer, tokens, plans[key], self.progress)[0] for key in some]
-            for key, result in zip(some, run_plans(walk, tokens, chosen, progress=self.progress), strict=True):
+            results = run_plans(walk, tokens, [plans[key] for key in some], progress=self.progress)
+            for key, result in zip(some, results, strict=True):
                 same = [config for config in configs if config.options == key]
                 for config in same:
                     if not config.recovered:
@@ -252,7 +251,7 @@ def possible(
 def _plans(
     config: Any, configs: Sequence[MethodConfig], calibration: Calibration, protocol: Protocol
 ) -> dict[CompressOptions, Plan]:
-    """One plan for all configs that differ only in their cache or in what is done after the fit."""
+    """One plan for all configs that differ only in what is done after the fit."""
     itemsize = getattr(torch, protocol.dtype).itemsize  # of the cache that is measured
     fits = dict.fromkeys(method_config.options for method_config in configs if method_config.options is not None)
     return {options: make_plan(config, itemsize, replace(options, calibration=calibration)) for options in fits}

@@ -3,12 +3,11 @@
 from mea.compression.api import compress
 from mea.compression.calibrate.text import Calibration
 from mea.compression.convert import ConversionError
-from mea.compression.options import Allocation, CompressOptions, Refinement
+from mea.compression.options import CompressOptions, Refinement
 from mea.compression.result import Compressed
 from mea.compression.save import compress_to_folder, preview
 
 __all__ = [
-    "Allocation",
     "Calibration",
     "CompressOptions",
     "Compressed",

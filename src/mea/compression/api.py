@@ -7,7 +7,6 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.allocate.search import allocated
 from mea.compression.calibrate.layerwise import LayerWalk, check_weights, evaluating
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.check import SelfCheck
@@ -62,7 +61,6 @@ def compress(
     plan = make_plan(model.config, model.dtype.itemsize, CompressOptions.of(options, fields))
     tokens = calibration_tokens(tokenizer, plan.calibration)
     walk = LayerWalk(checked_stock_form(model, tokens), tokens.shape[1])
-    plan, _ = allocated(walk, tokenizer, tokens, plan, progress)
     return run_plans(walk, tokens, [plan], progress=progress)[0].model
 
 

@@ -8,7 +8,7 @@ from mea.compression.budget import CacheShape
 from mea.compression.calibrate.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.coding.moments import PART, SAMPLE
 from mea.compression.methods.values import CG_STEPS, ROUNDS
-from mea.compression.plan import REACH, Plan
+from mea.compression.plan import Plan
 from mea.ops.precision import peak_flops
 
 READING = 1.5  # speed of a plain forward pass relative to a fit, both as fractions of peak matrix products
@@ -54,16 +54,6 @@ def estimate(config: Any, plan: Plan) -> Cost:
     states = 3 * tokens * (2 * hidden + h * d)
     memory = 4 * (states + 3 * layer_weights + moments + 4 * t * t * h)
     work = layers * (forward + averages + solving)
-    allocation = plan.options.allocation
-    if allocation:  # values of all ranks share one pass with the same keys; a try costs one pass on average
-        share = min(1.0, allocation.windows * t / tokens)
-        keys = 1 + 2 * REACH
-        fits = keys * (1 if allocation.equal else 2)
-        work += layers * (share * ((keys + 1) * averages + 2 * forward) + (fits + 1) * solving)
-        memory += 4 * layers * fits * attention
-        work += (
-            (6 + allocation.tries) * allocation.tokens * (layers * forward / tokens + 4 * hidden * config.vocab_size)
-        )
     refined = _refinement_cost(config, plan)
     return Cost(memory + refined[0], (work + refined[1]) / _speed())
 

@@ -104,26 +104,18 @@ def _calibrate(
 def _calibrated(
     layer: Any, inputs: LayerInputs, passes: list[AttentionPass], statistics: LayerStatistics
 ) -> CalibratedLayer:
-    """The layer for its methods. Values of several ranks with the same keys share one pass: the last one is cached."""
-    kept: dict[tuple[str, int], AveragedValues] = {}
+    """The layer for its methods."""
 
     def average(
-        method: Method,
-        key_rank: int,
-        key_projection: Float[Tensor, "n _"],
-        encoder: Float[Tensor, "r _"] | None = None,
+        method: Method, key_projection: Float[Tensor, "n _"], encoder: Float[Tensor, "r _"] | None = None
     ) -> AveragedValues:
-        key = (method.label, key_rank)
-        if key not in kept:
-            kept.clear()
-            encoder = None if encoder is None else encoder.float()
-            total = AveragedValuesSum(
-                layer.self_attn, inputs, key_projection.float(), method.form, encoder, groups=method.groups
-            )
-            for window in passes:
-                total.add(window.attention_in, window.heads_out, window.weight)
-            kept[key] = total.result()
-        return kept[key]
+        encoder = None if encoder is None else encoder.float()
+        total = AveragedValuesSum(
+            layer.self_attn, inputs, key_projection.float(), method.form, encoder, groups=method.groups
+        )
+        for window in passes:
+            total.add(window.attention_in, window.heads_out, window.weight)
+        return total.result()
 
     def error(factors: LayerFactors) -> float:
         return relative_output_error(layer, factors, inputs, passes[:ERROR_WINDOWS])

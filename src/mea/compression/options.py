@@ -10,41 +10,6 @@ from mea.names import DEFAULT_METHOD, did_you_mean, listed
 
 
 @dataclass(frozen=True)
-class Allocation:
-    """How ranks are chosen layer by layer (`mea.compression.allocate.search`) instead of equal ranks.
-
-    Attributes
-    ----------
-    equal
-        Keys and values get the same rank within a layer, which PyTorch's fast CPU kernels need.
-    same
-        All layers get the same ranks.
-    step
-        Ranks are multiples of it; by default the method's own step.
-    text, tokens
-        Held-out text and its tokens; by default calibration text that the factors were not fitted on.
-    windows
-        Calibration windows for the fits of the search, at most: with only a few windows, other ranks are chosen.
-    tries
-        Number of rank exchanges to measure.
-    """
-
-    equal: bool = False
-    same: bool = False
-    step: int | None = None
-    text: str | None = None
-    tokens: int = 4096
-    windows: int = 16
-    tries: int = 64
-
-    def __post_init__(self) -> None:
-        if self.tries < 1 or self.windows < 1:
-            raise ValueError(f"an allocation takes at least 1 window and 1 try, not {self.windows} and {self.tries}")
-        if self.step is not None and self.step < 1:
-            raise ValueError(f"ranks are multiples of a positive step, not of {self.step}")
-
-
-@dataclass(frozen=True)
 class Refinement:
     """How layers are refined.
 
@@ -97,29 +62,23 @@ class CompressOptions:
     layout
         Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep` for the compressed layers), or a file of ranks.
     method
-        A name in `mea.compression.methods.METHODS`.
-    weighting
-        Of the method ``"post_rope"``: a name in `mea.compression.methods.post_rope.WEIGHTINGS`.
+        A key of `mea.compression.methods.METHODS`.
     groups
         Groups of neighbouring heads with separate latents: as many as the ranks of tensor parallelism.
     calibration
         The text, its length, and the seed of its windows.
-    allocate
-        Choose ranks layer by layer; the layout is the start of the search. True means ``Allocation()``.
     refine
         Passes over the calibration text that refine every layer after the closed-form fit, or a `Refinement`.
 
-    Groups, allocation and weighting, and a file of ranks, are for methods that lower ranks.
+    Groups and a file of ranks are for methods that lower ranks.
     """
 
     keep: float | None = None
     budget: str | None = None
     layout: str | Path | None = None
     method: str = DEFAULT_METHOD
-    weighting: str | None = None
     groups: int = 1
     calibration: Calibration = field(default_factory=Calibration)
-    allocate: Allocation | bool = False
     refine: Refinement | int = 0
 
     def __post_init__(self) -> None:
@@ -144,11 +103,6 @@ class CompressOptions:
         if fields:
             raise TypeError(f"give options or {', '.join(fields)}, not both")
         return options
-
-    @property
-    def allocation(self) -> Allocation | None:
-        """The settings of the rank search, or None for equal ranks."""
-        return Allocation() if self.allocate is True else self.allocate or None
 
     @property
     def refinement(self) -> Refinement | None:

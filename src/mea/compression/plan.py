@@ -1,6 +1,6 @@
 """Options and plan of a compression, decided before any weight is loaded."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +23,11 @@ from mea.compression.calibrate.text import Calibration
 from mea.compression.methods import find_method
 from mea.compression.methods.base import Method
 from mea.compression.methods.groups import in_groups
-from mea.compression.options import Allocation, CompressOptions
+from mea.compression.options import CompressOptions
 from mea.models.accounting import cached_share
 from mea.models.fold import stock_config
 from mea.models.loading import check_supported
-from mea.names import CODED_METHODS, DEFAULT_CODED_KEEP, DEFAULT_KEEP, DEFAULT_RANKED
-
-REACH = 2  # steps above and below the start that an allocation tries for each rank
+from mea.names import CODED_METHODS, DEFAULT_CODED_KEEP, DEFAULT_KEEP, WHOLE_HEAD_METHODS
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,7 @@ class Plan:
     Attributes
     ----------
     layout
-        Ranks per layer; with an allocation, the start of the search or its result. Of a packed cache its budget, and
-        the bits of components once they are known.
+        Ranks per layer. Of a packed cache its budget, and the bits of components once they are known.
     cached
         Cache of the given model as a fraction of `shape`: below 1 for this package's models with fewer component heads
         than key/value heads.
@@ -64,7 +61,7 @@ class Plan:
     def describe(self) -> dict[str, Any]:
         """The entries for the compressed model's configuration and the record."""
         calibration, method = self.calibration, self.method
-        allocation, refinement = self.options.allocation, self.options.refinement
+        refinement = self.options.refinement
         return {
             "method": method.name,
             **({} if method.weighting is None else {"weighting": method.weighting}),
@@ -75,7 +72,6 @@ class Plan:
             "seed": calibration.seed,
             **({"groups": method.groups} if method.groups > 1 else {}),
             **({"calibration_copy_fraction": calibration.copy_fraction} if calibration.copy_fraction else {}),
-            **({} if allocation is None else {"allocation": asdict(allocation)}),
             **({} if refinement is None else {"refinement": asdict(refinement)}),
         }
 
@@ -123,16 +119,13 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
 
 
 def _method(options: CompressOptions, num_kv_heads: int) -> Method:
-    """The method; raises ValueError where there is none, or an option is for methods that lower ranks."""
-    ranked = {"groups": options.groups != 1, "allocate": options.allocation, "weighting": options.weighting}
-    for name, given in ranked.items():
-        if given and options.method in CODED_METHODS:
-            raise ValueError(
-                f"{name} is an option of methods that lower ranks, such as {DEFAULT_RANKED}: {options.method} spends "
-                "bits by one threshold over all layers"
-            )
-    name = options.method if options.weighting is None else f"{options.method}:{options.weighting}"
-    return in_groups(find_method(name, num_kv_heads), options.groups, num_kv_heads)
+    """The method; raises ValueError where there is none, or groups are given that it cannot have."""
+    if options.groups != 1 and options.method in CODED_METHODS:
+        raise ValueError(
+            f"groups is an option of methods that lower ranks, such as {WHOLE_HEAD_METHODS[0]}: {options.method} "
+            "spends bits by one threshold over all layers"
+        )
+    return in_groups(find_method(options.method, num_kv_heads), options.groups, num_kv_heads)
 
 
 def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, longest: int) -> Layout:
@@ -153,50 +146,18 @@ def _coded_layout(options: CompressOptions, shape: CacheShape, cached: float, lo
         return coded_layout(shape, keep, context, preset_layers(shape, str(options.layout)))
     raise ValueError(
         f"{options.method} has bits, not ranks: give keep, budget or a layout of {', '.join(PRESETS)}, or for a file "
-        f"of ranks a method that lowers them, such as {DEFAULT_RANKED}"
+        f"of ranks a method that lowers them, such as {WHOLE_HEAD_METHODS[0]}"
     )
 
 
 def _layout(options: CompressOptions, shape: CacheShape, step: Step, cached: float) -> Layout:
     fraction = (DEFAULT_KEEP if options.keep is None else options.keep) * cached
     if options.budget is not None:
-        layout = layout_for_bytes(shape, *parse_budget(options.budget), step)
-    elif options.layout is None:
-        layout = layout_for_keep(shape, fraction, step)
-    elif str(options.layout) in PRESETS:
-        layout = preset_layout(shape, str(options.layout), step, fraction)
-    elif options.keep is not None:
+        return layout_for_bytes(shape, *parse_budget(options.budget), step)
+    if options.layout is None:
+        return layout_for_keep(shape, fraction, step)
+    if str(options.layout) in PRESETS:
+        return preset_layout(shape, str(options.layout), step, fraction)
+    if options.keep is not None:
         raise ValueError("give one budget: keep, or a file of ranks")
-    else:
-        layout = read_layout(Path(options.layout), shape, step)
-    allocation = options.allocation
-    return _search_start(layout, allocation, shape, step, options.budget is not None) if allocation else layout
-
-
-def _search_start(layout: Layout, allocation: Allocation, shape: CacheShape, step: Step, absolute: bool) -> Layout:
-    """The layout from which an allocation starts.
-
-    Raises
-    ------
-    ValueError
-        The layout or the options cannot be combined with an allocation.
-    """
-    if any(pair is None for pair in layout.ranks):
-        raise ValueError(
-            "allocate chooses the ranks of all layers: give keep or budget instead of a layout of some layers"
-        )
-    if absolute and any(shape.windows):
-        raise ValueError(
-            "bytes at a context length cannot be allocated in a model with sliding windows, because the bytes of a "
-            "rank depend on its layer's window: give keep"
-        )
-    if allocation.step is not None and allocation.step % step.size:
-        raise ValueError(
-            f"the method's ranks are multiples of {step.size}: step must be a multiple of it, not {allocation.step}"
-        )
-    if allocation.equal and not step.paired and any(pair and pair[0] != pair[1] for pair in layout.ranks):
-        raise ValueError(
-            "this budget gives an odd number of key and value heads, which equal cannot split: give another keep"
-        )
-    least = min(pair for pair in layout.ranks if pair)
-    return replace(layout, ranks=(least,) * len(layout.ranks)) if allocation.same else layout
+    return read_layout(Path(options.layout), shape, step)

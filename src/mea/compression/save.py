@@ -9,7 +9,6 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.compression.allocate.search import allocated
 from mea.compression.api import run_plans
 from mea.compression.budget import CodedLayout
 from mea.compression.calibrate.layerwise import LayerWalk
@@ -91,11 +90,8 @@ def compress_to_folder(
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
     walk = LayerWalk(model, tokens.shape[1])
-    plan, tried = allocated(walk, tokenizer, tokens, plan, progress, work / "choice")
     result = run_plans(walk, tokens, [plan], store=store, progress=progress)[0]
     record = _measure(source, model, tokenizer, result, before, measured, progress)
-    if tried:
-        record["results"]["tried"] = [{"divergence": x.divergence, "ranks": list(x.layout.ranks)} for x in tried]
     save_folder(out, work, result.model, tokenizer, _card(record), "compression.json", record)
     return record
 

@@ -18,7 +18,7 @@ from transformers import DynamicCache
 
 from mea.evaluate.perplexity import cross_entropy
 from mea.models.loading import load_config
-from mea.models.quantized_cache import CacheFormat, QuantisedCache, check_not_packed
+from mea.models.quantized_cache import CacheFormat, QuantisedCache, check_uncompressed
 
 
 @dataclass(frozen=True)
@@ -99,8 +99,8 @@ def check_cache_bits(source: str, bits: int | None) -> None:
     Raises
     ------
     ValueError
-        As `CacheFormat`, the model packs its cache by itself, or it cannot be read.
+        As `CacheFormat`, the model's cache is compressed already, or its configuration cannot be read.
     """
     if bits is not None:
         CacheFormat(bits)
-        check_not_packed(load_config(source).get_text_config())
+        check_uncompressed(load_config(source).get_text_config())

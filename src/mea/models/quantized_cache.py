@@ -1,9 +1,8 @@
-"""A quantised cache, 8, 4 or 2 bits a number, for latents and for ordinary keys and values.
+"""A quantised cache, 8, 4 or 2 bits a number, for uncompressed models.
 
-transformers' own `QuantizedCache` does not suit latents, for three reasons. It needs every length times width to be a
-multiple of the group (and, in 4 bits, an even number of groups). It quantises all tokens again when its exact window is
-full, so that errors add up. It quantises the first tokens, which attention reads most. This cache quantises a block
-of tokens once, when the block is complete, keeps the first tokens as they are, and takes any width.
+transformers' own `QuantizedCache` quantises all tokens again when its exact window is full, so that errors add up, and
+it quantises the first tokens, which attention reads most. This cache quantises a block of tokens once, when the block
+is complete, and keeps the first tokens as they are.
 
 Numbers that share a scale are one channel of a block of tokens (``"channel"``) or `group` neighbouring channels of one
 token (``"token"``), as in KIVI (arXiv 2402.02750). Each group stores its lowest number and the step between codes, in
@@ -206,7 +205,7 @@ class QuantisedLayer(TensorsByBatch, DynamicLayer):
 
 
 class QuantisedCache(DynamicCache):
-    """A quantised cache for any model of transformers: ``model.generate(..., past_key_values=QuantisedCache(...))``.
+    """A quantised cache for uncompressed models: ``model.generate(..., past_key_values=QuantisedCache(...))``.
 
     Layers with a sliding window are not quantised: they hold few tokens.
 
@@ -220,28 +219,28 @@ class QuantisedCache(DynamicCache):
     Raises
     ------
     ValueError
-        As `CacheFormat`, or the model packs its cache by itself.
+        As `CacheFormat`, or the model's cache is compressed already.
     """
 
     def __init__(self, config: Any, form: CacheFormat | int = 8):
-        check_not_packed(config)
+        check_uncompressed(config)
         super().__init__(config=config)
         form = CacheFormat(form) if isinstance(form, int) else form
         self.layers = [QuantisedLayer(form) if type(x) is DynamicLayer else x for x in self.layers]
 
 
-def check_not_packed(config: Any) -> None:
-    """Refuse a model that packs its cache by itself (`mea.models.packed_cache`).
+def check_uncompressed(config: Any) -> None:
+    """Refuse a model with a compressed cache: bits chosen for each component lose less at equal bytes.
 
     Raises
     ------
     ValueError
-        It does: its numbers have bits of their own.
+        The model is one.
     """
-    if getattr(config, "cache_code", None):
+    if getattr(config, "cache_code", None) or getattr(config, "latent_ranks", None):
         raise ValueError(
-            "the model packs its cache by itself, in bits that were chosen for each component: leave out cache bits, "
-            "or give the uncompressed model or one with lower ranks"
+            "the model's cache is compressed already, and cache bits are for uncompressed models: leave out cache "
+            "bits, or for fewer bytes compress the original again with mea compress MODEL OUT --keep FRACTION"
         )
 
 

@@ -12,7 +12,7 @@ from mea.compression.calibrate.layerwise import AttentionPass, LayerInputs, Laye
 from mea.compression.calibrate.score_sensitivity import ScoreMomentsSum
 from mea.compression.calibrate.statistics import EVERY, LayerStatistics, ScoreMoments, project
 from mea.compression.methods import METHODS
-from mea.compression.methods.post_rope import moments
+from mea.compression.methods.baselines.post_rope import moments
 
 LENGTH = 8
 

@@ -6,10 +6,10 @@ A method is one file with a tuple ``METHODS`` and one line in `mea.names.METHODS
 from importlib import import_module
 
 from mea import names
-from mea.compression.methods.base import Method
-from mea.names import DEFAULT_METHOD, DEFAULT_WEIGHTING, did_you_mean
+from mea.compression.methods.base import DEFAULT_WEIGHTING, Method
+from mea.names import CODED_METHODS, DEFAULT_METHOD, did_you_mean, listed
 
-__all__ = ["DEFAULT_METHOD", "DEFAULT_WEIGHTING", "METHODS", "RENAMED", "Method", "find_method"]
+__all__ = ["DEFAULT_METHOD", "METHODS", "RENAMED", "Method", "find_method"]
 
 METHODS: dict[str, Method] = {
     method.label: method
@@ -18,9 +18,9 @@ METHODS: dict[str, Method] = {
 }
 RENAMED = {
     "blended": "post_rope",
-    "position": "post_rope with the weighting uniform",
-    "attended": "post_rope with the weighting sensitivity",
-    "frequency": "post_rope with the weighting frequency",
+    "position": "post_rope:uniform",
+    "attended": "post_rope:sensitivity",
+    "frequency": "post_rope:frequency",
     "latent": "pre_rope",
 }
 
@@ -41,6 +41,7 @@ def find_method(name: str, num_kv_heads: int) -> Method:
         raise ValueError(f"the methods are {', '.join(METHODS)}, not {name!r}{did_you_mean(name, METHODS)}")
     method = METHODS[name.removesuffix(f":{DEFAULT_WEIGHTING}")]
     if method.whole_heads and num_kv_heads == 1:
-        finer = ", ".join(other.label for other in METHODS.values() if not other.whole_heads)
-        raise ValueError(f"{name!r} mixes whole heads, and the model has only one kv head: give {finer}")
+        raise ValueError(
+            f"{name!r} mixes whole heads, and the model has only one kv head: give {listed(CODED_METHODS)}"
+        )
     return method

@@ -11,11 +11,11 @@ from mea.compression.budget import Step
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.compression.methods.values import covariance_values, fit_values
-from mea.names import DEFAULT_WEIGHTING
 from mea.ops.cache_forms import FORMS, PostRope
 
 Factorise = Callable[[LayerStatistics, int], Factors]
 FitAveraged = Callable[[AveragedValues, int, int], tuple[Factors, Float[Tensor, "D _"]]]
+DEFAULT_WEIGHTING = "mean"
 RANK_STEP = 8  # attention kernels are fast for multiples of 8
 
 
@@ -23,11 +23,7 @@ class Average(Protocol):
     """Attention-averaged values of a layer under compressed keys, see `AveragedValuesSum` for the arguments."""
 
     def __call__(
-        self,
-        method: "Method",
-        key_rank: int,
-        key_projection: Float[Tensor, "n _"],
-        encoder: Float[Tensor, "r _"] | None = None,
+        self, method: "Method", key_projection: Float[Tensor, "n _"], encoder: Float[Tensor, "r _"] | None = None
     ) -> AveragedValues: ...
 
 
@@ -73,7 +69,7 @@ class Method:
     full_rank_values
         Used instead of attention-averaged values at full rank, where any basis is exact.
     weighting
-        Weight of each attention score, for the method with this option (`mea.compression.methods.post_rope`).
+        Weight of each attention score, for the method with this option (`mea.compression.methods.baselines.post_rope`).
     """
 
     name: str
@@ -107,7 +103,7 @@ class Method:
         keys = self.keys(statistics, ranks[0])
         if self.values is not None:
             return LayerFactors(keys, self.values(statistics, ranks[1]), form=self.form, groups=self.groups)
-        averaged = layer.average(self, ranks[0], keys.projection)
+        averaged = layer.average(self, keys.projection)
         values, output = self.averaged(averaged, statistics.num_kv_heads, ranks[1])
         return LayerFactors(keys, values, output, self.form, self.groups)
 

@@ -41,14 +41,8 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
     copied = preview.get("calibration_copy_fraction")
     spans = f", repeated spans in {copied:.0%} of the windows" if copied else ""
     lines = {
-        "method": ", ".join(
-            [
-                str(READINGS.get(preview["method"], preview["method"])),
-                *([f"weighting {preview['weighting']}"] if "weighting" in preview else []),
-            ]
-        ),
+        "method": READINGS.get(preview["method"], preview["method"]),
         **(_bits(preview) if "tiers" in preview else {"ranks (keys, values)": _ranges(preview["ranks"])}),
-        "allocation": "starts from these ranks, then chooses ranks layer by layer" if preview.get("allocation") else "",
         "cache per token": f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}",
         f"cache at {preview['context']:,} tokens": f"{size(preview['bytes_at_context_before'])} → "
         + size(preview["bytes_at_context"]),

@@ -6,13 +6,13 @@ from dataclasses import replace
 import pytest
 
 from compression.small import planned
-from mea.compression.allocate import profile as module
-from mea.compression.allocate.profile import profile
+from mea.compression import profile as module
 from mea.compression.api import run_plans
 from mea.compression.budget import Layout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
 from mea.compression.options import CompressOptions
+from mea.compression.profile import profile
 from mea.evaluate.perplexity import ratio, token_losses
 from mea.models.loading import load
 from mea.records import read_record

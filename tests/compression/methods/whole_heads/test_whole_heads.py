@@ -9,9 +9,9 @@ from torch import Tensor
 from compression.rotary import rotation, tables
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
 from mea.compression.methods import METHODS
-from mea.compression.methods.baselines import gauge, gqa_mean, gqa_procrustes
-from mea.compression.methods.baselines.gauge_maps import head_matrices, key_blocks, value_blocks
 from mea.compression.methods.factors import Factors
+from mea.compression.methods.whole_heads import gauge, gqa_mean, gqa_procrustes
+from mea.compression.methods.whole_heads.gauge_maps import head_matrices, key_blocks, value_blocks
 
 G, D, WIDTH = 4, 6, 40
 N = G * D

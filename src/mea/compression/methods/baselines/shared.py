@@ -71,7 +71,7 @@ class SharedMethod(Method):
             key=lambda factors: layer.error(LayerFactors(*split(factors), form=self.form)),
         )
         key_factors, value_factors = split(both)
-        averaged = layer.average(self, ranks[0], key_factors.decoder, both.encoder)
+        averaged = layer.average(self, key_factors.decoder, both.encoder)
         value_factors, output = values(averaged, value_factors, statistics.num_kv_heads)
         return LayerFactors(key_factors, value_factors, output, self.form)
 

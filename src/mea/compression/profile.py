@@ -16,19 +16,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 
-from mea.compression.allocate.held_out_loss import HeldOut
 from mea.compression.budget import Layout, preset_layout
 from mea.compression.calibrate.layerwise import LayerWalk, evaluating
 from mea.compression.calibrate.text import calibration_tokens, held_out_tokens
-from mea.compression.convert import checked_stock_form
+from mea.compression.convert import checked_stock_form, latent_copy
 from mea.compression.fit import Target, fit_layers
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
-from mea.evaluate.perplexity import block_means, ratio
+from mea.evaluate.perplexity import block_means, cross_entropy, ratio
 from mea.models.fold import stock_config
+from mea.models.lm_head import ROWS, head_logits
 from mea.models.loading import load, load_config
-from mea.names import DEFAULT_KEEP, DEFAULT_RANKED
+from mea.names import BASELINES, DEFAULT_KEEP
 from mea.ops.precision import named_dtype
 from mea.records import Progress, Record, make_record, read_record, write_record
 
@@ -66,10 +68,10 @@ def profile(
     ValueError
         `out` is not a record of this run; the method has no ranks; or as `mea.compression.api.compress`.
     """
-    options, dtype = options or CompressOptions(method=DEFAULT_RANKED), named_dtype(dtype)
+    options, dtype = options or CompressOptions(method=BASELINES[0]), named_dtype(dtype)
     plan = make_plan(load_config(source), 2, options)
     if plan.method.coded:
-        raise ValueError(f"a profile is of methods that lower ranks, such as {DEFAULT_RANKED}, not of {options.method}")
+        raise ValueError(f"a profile is of methods that lower ranks, such as {BASELINES[0]}, not of {options.method}")
     config = _config(source, plan, text, tokens, window, dtype)
     record = _begun(out, config)
     if record and len(record["results"]["layers"]) == config["layers"]:
@@ -77,22 +79,22 @@ def profile(
     model, tokenizer = load(source, dtype)
     fitted_on = calibration_tokens(tokenizer, plan.calibration)
     walk = LayerWalk(checked_stock_form(model, fitted_on), max(window, fitted_on.shape[1]))
-    held_out = HeldOut(walk, held_out_tokens(tokenizer, plan.calibration, tokens, window, text), walk.model.dtype)
+    held_out = _HeldOut(walk, held_out_tokens(tokenizer, plan.calibration, tokens, window, text))
     with evaluating(walk.model):
         return _run(walk, fitted_on, held_out, plan, config, record, out, progress)
 
 
 def _run(
     walk: LayerWalk,
-    tokens: torch.Tensor,
-    held_out: HeldOut,
+    tokens: Tensor,
+    held_out: "_HeldOut",
     plan: Plan,
     config: dict[str, Any],
     record: Record | None,
     out: Path,
     progress: Progress | None,
 ) -> Record:
-    plain = held_out.score(held_out.reference).loss
+    plain = held_out.losses(held_out.above(held_out.first, 0))
     results: dict[str, Any] = {"loss": plain.double().mean().item(), "seconds": 0.0, "layers": []}
     samples: dict[str, Any] = {"loss_uncompressed": block_means(plain)}
     if record:
@@ -102,9 +104,8 @@ def _run(
     for (fitted,) in fit_layers(walk, tokens, [Target(plan.method, missing)]):
         index = fitted.index
         if fitted.factors is not None:
-            compressed = held_out.compressed(index, fitted.factors)
-            last = held_out.above(held_out.through(hidden, compressed, index), index + 1)
-            loss = held_out.score(last).loss
+            compressed = latent_copy(held_out.layers[index], fitted.factors, fitted.inputs.rotary)
+            loss = held_out.losses(held_out.above(held_out.through(hidden, compressed, index), index + 1))
             relative = ratio(loss, plain)
             costs = {"added": math.log(relative.value), "standard_error": relative.standard_error / relative.value}
             results["layers"].append(costs | {"relative_output_error": fitted.relative_output_error})
@@ -120,6 +121,41 @@ def _run(
     if record is None:
         raise ValueError("the model has no layer to profile")
     return record
+
+
+class _HeldOut:
+    """Windows of held-out text through a model, layer by layer, so that only the layers above a change run again."""
+
+    def __init__(self, walk: LayerWalk, tokens: Int[Tensor, "n t"]):
+        self.model, self.tokens = walk.model, tokens
+        self.layers: list[Any] = list(walk.model.model.layers)
+        self.options = [_cast(inputs.options, walk.model.dtype) for inputs in walk.inputs(tokens.shape[1])]
+        self.first = walk.embed(tokens).to(walk.model.dtype)
+
+    @torch.no_grad()
+    def through(self, hidden: Float[Tensor, "n t D"], layer: Any, index: int) -> Float[Tensor, "n t D"]:
+        """Run all windows through a layer at position `index`."""
+        return torch.cat([layer(window, **self.options[index]) for window in hidden.split(1)])
+
+    def above(self, hidden: Float[Tensor, "n t D"], index: int) -> Float[Tensor, "n t D"]:
+        """The last layer's output from the input of layer `index`, through uncompressed layers."""
+        for number in range(index, len(self.layers)):
+            hidden = self.through(hidden, self.layers[number], number)
+        return hidden
+
+    @torch.no_grad()
+    def losses(self, last: Float[Tensor, "n t D"]) -> Float[Tensor, "n scored"]:
+        """Of every token, from the last layer's output."""
+        norm, rows = self.model.model.norm, []
+        for window, hidden in zip(self.tokens, last, strict=True):
+            parts = zip(hidden[:-1].split(ROWS), window[1:].split(ROWS), strict=True)
+            rows.append(torch.cat([cross_entropy(head_logits(self.model, norm(own)), ids) for own, ids in parts]))
+        return torch.stack(rows)
+
+
+def _cast(options: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    tables = tuple(table.to(dtype) for table in options["position_embeddings"])
+    return {**options, "position_embeddings": tables, "past_key_values": None}
 
 
 def _config(source: str, plan: Plan, text: str | None, tokens: int, window: int, dtype: str) -> dict[str, Any]:

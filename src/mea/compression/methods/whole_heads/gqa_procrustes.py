@@ -11,8 +11,8 @@ from torch import Tensor, eye, linalg, zeros
 
 from mea.compression.calibrate.statistics import LayerStatistics
 from mea.compression.methods.base import Method
-from mea.compression.methods.baselines.gauge_maps import head_matrices, key_blocks, value_blocks
 from mea.compression.methods.factors import Factors
+from mea.compression.methods.whole_heads.gauge_maps import head_matrices, key_blocks, value_blocks
 
 ROUNDS = 20
 

@@ -19,10 +19,10 @@ from torch import Tensor, linalg
 from mea.compression.calibrate.rope_moments import average_over_phases
 from mea.compression.calibrate.statistics import AveragedValues, LayerStatistics
 from mea.compression.methods.base import Method
-from mea.compression.methods.baselines.gauge_maps import head_matrices, key_blocks, value_blocks
-from mea.compression.methods.baselines.gqa_procrustes import align, grouping
 from mea.compression.methods.factors import Factors
 from mea.compression.methods.values import alternate, conjugate_gradients, decoder_equations, single_heads
+from mea.compression.methods.whole_heads.gauge_maps import head_matrices, key_blocks, value_blocks
+from mea.compression.methods.whole_heads.gqa_procrustes import align, grouping
 
 STARTS = 6  # random ones, besides two that are made of similar heads
 FIRST_ROUNDS, ROUNDS = 10, 50

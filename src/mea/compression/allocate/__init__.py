@@ -1,1 +1,0 @@
-"""Allocate ranks to layers by what they cost on held-out text, and profile single layers."""
