@@ -1161,7 +1161,7 @@ static void read_part(const struct reading *all, const float *queries, const uin
         shape_tiles(all->query_rows);
     }
     for (long start = 0; start < n; start += BLOCK, cosines += all->half, sines += all->half) {
-        const long count = n - start < BLOCK ? n - start : BLOCK, ahead = n - start - count;
+        const long count = n - start < BLOCK ? n - start : BLOCK;
         const uint8_t *from = codes + start * all->code_stride;
         uint64_t visible = count == BLOCK ? ~0ull : (1ull << count) - 1;
         if (hidden)
@@ -1170,15 +1170,6 @@ static void read_part(const struct reading *all, const float *queries, const uin
         if (!visible) continue;
         long row[BLOCK];
         for (long u = 0; u < BLOCK; u++) row[u] = (u < count ? u : count - 1) * all->code_stride;
-        for (long u = 0; u < (ahead < BLOCK ? ahead : BLOCK); u++) {
-            for (long c = 0; c < all->bytes; c += 64)
-                _mm_prefetch((const char *)from + (BLOCK + u) * all->code_stride + c, _MM_HINT_T1);
-            _mm_prefetch((const char *)(scales + (start + BLOCK + u) * all->scale_stride), _MM_HINT_T1);
-        }
-        for (long f = 0; ahead && f < all->half; f += 16) {
-            _mm_prefetch((const char *)(cosines + all->half + f), _MM_HINT_T0);
-            _mm_prefetch((const char *)(sines + all->half + f), _MM_HINT_T0);
-        }
         lay_scales(scales + start * all->scale_stride, all->scale_stride, groups, visible, my->low, my->step, my->widest);
         if (all->tiles && !all->d) turn_rows(all, cosines, sines, my->turn, my->rows);
         else turn_queries(all, queries, cosines, sines, my->queries);
