@@ -17,8 +17,9 @@ from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mea.models.loading import load_tokenizer_alone
 from mea.records import Progress, write_atomically
 from mea.train.pretraining.documents import documents, is_validation, source_files
 from mea.train.pretraining.settings import DataSettings
@@ -64,7 +65,7 @@ def prepare(data: DataSettings, cache: str | Path, progress: Progress | None = N
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder of shards."""
-    return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    return load_tokenizer_alone(str(Path(folder) / "tokenizer"))
 
 
 def _fingerprint(data: DataSettings) -> str:
@@ -85,7 +86,7 @@ def _tokenizer(data: DataSettings, folder: Path) -> PreTrainedTokenizerBase:
     path = folder / "tokenizer"
     if not path.is_dir():
         if data.tokenizer is not None:
-            tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+            tokenizer = load_tokenizer_alone(data.tokenizer)
         else:
             tokenizer = train_tokenizer(_first(data), data.vocabulary)
         if tokenizer.eos_token_id is None:
