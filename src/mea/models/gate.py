@@ -97,8 +97,8 @@ def check_config(config: dict[str, Any], where: str) -> None:
     kind = config.get("model_type")
     if config.get("auto_map") and kind not in CONFIG_MAPPING:
         raise ValueError(
-            f"{where}: the model {kind!r} needs code that comes with it (auto_map); such code is never run: give a model "
-            "that transformers knows"
+            f"{where}: the model {kind!r} needs code that comes with it (auto_map); such code is never run: give a "
+            "model that transformers knows"
         )
     for name, does in ELSEWHERE.items():
         if config.get(name) is not None:
@@ -153,11 +153,10 @@ def _check_numbers(values: dict[str, Any], names: dict[str, str], where: str) ->
             continue
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST[field]:
             raise ValueError(f"{where}: {name} is a whole number from 1 to {LARGEST[field]:,}, not {value!r}")
-    heads, shared = values.get("num_attention_heads"), values.get("num_key_value_heads")
+    heads, shared = (values.get(field) for field in ("num_attention_heads", "num_key_value_heads"))
     if heads and shared and heads % shared:
-        raise ValueError(
-            f"{where}: {names['num_attention_heads']} = {heads} is no multiple of {names['num_key_value_heads']} = {shared}"
-        )
+        first, second = names["num_attention_heads"], names["num_key_value_heads"]
+        raise ValueError(f"{where}: {first} = {heads} is no multiple of {second} = {shared}")
 
 
 def _check_positive(value: Any, name: str, where: str) -> None:

@@ -252,7 +252,7 @@ def _memory_options(folder: str, offload_folder: str | os.PathLike | None) -> di
 
 
 def _explain(error: Exception, folder: str, gguf: str | None) -> str:
-    """One line about an error; of a GGUF file with what it most often means, of a hub id that there is no such folder."""
+    """One line about an error: of a GGUF file with what it most often means, of a hub id with what is not here."""
     line = explain(error)
     if gguf is None and not Path(folder).is_dir():
         return f"there is no such folder, and the hub did not give it: {line}"
