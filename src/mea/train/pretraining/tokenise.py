@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -47,7 +48,8 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 def prepare(data: DataSettings, cache: str | Path, progress: Progress | None = None) -> Path:
     """Tokenise a data set unless that is done; return the folder of its shards inside `cache`.
 
-    After an interruption it goes on after the last complete shard.
+    After an interruption it goes on after the last complete shard. While another process tokenises the same data, this
+    one waits for it.
 
     Raises
     ------
@@ -58,8 +60,19 @@ def prepare(data: DataSettings, cache: str | Path, progress: Progress | None = N
     if (folder / "manifest.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(data, folder)
-    _tokenise(data, tokenizer, folder, progress)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if progress:
+            progress("waiting for another process that tokenises this text", 0, 1)
+        lock.acquire()
+    try:
+        if not (folder / "manifest.json").is_file():
+            _tokenise(data, _tokenizer(data, folder), folder, progress)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
     return folder
 
 
