@@ -147,6 +147,8 @@ def test_attention_that_would_convert_wrongly_is_refused(part: str) -> None:
     config = LlamaConfig(**{part: 30.0})
     with pytest.raises(ValueError, match=f"cannot compress a llama with {part}=30"):
         check_supported(config)
+    with pytest.raises(ValueError, match="quantised weights; give the model that it was made from"):
+        check_supported(LlamaConfig(quantization_config={"quant_method": "fp8"}))
     check_supported(LlamaConfig())
 
 

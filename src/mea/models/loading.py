@@ -172,13 +172,16 @@ def check_supported(config: Any) -> None:
     Raises
     ------
     ValueError
-        The architecture is not supported, the model is already compressed, or its attention has an unsupported feature.
+        The architecture is not supported, the model is already compressed, its weights are quantised, or its attention
+        has an unsupported feature.
     """
     kind = config.model_type
     if kind.startswith(MODEL_TYPE_PREFIX) and kind.removeprefix(MODEL_TYPE_PREFIX) in SUPPORTED:
         raise ValueError("this model's cache is compressed already; compress the original to another budget instead")
     if kind not in SUPPORTED:
         raise ValueError(f"cannot compress the architecture {kind!r}; supported: {', '.join(SUPPORTED)}")
+    if getattr(config, "quantization_config", None):
+        raise ValueError("cannot compress a model with quantised weights; give the model that it was made from")
     for part in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, part, None):
             raise ValueError(f"cannot compress a {kind} with {part}={getattr(config, part)!r}")
