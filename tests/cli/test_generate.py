@@ -70,3 +70,29 @@ def test_over_a_quantised_cache(mea, models_):
     plain, stored = (mea("generate", models_["a"], *options, *more) for more in ((), ("--cache-bits", 4)))
     assert stored.exit_code == 0, stored.output
     assert stored.stdout == plain.stdout
+
+
+@pytest.mark.parametrize(
+    ("template", "error"),
+    [
+        ("{{ raise_exception('only for two') }}", "only for two"),
+        ("{% for m in messages %}", "TemplateSyntaxError"),
+        ("{{ messages[5].content.nothing }}", "UndefinedError"),
+        ("{{ 1 / 0 }}", "ZeroDivisionError"),
+        ("{{ range(10**12)|list }}", "OverflowError"),
+        ("{{ ''.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "RecursionError"),
+    ],
+)
+def test_a_chat_template_that_fails_is_one_line(loaded, template, error):
+    model, tokenizer = loaded
+    tokenizer.chat_template = template
+    with pytest.raises(ValueError, match=f"chat template fails .*{error}.*: continue text without it"):
+        continue_prompt(model, tokenizer, "w1", chat=True)
+
+
+def test_a_chat_template_is_used(loaded):
+    model, tokenizer = loaded
+    tokenizer.chat_template = "{% for m in messages %}w9 {{ m.content }}{% endfor %}"
+    plain = continue_prompt(model, tokenizer, "w9 w1", max_new_tokens=5)
+    assert continue_prompt(model, tokenizer, "w1", max_new_tokens=5, chat=True) == plain

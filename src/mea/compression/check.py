@@ -7,6 +7,8 @@
 Both run in fp32 on the first tokens of the calibration text, whatever the model's dtype.
 """
 
+import math
+
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -51,8 +53,8 @@ class SelfCheck:
             chosen.self_attn.reading = "materialised"
             self.chosen = chosen(self.chosen, **inputs.options)
         expected = at_once[0]
-        error = ((torch.cat(cached, dim=1) - expected).abs().max() / expected.abs().max()).item()
-        self.cached_error = max(self.cached_error, error)
+        error = (torch.cat(cached, dim=1) - expected).abs().max() / expected.abs().max().clamp_min(1e-30)
+        self.cached_error = max(error.nan_to_num(math.inf).item(), self.cached_error)
 
     def result(self) -> dict[str, float]:
         """The errors of both checks.

@@ -9,14 +9,23 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mea.compression.budget import Layout
-from mea.compression.calibrate.layerwise import AttentionPass, LayerInputs, LayerWalk, check_finite, run_layer
+from mea.compression.calibrate.layerwise import (
+    AttentionPass,
+    LayerInputs,
+    LayerWalk,
+    check_activations,
+    check_finite,
+    run_layer,
+)
 from mea.compression.calibrate.offload import resident
 from mea.compression.calibrate.score_sensitivity import ScoreMomentsSum
 from mea.compression.calibrate.statistics import AveragedValues, AveragedValuesSum, LayerStatistics, StatisticsSum
 from mea.compression.convert import latent_copy
 from mea.compression.methods.base import CalibratedLayer, Method
 from mea.compression.methods.factors import LayerFactors
+from mea.names import CODED_METHODS, listed
 
+CODED = listed(CODED_METHODS)
 ERROR_WINDOWS = 2  # calibration windows on which the error of a layer's output is measured
 
 
@@ -61,7 +70,7 @@ def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target
     Raises
     ------
     ValueError
-        Activations are not finite.
+        Activations or their moments are not finite, or a method cannot be fitted.
     """
     hidden = walk.embed(tokens).float()
     inputs = walk.inputs(tokens.shape[1])
@@ -70,7 +79,9 @@ def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target
         layer = resident(original)
         passes, statistics = _calibrate(layer, hidden, inputs[index], walk.rotations[index], needs_scores)
         hidden = torch.stack([window.layer_out for window in passes])
-        check_finite(hidden, index, "activations")
+        check_activations(hidden, index, layer)
+        for name in ("keys", "queries", "values"):
+            check_finite(getattr(statistics, name), index, f"second moments of {name}", layer)
         calibrated = _calibrated(layer, inputs[index], passes, statistics)
         fitted: list[FittedLayer] = []
         full_rank: dict[str, LayerFactors] = {}
@@ -79,12 +90,22 @@ def fit_layers(walk: LayerWalk, tokens: Int[Tensor, "n t"], targets: list[Target
             if ranks is None:
                 fitted.append(FittedLayer(index, layer, inputs[index], None, None, 0.0))
                 continue
-            factors = known(index) or method.fit(calibrated, ranks)
-            if method.label not in full_rank:
-                full_rank[method.label] = method.full_rank(statistics)
+            try:
+                factors = known(index) or _finite(method.fit(calibrated, ranks))
+                if method.label not in full_rank:
+                    full_rank[method.label] = _finite(method.full_rank(statistics))
+            except torch.linalg.LinAlgError as error:
+                raise ValueError(f"layer {index}: {method.label} cannot be fitted ({error}): give {CODED}") from error
             error = calibrated.error(factors)
             fitted.append(FittedLayer(index, layer, inputs[index], factors, full_rank[method.label], error))
         yield fitted
+
+
+def _finite(factors: LayerFactors) -> LayerFactors:
+    tensors = (*factors.keys, *factors.values, *([] if factors.output is None else [factors.output]))
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        raise torch.linalg.LinAlgError("its factors are not finite")
+    return factors
 
 
 def _calibrate(
@@ -136,4 +157,4 @@ def relative_output_error(layer: Any, factors: LayerFactors, inputs: LayerInputs
         true = layer.self_attn.o_proj(window.heads_out)
         error += ((output - true).square().sum(-1) * window.weight).sum().item()
         energy += (true.square().sum(-1) * window.weight).sum().item()
-    return error / energy
+    return error / energy if energy else float(error > 0)

@@ -24,7 +24,7 @@ from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.evaluate.speed import cache_size
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
-from mea.models.saving import check_output, model_card, save_folder
+from mea.models.saving import check_output, model_card, save_folder, writing
 from mea.records import Progress, make_record, mean_bits
 from mea.text import encode_text, load_text
 
@@ -32,7 +32,6 @@ MEASURED_TEXT = "wikitext-2-test"
 CACHE_TOKENS = 256
 
 
-# Over 60 lines with its arguments and their description; the body is one sequence of steps.
 def compress_to_folder(
     source: str,
     out: str | Path,
@@ -68,20 +67,36 @@ def compress_to_folder(
     Raises
     ------
     ValueError
-        An argument, the model or the text is unsuitable; raised before the weights are loaded if possible.
+        An argument, the model or the text is unsuitable; raised before the weights are loaded if possible. Or another
+        process writes the folder.
     OSError
         The result could not be written; no incomplete file is left.
     """
     out = Path(out)
     check_output(out)
+    work = out.with_name(out.name + ".partial")
+    options = CompressOptions.of(options, fields)
+    with writing(out, work, "layers/*.safetensors"):
+        return _compress_to_folder(source, out, work, options, dtype, measure_tokens, progress)
+
+
+def _compress_to_folder(
+    source: str,
+    out: Path,
+    work: Path,
+    options: CompressOptions,
+    dtype: str,
+    measure_tokens: int,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    check_output(out)  # another process may have written it meanwhile
     source_config = load_config(source)
     config = stock_config(source_config)
-    plan = make_plan(source_config, resolve_dtype(source_config, dtype).itemsize, CompressOptions.of(options, fields))
+    plan = make_plan(source_config, resolve_dtype(source_config, dtype).itemsize, options)
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, plan.calibration)
     # Before the work: an error if the text has fewer tokens.
     measured = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
-    work = out.with_name(out.name + ".partial")
     weights = f"{resolve_dtype(source_config, dtype)} {weights_fingerprint(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     # A model that is folded first must be in memory.
@@ -90,7 +105,11 @@ def compress_to_folder(
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
     walk = LayerWalk(model, tokens.shape[1])
-    result = run_plans(walk, tokens, [plan], store=store, progress=progress)[0]
+    try:
+        result = run_plans(walk, tokens, [plan], store=store, progress=progress)[0]
+    except ValueError:  # the same run would end here again, and another would be refused
+        shutil.rmtree(work, ignore_errors=True)
+        raise
     record = _measure(source, model, tokenizer, result, before, measured, progress)
     save_folder(out, work, result.model, tokenizer, _card(record), "compression.json", record)
     return record

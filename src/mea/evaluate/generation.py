@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
+from mea.models.gate import explain
 from mea.models.quantized_cache import QuantisedCache
 
 
@@ -60,8 +61,8 @@ def continue_prompt(
     Raises
     ------
     ValueError
-        An empty prompt, a prompt that leaves no room in the model's context, a tokenizer without a chat template, or
-        numbers out of range.
+        An empty prompt, a prompt that leaves no room in the model's context, a tokenizer without a chat template, a
+        template that fails, or numbers out of range.
     """
     if max_new_tokens < 1 or temperature < 0 or not 0 < top_p <= 1:
         raise ValueError(
@@ -105,4 +106,14 @@ def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("this model's tokenizer has no chat template: it continues text only")
     messages = [{"role": "user", "content": prompt}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    try:
+        return tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    except ImportError:
+        raise
+    except Exception as error:  # a template is a program that comes with the model, and can fail in any way
+        raise ValueError(
+            f"this model's chat template fails ({type(error).__name__}: {explain(error)}): continue text without it, "
+            "or correct the template"
+        ) from error

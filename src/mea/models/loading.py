@@ -6,9 +6,7 @@ Weights are read from safetensors (or GGUF) only, never unpickled, and no code t
 import copy
 import functools
 import hashlib
-import json
 import os
-import struct
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from mea.models.gate import check_folder, check_gguf, check_tokenizer, explain
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.names import DTYPES
 from mea.ops.precision import named_dtype
@@ -37,9 +36,12 @@ def load_config(source: str) -> Any:
     """
     folder, gguf = locate(source)
     try:
-        return _read(AutoConfig, folder, gguf)
+        config = _read(AutoConfig, folder, gguf)
+        if gguf is None:
+            return config
+        return type(config).from_dict(config.to_dict() | check_gguf(Path(folder, gguf))[1])
     except Exception as error:  # GGUF and JSON parsers raise many kinds of errors on damaged files
-        raise ValueError(f"cannot read the configuration of {source}: {_explain(error, gguf)}") from error
+        raise ValueError(f"cannot read the configuration of {source}: {_explain(error, folder, gguf)}") from error
 
 
 def load_tokenizer(source: str) -> Any:
@@ -50,11 +52,31 @@ def load_tokenizer(source: str) -> Any:
     ValueError
         There is no readable tokenizer.
     """
-    folder, gguf = locate(source)
+    return _read_tokenizer(source, *locate(source))
+
+
+def load_tokenizer_alone(source: str) -> Any:
+    """A tokenizer whose folder, if it is one, need not hold a model.
+
+    Raises
+    ------
+    ValueError
+        There is no readable tokenizer.
+    """
+    path = Path(source).expanduser()
+    if not path.is_dir() or (path / "config.json").is_file():
+        return load_tokenizer(source)
+    check_tokenizer(path)
+    return _read_tokenizer(source, str(path), None)
+
+
+def _read_tokenizer(source: str, folder: str, gguf: str | None) -> Any:
     try:
-        return _read(AutoTokenizer, folder, gguf)
+        tokenizer = _read(AutoTokenizer, folder, gguf)
+        tokenizer("a")  # wrong types in its settings show here
     except Exception as error:
-        raise ValueError(f"cannot read the tokenizer of {source}: {_explain(error, gguf)}") from error
+        raise ValueError(f"cannot read the tokenizer of {source}: {_explain(error, folder, gguf)}") from error
+    return tokenizer
 
 
 def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None) -> tuple[Any, Any]:
@@ -77,19 +99,18 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     """
     folder, gguf = locate(source)
     config, tokenizer = load_config(source), load_tokenizer(source)
-    options: dict[str, Any] = {"dtype": resolve_dtype(config, dtype)}
+    options: dict[str, Any] = {"dtype": resolve_dtype(config, dtype), "trust_remote_code": False}
     if gguf:
         options |= {"config": config, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     else:
         options |= {"use_safetensors": True} | _memory_options(folder, offload_folder)
+    options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` refuses them by name
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
-        raise ValueError(f"cannot load the weights of {source}: {_explain(error, gguf)}") from error
+        raise ValueError(f"cannot load the weights of {source}: {_explain(error, folder, gguf)}") from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{source} lacks {len(missing)} of the weights of a {config.model_type}, such as {missing[0]}")
+    _check_loaded(source, model, info)
     # A dequantised model is an ordinary model, and these entries cannot be saved.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
@@ -97,6 +118,36 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
         if hasattr(model, mark):
             delattr(model, mark)
     return model.eval(), tokenizer
+
+
+def _check_loaded(source: str, model: Any, info: dict[str, Any]) -> None:
+    """Refuse weights that are missing, left over, of another shape, or not finite.
+
+    Raises
+    ------
+    ValueError
+        The message names one of them.
+    """
+    kind = model.config.model_type
+    for name, stored, expected in sorted(info["mismatched_keys"]):
+        raise ValueError(
+            f"cannot load the weights of {source}: {name} is {list(stored)}, and by the configuration {list(expected)}"
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"{source} lacks {len(missing)} of the weights of a {kind}, such as {missing[0]}")
+    unused = sorted(name for name in info["unexpected_keys"] if name.endswith((".weight", ".bias")))
+    if unused:
+        raise ValueError(
+            f"{source} has {len(unused)} weights that a {kind} of its configuration has not, such as {unused[0]}: the "
+            "configuration belongs to another model"
+        )
+    for name, parameter in model.named_parameters():
+        if parameter.device.type != "meta" and not parameter.isfinite().all():
+            raise ValueError(
+                f"{source}: the weights in {name} are not all finite in {str(model.dtype).removeprefix('torch.')}; the "
+                "checkpoint is damaged, or needs a wider dtype"
+            )
 
 
 def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
@@ -121,13 +172,16 @@ def check_supported(config: Any) -> None:
     Raises
     ------
     ValueError
-        The architecture is not supported, the model is already compressed, or its attention has an unsupported feature.
+        The architecture is not supported, the model is already compressed, its weights are quantised, or its attention
+        has an unsupported feature.
     """
     kind = config.model_type
     if kind.startswith(MODEL_TYPE_PREFIX) and kind.removeprefix(MODEL_TYPE_PREFIX) in SUPPORTED:
         raise ValueError("this model's cache is compressed already; compress the original to another budget instead")
     if kind not in SUPPORTED:
         raise ValueError(f"cannot compress the architecture {kind!r}; supported: {', '.join(SUPPORTED)}")
+    if getattr(config, "quantization_config", None):
+        raise ValueError("cannot compress a model with quantised weights; give the model that it was made from")
     for part in ("attn_logit_softcapping", "use_bidirectional_attention"):
         if getattr(config, part, None):
             raise ValueError(f"cannot compress a {kind} with {part}={getattr(config, part)!r}")
@@ -148,32 +202,28 @@ def locate(source: str) -> tuple[str, str | None]:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{source} is not a GGUF file: it does not begin with 'GGUF'")
+        check_gguf(path)
         return str(path.parent), path.name
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ValueError(f"{source} holds no config.json: it is not a model folder")
-        shards = sorted(path.glob("*.safetensors"))
-        if not shards:
-            raise ValueError(f"{source} holds no .safetensors weights; other formats can run code and are not read")
-        for shard in [*_listed_shards(path), *shards]:
-            _check_shard(shard)
+        check_folder(path)
         return str(path), None
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise ValueError(f"{source} does not exist")
+    first = path.parts[0] if len(path.parts) > 1 else ""
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or (first and Path(first).is_dir()):
+        raise ValueError(f"{source} does not exist: there is no such folder or file")
     return source, None
 
 
 def _read(kind: Any, folder: str, gguf: str | None) -> Any:
     """A configuration or tokenizer; a GGUF file is parsed once until it changes, because parsing takes seconds."""
     if gguf is None:
-        return kind.from_pretrained(folder)
+        return kind.from_pretrained(folder, trust_remote_code=False)
     status = Path(folder, gguf).stat()
     return copy.deepcopy(_parse_gguf(kind, str(Path(folder).absolute()), gguf, status.st_size, status.st_mtime_ns))
 
 
 @functools.lru_cache(maxsize=8)
 def _parse_gguf(kind: Any, folder: str, gguf: str, _size: int, _changed: int) -> Any:
-    return kind.from_pretrained(folder, gguf_file=gguf)
+    return kind.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
 
 
 def weight_bytes(folder: str) -> int:
@@ -195,39 +245,6 @@ def weights_fingerprint(source: str) -> str:
     return mark.hexdigest()
 
 
-def _listed_shards(folder: Path) -> list[Path]:
-    """The files that a sharded checkpoint's index names."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return []
-    try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-        return [folder / name for name in sorted(names)]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} is damaged or incomplete ({error}); copy or download it again") from None
-
-
-def _check_shard(path: Path) -> None:
-    if not path.is_file():
-        raise ValueError(f"{path} is missing: the checkpoint is incomplete; copy or download it again")
-    size = path.stat().st_size
-    try:
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            if length > size:
-                raise ValueError("the header is cut short")
-            header = json.loads(file.read(length))
-        promised = (
-            8
-            + length
-            + max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        )
-        if promised != size:
-            raise ValueError(f"{size} bytes where its header promises {promised}")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged or incomplete ({error}); copy or download it again") from None
-
-
 def _memory_options(folder: str, offload_folder: str | os.PathLike | None) -> dict[str, Any]:
     needed, free = weight_bytes(folder), int(psutil.virtual_memory().available * MEMORY_SHARE)
     if needed <= free:
@@ -237,10 +254,11 @@ def _memory_options(folder: str, offload_folder: str | os.PathLike | None) -> di
     return {"device_map": "auto", "max_memory": {"cpu": free}, "offload_folder": str(offload_folder)}
 
 
-def _explain(error: Exception, gguf: str | None) -> str:
-    """The first line of an error; of parsing a GGUF file, with what it most often means."""
-    text = str(error).strip()
-    line = text.splitlines()[0] if text else type(error).__name__
+def _explain(error: Exception, folder: str, gguf: str | None) -> str:
+    """One line about an error: of a GGUF file with what it most often means, of a hub id with what is not here."""
+    line = explain(error)
+    if gguf is None and not Path(folder).is_dir():
+        return f"there is no such folder, and the hub did not give it: {line}"
     if gguf is None or isinstance(error, ImportError) or "support" in line:
         return line
     return f"{line}; the file is damaged or incomplete, copy or download it again"

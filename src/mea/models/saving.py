@@ -4,10 +4,11 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from mea.records import Record, write_record
@@ -64,6 +65,66 @@ def not_written(path: Path, error: Exception) -> OSError:
 
 
 @contextmanager
+def writing(out: Path, work: Path, kept: str) -> Iterator[None]:
+    """Hold an output folder for this process; a start that fails leaves nothing.
+
+    Under ``torchrun`` the first process holds it for all.
+
+    Parameters
+    ----------
+    out
+        The output folder. Its lock is a file beside it while it is held.
+    work
+        Folder of unfinished work. If it was empty or not there, and holds nothing of `kept` at the end of a failure, it
+        is removed. So are new folders above it that are empty.
+    kept
+        Pattern of the files or folders in `work` from which a run continues.
+
+    Raises
+    ------
+    ValueError
+        Another process writes the folder.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    out, work = out.absolute(), work.absolute()
+    made = [folder for folder in (out, *out.parents) if not folder.exists()]
+    new = not work.is_dir() or not any(work.iterdir())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise ValueError(
+            f"another process is writing {out}: wait until it has ended, or choose another folder"
+        ) from None
+    try:
+        yield
+    except BaseException:
+        if new and work.is_dir() and not any(work.glob(kept)):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)  # before the release: the next process makes its own
+        lock.release()
+        for folder in made:
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+
+
+def follow_umask(folder: Path) -> None:
+    """Give all files of a folder the mode of a new file: safetensors lets only their owner read them."""
+    probe = folder / ".mode"
+    probe.touch()
+    mode = probe.stat().st_mode
+    probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(mode)
+
+
+@contextmanager
 def complete_folder(out: Path, work: Path) -> Iterator[Path]:
     """A folder to fill that becomes `out` when the block ends, and is removed if it fails.
 
@@ -82,6 +143,7 @@ def complete_folder(out: Path, work: Path) -> Iterator[Path]:
     try:
         yield filling
         check_output(out)  # another run may have finished first
+        follow_umask(filling)
     except BaseException as error:
         shutil.rmtree(filling.parent, ignore_errors=True)
         if isinstance(error, OSError | SafetensorError):  # safetensors has its own error for a full disk

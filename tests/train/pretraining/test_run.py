@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from filelock import FileLock
 
 from mea.models.decoder import MeaForCausalLM
 from mea.records import read_record
@@ -18,6 +21,7 @@ from mea.train.checkpoints import MARK
 from mea.train.pretraining import run as pretraining
 from mea.train.pretraining.record import divergence_message
 from mea.train.pretraining.run import build_model, pretrain
+from mea.train.pretraining.tokenise import prepare
 from mea.train.pretraining.trainer import parameter_groups
 
 
@@ -108,6 +112,41 @@ def test_gradient_accumulation_changes_nothing_but_rounding(alone, settings, cac
 def test_other_settings_do_not_go_on_with_a_run(alone, settings, cache):
     with pytest.raises(ValueError, match=r"other settings \(optim.learning_rate\)"):
         pretrain(settings(optim={"learning_rate": 1.0}), alone[1], cache=cache)
+
+
+def test_the_second_writer_is_told_and_the_second_of_a_text_waits(settings, cache, tmp_path):
+    """The folder's lock is held through the run, and a lock on tokenised text is waited for."""
+    told = []
+
+    def second(what: str, done: int, total: int) -> None:
+        told.append(what)
+        if what.startswith("steps") and done == 3:
+            with pytest.raises(ValueError, match=r"another process is writing .*: wait until it has ended"):
+                pretrain(settings(), tmp_path / "run", cache=cache)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pretrain(settings(), tmp_path / "run", cache=cache, progress=second)
+    assert os.listdir(tmp_path) == [], "a start without a checkpoint leaves nothing"
+
+    data = settings().data
+    folder = prepare(data, tmp_path / "cache")
+    (folder / "manifest.json").unlink()
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    lock.acquire()
+    waiting = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(prepare, data, tmp_path / "cache", lambda what, *_: "waiting" in what and waiting.set())
+        assert waiting.wait(30)
+        lock.release()
+        assert other.result(30) == folder
+    assert os.listdir(tmp_path / "cache") == [folder.name]
+
+
+def test_the_model_has_the_mode_of_new_files(alone):
+    _, out = alone
+    modes = {path.stat().st_mode & 0o777 for path in (out / "model").iterdir()}
+    assert modes == {(out / "record.json").stat().st_mode & 0o777}
 
 
 def test_a_diverged_run_stops_and_says_so(settings, cache, tmp_path, monkeypatch):

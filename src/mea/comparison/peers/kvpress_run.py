@@ -39,7 +39,9 @@ def main(folder):
     request = json.loads((folder / "request.json").read_text())
     tokens = load_file(folder / "tokens.safetensors")["tokens"]
     dtype = getattr(torch, request["dtype"])
-    model = AutoModelForCausalLM.from_pretrained(request["model"], dtype=dtype, attn_implementation="sdpa").eval()
+    model = AutoModelForCausalLM.from_pretrained(
+        request["model"], dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+    ).eval()
     versions = {name: version(name) for name in ("kvpress", "transformers", "torch")}
     for number, run in enumerate(request["runs"]):
         try:

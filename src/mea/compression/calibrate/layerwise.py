@@ -112,16 +112,41 @@ def check_weights(model: Any) -> None:
                     raise ValueError(f"the weights in {name} are not all finite; the checkpoint is damaged")
 
 
-def check_finite(tensor: Tensor, index: int, what: str) -> None:
-    """Refuse a model that overflows.
+def check_finite(tensor: Tensor, index: int, what: str, layer: Any) -> None:
+    """Refuse a model that overflows, with the largest weight of layer `index`.
 
     Raises
     ------
     ValueError
-        A number of layer `index` is NaN or infinite.
+        A number is NaN or infinite.
     """
     if not tensor.isfinite().all():
-        raise ValueError(f"layer {index}: {what} are not finite on the calibration text; the model overflows")
+        raise ValueError(
+            f"layer {index}: {what} are not finite on the calibration text; the model overflows, and {_largest(layer)}"
+        )
+
+
+def check_activations(hidden: Float[Tensor, "n t D"], index: int, layer: Any) -> None:
+    """Refuse a model whose hidden states overflow, or their squares: a norm turns such states into zeros.
+
+    Raises
+    ------
+    ValueError
+        As `check_finite`.
+    """
+    check_finite(hidden.float().square().mean(-1), index, "activations", layer)
+
+
+def _largest(module: Any) -> str:
+    """The largest weight of a module, in words."""
+    sizes = {name: parameter.abs().max().item() for name, parameter in module.named_parameters()}
+    name = max(sizes, key=lambda name: sizes[name])
+    return f"its largest weight is {sizes[name]:.1e} in {name}"
+
+
+def _check_logits(logits: Tensor, head: Any) -> None:
+    if not logits.isfinite().all():
+        raise ValueError(f"lm_head: logits are not finite; the model overflows, and {_largest(head)}")
 
 
 @contextmanager
@@ -175,17 +200,33 @@ class LayerWalk:
 
     @torch.no_grad()
     def embed(self, tokens: Int[Tensor, "n t"]) -> Float[Tensor, "n t D"]:
-        """The input of the first layer: embeddings, scaled if the architecture scales them."""
+        """The input of the first layer: embeddings, scaled if the architecture scales them.
+
+        Raises
+        ------
+        ValueError
+            They overflow.
+        """
         hidden = []
         with _recording(self.model, "sdpa") as recorders:
             for window in tokens.split(1):
                 self.model.model(input_ids=window.to(self.model.device), use_cache=False)
                 hidden.append(recorders[0].hidden)
+        if not torch.cat(hidden).float().square().mean(-1).isfinite().all():
+            with align_module_device(self.model.model.embed_tokens):
+                largest = _largest(self.model.model.embed_tokens)
+            raise ValueError(f"embed_tokens: the embeddings overflow, and {largest}")
         return torch.cat(hidden)
 
     @torch.no_grad()
     def read_out(self, tokens: Int[Tensor, "1 t"], hidden: Float[Tensor, "n t D"]) -> Float[Tensor, "n t vocabulary"]:
-        """Logits in fp32 from the last layer's output; norm, output projection and scales are the model's own."""
+        """Logits in fp32 from the last layer's output; norm, output projection and scales are the model's own.
+
+        Raises
+        ------
+        ValueError
+            They overflow.
+        """
         model, decoder = self.model, self.model.model
         head, norm = model.lm_head, decoder.norm
         try:
@@ -194,6 +235,7 @@ class LayerWalk:
                 logits = []
                 for recorders[-1].replacement in hidden.split(1):
                     logits.append(model(input_ids=tokens.to(model.device), use_cache=False).logits)
+                    _check_logits(logits[-1], model.lm_head)
         finally:
             model.lm_head, decoder.norm = head, norm
         return torch.cat(logits)
@@ -204,6 +246,11 @@ class LayerWalk:
         """Gradients of the loss with respect to the last layer's output, for labels drawn from the model itself.
 
         The loss is summed over tokens, in nats.
+
+        Raises
+        ------
+        ValueError
+            Logits overflow.
         """
         model, decoder = self.model, self.model.model
         head, norm = model.lm_head, decoder.norm
@@ -217,6 +264,7 @@ class LayerWalk:
                         start = states.detach().requires_grad_()
                         recorders[-1].replacement = start
                         logits = model(input_ids=some.to(model.device), use_cache=False).logits[0].float()
+                        _check_logits(logits, model.lm_head)
                         probabilities = logits.detach().softmax(-1).cpu()
                         labels = torch.multinomial(probabilities, 1, generator=generator)[:, 0].to(logits.device)
                         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")

@@ -252,8 +252,8 @@ class AveragedValuesSum:
     def result(self) -> AveragedValues:
         """The moments so far, scaled so that the energy is 1."""
         c, m = self.output_weight.shape[:2]
-        shape = (c, m, self.gram.shape[1] // m)
+        shape, energy = (c, m, self.gram.shape[1] // m), self.energy or 1.0
         return AveragedValues(
-            (self.gram / self.energy).view(*shape, *shape[1:]), (self.target / self.energy).view(*shape, -1),
+            (self.gram / energy).view(*shape, *shape[1:]), (self.target / energy).view(*shape, -1),
             1.0, self.output_weight,
         )  # fmt: skip

@@ -1,6 +1,7 @@
 """Put codes into layers, and coded layers into a model; check the result."""
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -133,7 +134,8 @@ def _cached_error(attention: Any, arguments: dict[str, Any], inputs: LayerInputs
             "past_key_values": cache,
         }
         steps.append(attention(**arguments | step)[0])
-    return ((torch.cat(steps, 1) - at_once).abs().max() / at_once.abs().max().clamp_min(1e-30)).item()
+    error = (torch.cat(steps, 1) - at_once).abs().max() / at_once.abs().max().clamp_min(1e-30)
+    return error.nan_to_num(math.inf).item()  # NaN would be lost in a maximum
 
 
 def _copy(layer: Any, code: LayerCode, reading: str, rotary: Any) -> Any:

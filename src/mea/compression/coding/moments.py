@@ -17,7 +17,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, check_finite
+from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, check_activations, check_finite
 from mea.compression.calibrate.offload import resident
 from mea.records import Progress
 
@@ -126,7 +126,7 @@ def layer_moments(
                 hidden.append(
                     torch.cat([loaded(window, **inputs[index].without_cache) for window in hidden[-1].split(1)])
                 )
-                check_finite(hidden[-1], index, "activations")
+                check_activations(hidden[-1], index, loaded)
                 advance()
         gradient = walk.loss_gradients(rows, hidden.pop(), generator)
         for index in reversed(range(len(layers))):
@@ -137,15 +137,18 @@ def layer_moments(
                 before.append(parts[0])
                 sums[index].add(parts[1][first:], parts[2][first:], kept)
             gradient = torch.cat(before)
-            check_finite(gradient, index, "gradients")
+            check_finite(gradient, index, "gradients", loaded)
             advance()
     moments = [total.result(attention.head_dim) for total in sums]
     for index, found in enumerate(moments):
-        check_variety(found, resident(layers[index]).self_attn, index)
+        layer = resident(layers[index])
+        for name, moment in found.tensors().items():
+            check_finite(moment, index, f"moments of keys and values ({name})", layer)
+        check_variety(found, layer, index)
     return moments
 
 
-def check_variety(moments: LayerMoments, attention: Any, index: int) -> None:
+def check_variety(moments: LayerMoments, layer: Any, index: int) -> None:
     """Refuse moments whose covariance has a lower rank than the layer's own weights give.
 
     Raises
@@ -153,7 +156,10 @@ def check_variety(moments: LayerMoments, attention: Any, index: int) -> None:
     ValueError
         Directions that other texts use do not occur in the calibration text: they would be dropped.
     """
+    attention = layer.self_attn
     weight = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).double()
+    # A norm maps ones to its gain: channels of gain 0 reach neither keys nor values.
+    weight = weight * layer.input_layernorm(torch.ones_like(weight[:1])).double()
     possible = int(torch.linalg.matrix_rank(weight, rtol=1e-5)) if weight.any() else 0
     eigenvalues = torch.linalg.eigvalsh(moments.covariance)
     rank = int((eigenvalues > RANK * eigenvalues[-1].clamp_min(0)).sum()) if eigenvalues[-1] > 0 else 0

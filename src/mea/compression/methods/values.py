@@ -151,6 +151,7 @@ def _fit_output(
     right = torch.einsum("cian,cino->ciao", heads, averaged.target).reshape(c, m * d, width)
     ridge = RIDGE * gram.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
     start = original.transpose(2, 3).reshape(c, m * d, width)
+    ridge = torch.where(ridge > 0, ridge, 1)  # heads whose outputs are zero keep the original
     solved = torch.linalg.solve(gram + ridge * torch.eye(m * d, device=gram.device), right + ridge * start)
     return solved.view(c, m, d, width).transpose(2, 3)
 
@@ -164,7 +165,10 @@ def conjugate_gradients(normal: Callable[[Tensor], Tensor], right: Tensor, x: Te
         if energy <= floor:
             break
         image = normal(direction)
-        step = energy / (direction * image).sum()
+        curvature = (direction * image).sum()
+        if curvature <= 0:  # no direction left that matters
+            break
+        step = energy / curvature
         x, left = x + step * direction, left - step * image
         before, energy = energy, left.square().sum()
         direction = left + energy / before * direction

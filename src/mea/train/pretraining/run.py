@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 
 from mea.models.accounting import training_flops
 from mea.models.decoder import MeaForCausalLM
+from mea.models.saving import follow_umask, writing
 from mea.ops.precision import keep_freed_memory, peak_flops
 from mea.records import Progress, Record, write_record
 from mea.train.checkpoints import last_complete
@@ -59,13 +60,25 @@ def pretrain(
     Raises
     ------
     ValueError
-        `out` holds a run with other settings; data too short for a batch; damaged shards; a `start_from` that does not
-        fit the settings.
+        Another process writes `out`, or it holds a run with other settings; data too short for a batch; damaged shards;
+        a `start_from` that does not fit the settings.
     OSError
         The disk is full: the last complete checkpoint stays.
     """
-    keep_freed_memory()
     out = Path(out)
+    with writing(out, out, "checkpoint-*"):
+        return _pretrain(settings, out, cache, record, start_from, progress)
+
+
+def _pretrain(
+    settings: PretrainSettings,
+    out: Path,
+    cache: str | Path,
+    record: str | Path | None,
+    start_from: str | Path | None,
+    progress: Progress | None,
+) -> Record:
+    keep_freed_memory()
     out.mkdir(parents=True, exist_ok=True)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
@@ -87,6 +100,8 @@ def pretrain(
     if not stop.reason:
         trainer.save_model(str(out / "model"))  # with the tokenizer
         (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+        if args.should_save:
+            follow_umask(out / "model")
     if args.should_save:
         write_record(record or out / "record.json", result)
     return result

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from mea.models.loading import load_tokenizer_alone
 from mea.records import Progress, write_atomically
 from mea.train.pretraining.documents import documents, is_validation, source_files
 from mea.train.pretraining.settings import DataSettings
@@ -46,7 +48,8 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 def prepare(data: DataSettings, cache: str | Path, progress: Progress | None = None) -> Path:
     """Tokenise a data set unless that is done; return the folder of its shards inside `cache`.
 
-    After an interruption it goes on after the last complete shard.
+    After an interruption it goes on after the last complete shard. While another process tokenises the same data, this
+    one waits for it.
 
     Raises
     ------
@@ -57,14 +60,25 @@ def prepare(data: DataSettings, cache: str | Path, progress: Progress | None = N
     if (folder / "manifest.json").is_file():
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    tokenizer = _tokenizer(data, folder)
-    _tokenise(data, tokenizer, folder, progress)
+    lock = FileLock(folder.with_name(f".{folder.name}.lock"))
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        if progress:
+            progress("waiting for another process that tokenises this text", 0, 1)
+        lock.acquire()
+    try:
+        if not (folder / "manifest.json").is_file():
+            _tokenise(data, _tokenizer(data, folder), folder, progress)
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
     return folder
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder of shards."""
-    return AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+    return load_tokenizer_alone(str(Path(folder) / "tokenizer"))
 
 
 def _fingerprint(data: DataSettings) -> str:
@@ -85,7 +99,7 @@ def _tokenizer(data: DataSettings, folder: Path) -> PreTrainedTokenizerBase:
     path = folder / "tokenizer"
     if not path.is_dir():
         if data.tokenizer is not None:
-            tokenizer = AutoTokenizer.from_pretrained(data.tokenizer)
+            tokenizer = load_tokenizer_alone(data.tokenizer)
         else:
             tokenizer = train_tokenizer(_first(data), data.vocabulary)
         if tokenizer.eos_token_id is None:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
-from mea.models.saving import check_output, model_card, save_folder
+from mea.models.saving import check_output, model_card, save_folder, writing
 from mea.ops.precision import peak_flops
 from mea.records import Progress, Record, make_record, write_atomically
 from mea.text import encode_text, load_text
@@ -29,7 +29,6 @@ MEASURED_TEXT, MEASURED_WINDOW = "wikitext-2-test", 1024
 OF_PEAK = 0.4  # speed of a training step of a small model relative to one large matrix product
 
 
-# Over 60 lines with its arguments and their description; the body is one sequence of steps.
 def recover_to_folder(
     source: str,
     out: str | Path,
@@ -64,18 +63,35 @@ def recover_to_folder(
     Raises
     ------
     ValueError
-        An argument, a model or a text is unsuitable; raised before weights are loaded if possible.
+        An argument, a model or a text is unsuitable; raised before weights are loaded if possible. Or another process
+        writes the folder.
     DivergedError
         The loss is NaN or infinite.
     """
     out = Path(out)
+    check_output(out)
+    work = out.with_name(out.name + ".partial")
+    with writing(out, work, "stage-*/checkpoint-*"):
+        return _recover_to_folder(source, out, work, stages, texts, original, sharded, measure_tokens, progress)
+
+
+def _recover_to_folder(
+    source: str,
+    out: Path,
+    work: Path,
+    stages: Sequence[Recovery],
+    texts: Sequence[str],
+    original: str | None,
+    sharded: bool,
+    measure_tokens: int,
+    progress: Progress | None,
+) -> Record:
     config = _checked_config(source, out, original, stages, texts, sharded)
     first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
     tokenizer = load_tokenizer(source)
     # Before the work: an error if the text has fewer tokens.
     scored = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
     drawn = _drawn(tokenizer, texts, stages)
-    work = out.with_name(out.name + ".partial")
     _check_same_run(work, source, original, stages, drawn)
     shared = overlaps(texts, TESTED)
 

@@ -19,6 +19,7 @@ The weighting sets the weight of each attention score in these moments (`WEIGHTI
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from mea.compression.calibrate.rope_moments import average_over_phases, average_over_positions
@@ -64,7 +65,9 @@ def _by_sensitivity(statistics: LayerStatistics) -> Moments:
 
 
 def _trace(moment: Tensor) -> Tensor:
-    return moment.diagonal(dim1=-2, dim2=-1).sum()
+    """The trace, or 1 for a moment of zeros."""
+    trace = moment.diagonal(dim1=-2, dim2=-1).sum()
+    return torch.where(trace > 0, trace, 1)
 
 
 METHODS = tuple(

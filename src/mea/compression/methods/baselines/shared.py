@@ -35,7 +35,7 @@ def keys(statistics: LayerStatistics, rank: int, balance: float = 1.0) -> Factor
         ]
     )
     key_energy, value_energy = (
-        torch.trace(torch.block_diag(*weight) @ part)
+        torch.trace(torch.block_diag(*weight) @ part).clamp_min(torch.finfo(torch.float64).tiny)  # zeros have none
         for weight, part in ((metric, statistics.keys), (statistics.output, statistics.values))
     )
     weights = torch.cat([metric * balance / key_energy, statistics.output / value_energy])
