@@ -31,7 +31,7 @@ Frozen = Literal["no", "identity", "random"]
 
 # Fields of a configuration that follow from the variant and the tokenizer: `changes` cannot change them.
 SETTLED = {"attention", "attention_options", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
-STRICT = {
+TYPES = {
     int: Count,
     float: Positive,
     bool: StrictBool,
@@ -41,7 +41,7 @@ STRICT = {
 }
 ModelChanges = make_dataclass(
     "ModelChanges",
-    [(name, STRICT[kind] | None, None) for name, kind in MeaConfig.__annotations__.items() if name not in SETTLED],
+    [(name, TYPES[kind] | None, None) for name, kind in MeaConfig.__annotations__.items() if name not in SETTLED],
     namespace={"__pydantic_config__": CONFIG},
 )
 
@@ -175,8 +175,8 @@ class OptimSettings:
         if self.warmup_steps + self.decay_steps > self.steps:
             decay = f" and a decay of {self.decay_steps:,}" if self.decay_steps else ""
             raise ValueError(
-                f"a warm-up of {self.warmup_steps:,} steps{decay} is longer than the run of {self.steps:,} steps: lower "
-                "optim.warmup_tokens"
+                f"a warm-up of {self.warmup_steps:,} steps{decay} is longer than the run of {self.steps:,} steps: "
+                "lower optim.warmup_tokens"
             )
 
     @property
