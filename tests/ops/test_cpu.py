@@ -127,7 +127,7 @@ def test_few_bits_are_decoded_to_the_nearest_number(sizes, bits):
     b, g, n, block, width, group = sizes
     scales = (b, g, n, 1, width) if group is None else (b, g, n, block, width // group)
     codes = torch.randint(2**bits, (b, g, n, block, width)).to(torch.uint8)
-    step, low = torch.rand(scales).half(), torch.randn(scales).half()
+    step, low = torch.rand(scales).bfloat16(), torch.randn(scales).bfloat16()
     room = torch.zeros(b, n * block + 5, g, width + 3).bfloat16()
     out = room[:, 2:-3, :, :width].transpose(1, 2)
     cpu.decode(pack(codes, bits), step, low, out, bits, group)

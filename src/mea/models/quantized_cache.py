@@ -6,7 +6,7 @@ is complete, and keeps the first tokens as they are.
 
 Numbers that share a scale are one channel of a block of tokens (``"channel"``) or `group` neighbouring channels of one
 token (``"token"``), as in KIVI (arXiv 2402.02750). Each group stores its lowest number and the step between codes, in
-16 bits each.
+bfloat16 each: as wide in range as fp32, and exact for the lowest number of a bfloat16 cache.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import BFloat16, Float
 from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
@@ -120,10 +120,11 @@ class Store:
         dims = (4, 6)
         low, high = grouped.amin(dims, keepdim=True), grouped.amax(dims, keepdim=True)
         largest = 2**self.form.bits - 1
-        low = low.half()
-        # Encoding uses the rounded numbers of decoding; the wider step keeps the highest number within reach.
-        step = ((high - low.float()) * (1 + 2**-10) / largest).half().clamp_min(torch.finfo(torch.float16).tiny)
-        codes = ((grouped - low.float()) / step.float()).round_().clamp_(0, largest).to(torch.uint8)
+        # Encoding uses the rounded numbers of decoding; rounded outwards, they keep all numbers within reach.
+        low = _rounded(low, -torch.inf)
+        step = _rounded((high - low.float()) / largest, torch.inf)
+        codes = (grouped - low.float()) / torch.where(step > 0, step, 1).float()
+        codes = codes.round_().clamp_(0, largest).to(torch.uint8)
         new = {"codes": pack(codes.reshape(blocks.shape), self.form.bits), "step": step, "low": low}
         for name, tensor in new.items():
             old = getattr(self, name)
@@ -242,6 +243,13 @@ def check_uncompressed(config: Any) -> None:
             "the model's cache is compressed already, and cache bits are for uncompressed models: leave out cache "
             "bits, or for fewer bytes compress the original again with mea compress MODEL OUT --keep FRACTION"
         )
+
+
+def _rounded(x: Tensor, towards: float) -> BFloat16[Tensor, "..."]:
+    """In bfloat16, rounded up or down; what bfloat16 holds exactly stays as it is."""
+    nearest = x.bfloat16()
+    wrong = nearest.float() < x if towards > 0 else nearest.float() > x
+    return torch.where(wrong, nearest.nextafter(torch.full_like(nearest, towards)), nearest)
 
 
 def _largest_divisor(number: int, limit: int) -> int:

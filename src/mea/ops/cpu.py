@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import BFloat16, Float, Float16, Float32, Int, UInt8
+from jaxtyping import BFloat16, Float, Float32, Int, UInt8
 from torch import Tensor
 
 SOURCE = Path(__file__).with_name("latent_cpu.c")
@@ -107,8 +107,8 @@ def turned_scores(
 
 def decode(
     codes: UInt8[Tensor, "b g n block bytes"],
-    step: Float16[Tensor, "..."],
-    low: Float16[Tensor, "..."],
+    step: BFloat16[Tensor, "..."],
+    low: BFloat16[Tensor, "..."],
     out: Float[Tensor, "b g t width"],
     bits: int,
     group: int | None,

@@ -301,10 +301,10 @@ static inline __m512 codes16(const uint8_t *from, long bits, long rest) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(x));
 }
 
-/* low + code * step of blocks of tokens, to bf16. codes [b, g, n, block, bytes] are contiguous. `step` and `low`, in half
- * precision, hold a number for each channel of a block, or, if `group` is not 0, for each `group` channels (a multiple of
- * 16) of a token. Strides of out are those of sequence, head and token. */
-void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low, bf16 *out, const long *sizes,
+/* low + code * step of blocks of tokens, to bf16. codes [b, g, n, block, bytes] are contiguous. `step` and `low` hold a
+ * number for each channel of a block, or, if `group` is not 0, for each `group` channels (a multiple of 16) of a token.
+ * Strides of out are those of sequence, head and token. */
+void mea_decode(const uint8_t *codes, const bf16 *step, const bf16 *low, bf16 *out, const long *sizes,
                 const long *strides, int threads) {
     const long b = sizes[0], g = sizes[1], n = sizes[2], block = sizes[3], width = sizes[4], bits = sizes[5];
     const long group = sizes[6], bytes = (width * bits + 7) / 8;
@@ -318,14 +318,14 @@ void mea_decode(const uint8_t *codes, const uint16_t *step, const uint16_t *low,
             const __mmask16 mask = rest >= 16 ? 0xffff : (__mmask16)((1u << rest) - 1);
             __m512 s = _mm512_setzero_ps(), l = s;
             if (!group) {
-                s = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, step + task * width + c));
-                l = _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, low + task * width + c));
+                s = load_floats(step + task * width + c, mask);
+                l = load_floats(low + task * width + c, mask);
             }
             for (long t = 0; t < block; t++) {
                 if (group) {
                     const long place = (task * block + t) * (width / group) + c / group;
-                    s = _mm512_cvtph_ps(_mm256_set1_epi16((short)step[place]));
-                    l = _mm512_cvtph_ps(_mm256_set1_epi16((short)low[place]));
+                    s = _mm512_castsi512_ps(_mm512_set1_epi32((int)((uint32_t)step[place] << 16)));
+                    l = _mm512_castsi512_ps(_mm512_set1_epi32((int)((uint32_t)low[place] << 16)));
                 }
                 const __m512 x = _mm512_fmadd_ps(codes16(from + t * bytes + c * bits / 8, bits, rest), s, l);
                 _mm256_mask_storeu_epi16(to + t * strides[2] + c, mask, (__m256i)_mm512_cvtneps_pbh(x));

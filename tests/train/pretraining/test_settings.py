@@ -1,10 +1,16 @@
 """Settings are read strictly: what is wrong is said before any work, with the nearest thing that is right."""
 
+from datetime import date
+
 import pytest
 
 from mea.train.pretraining.settings import read_settings, settings_from
 
 GOOD = {"data": {"files": ["a.txt"]}}
+
+
+def changes(variant="mea", **fields):
+    return {**GOOD, "model": {"variant": variant, "changes": fields}}
 
 
 def test_a_file_holds_what_differs_from_the_defaults(tmp_path):
@@ -36,6 +42,29 @@ def test_a_file_holds_what_differs_from_the_defaults(tmp_path):
         ({**GOOD, "run": {"fold_at": 2}}, "run.fold_at must be less than 1, not 2"),
         ({**GOOD, "run": {"fold_at": 0.5, "shard": True}}, "does not go with run.shard"),
         ({**GOOD, "run": []}, r"\[run\] must be a table"),
+        ({**GOOD, "run": {"seed": -1}}, "run.seed must be greater than or equal to 0, not -1"),
+        ({**GOOD, "run": {"micro_batch_rows": 0}}, "run.micro_batch_rows must be greater than or equal to 1, not 0"),
+        (
+            {**GOOD, "optim": {"warmup_tokens": 3_002_368}},
+            "warm-up of 1,466 steps is longer than the run of 1,464 steps",
+        ),
+        (
+            {**GOOD, "optim": {"schedule": "wsd", "warmup_tokens": 2_500_000}},
+            "warm-up of 1,220 steps and a decay of 293 is longer than the run",
+        ),
+        ({**GOOD, "labels": {"day": date(2026, 1, 1)}}, "labels.day: input was not a valid JSON value"),
+        ({"data": {"files": "a.txt", "separator": ""}}, "data.separator: String should have at least 1 character"),
+        (changes(hidden_size=0), "model.changes.hidden_size must be greater than or equal to 1, not 0"),
+        (changes(hidden_size="wide"), "model.changes.hidden_size must be a valid integer, not 'wide'"),
+        (changes(hiden_size=64), r"\[model.changes\] has no 'hiden_size'.*did you mean 'hidden_size'"),
+        (changes(vocab_size=64), r"\[model.changes\] has no 'vocab_size'"),
+        (changes(num_hidden_layers=-1), "model.changes.num_hidden_layers must be greater than or equal to 1, not -1"),
+        (changes(num_attention_heads=7), r"\[model\]: num_kv_heads \(4\) must divide num_heads \(7\)"),
+        (changes(head_dim=7), r"\[model\]"),
+        (changes(hidden_act="step"), r"\[model\] .* cannot be built: KeyError: 'step'"),
+        (changes(rope_parameters={"rope_theta": "far"}), r"\[model\]: could not convert .* 'far'"),
+        (changes(intermediate_size=8, variant="differential_v2"), r"\[model\] .* cannot be built"),
+        ({**GOOD, "model": {"attention_options": {"norm": 1}}}, r"\[model\]: attention_options .* do not suit 'mea'"),
         ({**GOOD, "model": {"variant": "mae"}}, "no variant is called 'mae'.*[Dd]id you mean 'mea'"),
         (
             {"data": {"files": ["a.txt"], "vocabulary": 100}},

@@ -175,16 +175,45 @@ def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, runs, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("learning_rates = [1e-3, 1]", ""), "stage 1 lacks learning_rates"),
-        (("learning_rates = [1e-3, 1]", "rates = [1e-3, 1]"), "has rates, which are called learning_rates now"),
+        (("learning_rates = [1e-3, 1]", ""), r"sweep.toml: \[stage 1\] lacks learning_rates"),
+        (
+            ("learning_rates = [1e-3, 1]", "rates = [1e-3, 1]"),
+            r"\[stage 1\] has no 'rates'; known are arms, learning_rates",
+        ),
         (('arms = ["mea", "frozen"]', 'arms = ["mae"]'), "run mae-0.001-0: no variant is called 'mae'"),
         (("[[stage]]", "[[stages]]"), r"has no \[\[stage\]\]"),
+        (("[arms.frozen]", "[arms]"), "arms.model.variant must be a valid table"),
+        (('arms = ["mea", "frozen"]', "arms = 5"), "stage 1.arms must be a valid list, not 5"),
+        (("seeds = [0, 1]", "seeds = [0, -1]"), "stage 2.seeds 2 must be greater than or equal to 0, not -1"),
+        (("seeds = [0, 1]", "seeds = []"), "stage 2.seeds: .* at least 1 item"),
+        (("branch = 0.8", "branch = 7"), "stage 3.branch must be less than 1, not 7"),
+        (("branch = 0.8", "brunch = 0.8"), r"\[stage 3\] has no 'brunch'.*did you mean 'branch'"),
+        (("[data]", "keep = 2\n[data]"), "keep must be less than 1, not 2"),
+        (("[data]", "data = 3\n[optim]"), "data must be a valid table, not 3"),
+        (('change = {{ optim = {{ schedule = "cosine" }} }}', "change = 3"), "stage 3.change must be a valid table"),
+        (("learning_rates = [1e-3, 1]", "learning_rates = [1.0000001, 1]"), "would both be called mea-1-0"),
     ],
 )
 def test_a_sweep_file_that_is_wrong(tmp_path, change, message):
     path = tmp_path / "sweep.toml"
-    path.write_text(SWEEP.format(separator="x").replace(*change), encoding="utf-8")
+    path.write_text(SWEEP.replace(*change).format(separator="x"), encoding="utf-8")
     with pytest.raises(ValueError, match=message):
+        read_sweep(path)
+
+
+def test_one_stage_table_is_no_list_of_stages(tmp_path):
+    path = tmp_path / "sweep.toml"
+    path.write_text('[stage]\narms = ["mea"]', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"has no \[\[stage\]\]"):
+        read_sweep(path)
+
+
+@pytest.mark.parametrize("arm", ["../../x", "/x", "..", "a/b", "a\\\\b", ".hidden", "a\\u001bb", "x" * 101])
+def test_an_arm_names_no_file_elsewhere(tmp_path, arm):
+    path = tmp_path / "sweep.toml"
+    text = SWEEP.replace("arms.frozen", f'arms."{arm}"').replace('"frozen"', f'"{arm}"')
+    path.write_text(text.format(separator="x"), encoding="utf-8")
+    with pytest.raises(ValueError, match="an arm cannot be called"):
         read_sweep(path)
 
 

@@ -67,14 +67,14 @@ def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
     if changed:
         raise ValueError(f"a run cannot go on from {checkpoint} with another {', '.join(changed)}")
     step, optim = int(checkpoint.name.rpartition("-")[2]), settings.optim
-    decay = round(optim.decay_fraction * optim.steps) if optim.schedule == "wsd" else 0
+    before_decay = optim.steps - optim.decay_steps
     # Only wsd begins like a constant schedule, and with another end it would warm up from another learning rate.
     same = optim.schedule == "constant" or (optim.schedule == "wsd" and optim.final_fraction == 0)
-    if base["optim"]["schedule"] != "constant" or not same or step > optim.steps - decay:
+    if base["optim"]["schedule"] != "constant" or not same or step > before_decay:
         raise ValueError(
             f"a run that goes on from {checkpoint} needs its learning rate up to step {step}: go on from a run with "
             f"schedule = 'constant', with 'wsd', final_fraction = 0 and at least as many steps before the decay "
-            f"(here: {optim.schedule!r}, final_fraction {optim.final_fraction:g}, decay from {optim.steps - decay})"
+            f"(here: {optim.schedule!r}, final_fraction {optim.final_fraction:g}, decay from {before_decay})"
         )
     adopted, partial = out / checkpoint.name, out / "adopted.partial"
     shutil.rmtree(partial, ignore_errors=True)

@@ -5,13 +5,17 @@ import gzip
 import hashlib
 import io
 import lzma
-from collections.abc import Iterator
+import zlib
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mea.train.pretraining.settings import DataSettings
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 KINDS = {".txt": "text", ".md": "text", ".jsonl": "json", ".ndjson": "json", ".json": "json", ".parquet": "parquet"}
+# What readers raise on such files; StopIteration on an empty JSON file.
+DAMAGED = (EOFError, OSError, RuntimeError, StopIteration, ValueError, lzma.LZMAError, zlib.error)
 CHUNK = 1 << 20  # characters of text read at a time
 
 
@@ -63,21 +67,25 @@ def _kind(path: Path) -> str | None:
 
 def _from_file(path: Path, data: DataSettings) -> Iterator[str]:
     kind = _kind(path)
-    if kind != "text":
-        import datasets  # reads compressed JSON lines and Parquet row group by row group
+    assert kind is not None
+    items = _items(path, kind, data.separator)
+    return items if kind == "text" else _column(items, data.column, str(path))
 
-        assert kind is not None
-        rows = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
-        yield from _column(rows, data.column, str(path))
-        return
-    opener = OPENERS.get(path.suffix, open)
+
+def _items(path: Path, kind: str, separator: str | None) -> Iterator[Any]:
+    """Texts of a text file, rows of other files."""
     try:
-        with opener(path, "rt", encoding="utf-8") as file:
-            yield from _split(file, data.separator)
-    except (EOFError, UnicodeDecodeError, lzma.LZMAError, OSError) as error:
+        if kind == "text":
+            with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+                yield from _split(file, separator)
+        else:
+            import datasets  # reads compressed JSON lines and Parquet row group by row group
+
+            yield from datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+    except DAMAGED as error:
         if getattr(error, "errno", None) is not None:  # the system's, not a decompressor's
             raise
-        raise ValueError(f"{path} is damaged, or not UTF-8 text: {error}") from error
+        raise ValueError(f"{path} is empty, damaged, or not UTF-8 {kind}: {error}") from error
 
 
 def _from_hub(data: DataSettings) -> Iterator[str]:
@@ -88,7 +96,7 @@ def _from_hub(data: DataSettings) -> Iterator[str]:
     yield from _column(rows, data.column, str(data.hub))
 
 
-def _column(rows, column: str, where: str) -> Iterator[str]:
+def _column(rows: Iterable[Any], column: str, where: str) -> Iterator[str]:
     for row in rows:
         if not isinstance(row.get(column), str):
             raise ValueError(f"{where}: no text in column {column!r}; there are {', '.join(map(str, row))}")

@@ -186,7 +186,7 @@ def _schedule(settings: PretrainSettings) -> tuple[str, dict[str, Any]]:
         "wsd": (
             "warmup_stable_decay",
             {
-                "num_decay_steps": max(1, round(optim.decay_fraction * optim.steps)),
+                "num_decay_steps": optim.decay_steps,
                 "min_lr_ratio": optim.final_fraction,
                 "decay_type": "linear",
             },

@@ -1,20 +1,49 @@
 """Settings of a pretraining run: frozen, checked, read from a TOML file that holds only what differs from defaults."""
 
 import tomllib
-from dataclasses import field
+from dataclasses import field, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import Field, StrictBool, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
 from mea.models.config import MeaConfig
+from mea.models.decoder import MeaDecoderLayer
 from mea.models.presets import preset
-from mea.train.settings import CONFIG, Count, Fraction, Names, NotNegative, Positive, build
+from mea.train.settings import (
+    CONFIG,
+    Count,
+    Fraction,
+    Names,
+    NotNegative,
+    Positive,
+    Seed,
+    Share,
+    Table,
+    build,
+)
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Precision = Literal["float32", "bfloat16"]
 Frozen = Literal["no", "identity", "random"]
+
+# Fields of a configuration that follow from the variant and the tokenizer: `changes` cannot change them.
+SETTLED = {"attention", "attention_options", "vocab_size", "pad_token_id", "bos_token_id", "eos_token_id"}
+TYPES = {
+    int: Count,
+    float: Positive,
+    bool: StrictBool,
+    str: StrictStr,
+    int | None: Count,
+    dict[str, Any] | None: Table,
+}
+ModelChanges = make_dataclass(
+    "ModelChanges",
+    [(name, TYPES[kind] | None, None) for name, kind in MeaConfig.__annotations__.items() if name not in SETTLED],
+    namespace={"__pydantic_config__": CONFIG},
+)
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -35,16 +64,17 @@ class ModelSettings:
 
     preset: StrictStr = "1m"
     variant: StrictStr = "mea"
-    changes: dict[str, Any] = field(default_factory=dict)
-    attention_options: dict[str, Any] = field(default_factory=dict)
+    changes: Table = field(default_factory=dict)
+    attention_options: Table = field(default_factory=dict)
     freeze_mixing: Frozen = "no"
 
     def __post_init__(self) -> None:
+        build(ModelChanges, self.changes, "model.changes")
         preset(self.preset, self.variant)
 
     def config(self, vocabulary: int, end: int, positions: int) -> MeaConfig:
         """The model's configuration for a tokenizer of `vocabulary` tokens and rows of `positions` tokens."""
-        changes = {"max_position_embeddings": positions, **self.changes}
+        changes: dict[str, Any] = {"max_position_embeddings": positions, **self.changes}
         special = {"vocab_size": vocabulary, "bos_token_id": None, "eos_token_id": end}
         config = preset(self.preset, self.variant, **changes, **special)
         init = {"identity": "identity", "random": "orthogonal"}.get(self.freeze_mixing)
@@ -88,11 +118,11 @@ class DataSettings:
     hub_split: StrictStr = "train"
     kind: Literal["text", "json", "parquet"] = "text"
     column: StrictStr = "text"
-    separator: StrictStr | None = None
+    separator: Annotated[StrictStr, Field(min_length=1)] | None = None
     tokenizer: StrictStr | None = None
     vocabulary: Annotated[StrictInt, Field(ge=257)] = 2048  # the 256 bytes and an end mark
     tokenizer_characters: Count = 20_000_000
-    validation_fraction: Annotated[float, Field(gt=0, lt=1, strict=True)] = 0.02
+    validation_fraction: Share = 0.02
     validation_tokens: Count = 65_536
     row: Annotated[StrictInt, Field(ge=2)] = 256
     shard_tokens: Count = 1 << 26
@@ -142,6 +172,12 @@ class OptimSettings:
     def __post_init__(self) -> None:
         if self.tokens < self.batch_tokens:
             raise ValueError(f"optim.tokens {self.tokens} are fewer than one batch of {self.batch_tokens}")
+        if self.warmup_steps + self.decay_steps > self.steps:
+            decay = f" and a decay of {self.decay_steps:,}" if self.decay_steps else ""
+            raise ValueError(
+                f"a warm-up of {self.warmup_steps:,} steps{decay} is longer than the run of {self.steps:,} steps: "
+                "lower optim.warmup_tokens"
+            )
 
     @property
     def steps(self) -> int:
@@ -152,6 +188,11 @@ class OptimSettings:
     def warmup_steps(self) -> int:
         """Steps over which the learning rate rises."""
         return self.warmup_tokens // self.batch_tokens
+
+    @property
+    def decay_steps(self) -> int:
+        """Steps at the end over which wsd lowers the learning rate."""
+        return max(1, round(self.decay_fraction * self.steps)) if self.schedule == "wsd" else 0
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -181,7 +222,7 @@ class RunSettings:
         A run has diverged when its mean loss over `DIVERGENCE_WINDOW` steps is this far above a uniform guess's.
     """
 
-    seed: StrictInt = 0
+    seed: Seed = 0
     micro_batch_rows: Count | None = None
     precision: Precision = "float32"
     compile: StrictBool = False
@@ -190,7 +231,7 @@ class RunSettings:
     log_every: Count = 1
     report_to: Names = ()
     shard: StrictBool = False
-    fold_at: Annotated[float, Field(gt=0, lt=1, strict=True)] | None = None
+    fold_at: Share | None = None
     divergence: Annotated[float, Field(strict=True)] = 0.5
 
     def __post_init__(self) -> None:
@@ -206,9 +247,10 @@ class PretrainSettings:
     model: ModelSettings = field(default_factory=ModelSettings)
     optim: OptimSettings = field(default_factory=OptimSettings)
     run: RunSettings = field(default_factory=RunSettings)
-    labels: dict[str, Any] = field(default_factory=dict)
+    labels: Table = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        _check_model(self.model, self.data)
         if self.optim.batch_tokens % self.data.row:
             raise ValueError(
                 f"optim.batch_tokens ({self.optim.batch_tokens}) must be a multiple of data.row ({self.data.row})"
@@ -218,6 +260,18 @@ class PretrainSettings:
     def rows_per_batch(self) -> int:
         """Rows of one optimiser step, over all processes."""
         return self.optim.batch_tokens // self.data.row
+
+
+def _check_model(model: ModelSettings, data: DataSettings) -> None:
+    """Build one layer without weights: sizes that do not fit each other end here, before anything is written."""
+    try:
+        config = model.config(data.vocabulary, 0, data.row)
+        with torch.device("meta"):
+            MeaDecoderLayer(config, 0)
+    except ValueError as error:
+        raise ValueError(f"[model]: {error}") from error
+    except (ArithmeticError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"[model] {model.changes} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def read_settings(path: str | Path) -> PretrainSettings:

@@ -4,13 +4,45 @@ import copy
 import hashlib
 import itertools
 import json
-from dataclasses import dataclass, replace
+import re
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass as checked
 
 from mea.train.pretraining.settings import read_toml, settings_from
+from mea.train.settings import CONFIG, Names, Positive, Seed, Share, Table, build
 
 Tables = dict[str, Any]
+# Names of arms become names of files and folders.
+NAME = re.compile(r"\w[\w .+-]{0,99}")
+
+
+@checked(frozen=True, config=CONFIG)
+class Stage:
+    """One ``[[stage]]`` of a sweep file; `read_sweep` explains the fields."""
+
+    arms: Annotated[Names, Field(min_length=1)]
+    learning_rates: Annotated[tuple[Positive, ...], Field(min_length=1)]
+    seeds: Annotated[tuple[Seed, ...], Field(min_length=1)]
+    branch: Share | None = None
+    change: dict[str, Table] = field(default_factory=dict)
+
+
+@checked(frozen=True, config=CONFIG)
+class SweepFile:
+    """A sweep file but for the tables of `PretrainSettings`, which are checked run by run."""
+
+    stage: Annotated[tuple[Stage, ...], Field(min_length=1)]
+    arms: dict[str, dict[str, Table]] = field(default_factory=dict)
+    keep: Share | None = None
+    data: Table = field(default_factory=dict)
+    model: Table = field(default_factory=dict)
+    optim: Table = field(default_factory=dict)
+    run: Table = field(default_factory=dict)
+    labels: Table = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -53,43 +85,49 @@ def read_sweep(path: str | Path, files: list[str] | None = None) -> list[SweepRu
     Raises
     ------
     ValueError
-        A table is missing, or a run's settings are not valid; the message names the run.
+        A table is missing or wrong, or a run's settings are not valid; the message names the run.
     """
-    tables = read_toml(path)
-    stages, arms, keep = tables.pop("stage", None), tables.pop("arms", {}), tables.pop("keep", None)
-    if not stages:
+    content = read_toml(path)
+    if not isinstance(content.get("stage"), list):
         raise ValueError(f"{path} has no [[stage]] with arms, learning_rates and seeds")
+    try:
+        sweep = build(SweepFile, content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    shared = {name: getattr(sweep, name) for name in ("data", "model", "optim", "run", "labels")}
     if files:
-        tables.setdefault("data", {})["files"] = files
+        shared["data"] = shared["data"] | {"files": files}
     runs: dict[str, SweepRun] = {}
-    for number, stage in enumerate(stages, 1):
-        if "rates" in stage:
-            raise ValueError(f"{path}: stage {number} has rates, which are called learning_rates now")
-        missing = [name for name in ("arms", "learning_rates", "seeds") if not stage.get(name)]
-        if missing:
-            raise ValueError(f"{path}: stage {number} lacks {', '.join(missing)}")
-        for seed, lr, arm in itertools.product(stage["seeds"], stage["learning_rates"], stage["arms"]):
-            run = _run(tables, arm, arms.get(arm, {"model": {"variant": arm}}), lr, seed, stage.get("change", {}))
-            run = replace(run, branch=stage.get("branch"), keep=keep)
+    for stage in sweep.stage:
+        for seed, lr, arm in itertools.product(stage.seeds, stage.learning_rates, stage.arms):
+            if not NAME.fullmatch(arm):
+                raise ValueError(
+                    f"{path}: an arm cannot be called {arm!r}: it names files, so that it may have up to 100 "
+                    "letters, digits, spaces and _ . + - and begins with a letter, digit or _"
+                )
+            tables = _tables(shared, arm, sweep.arms.get(arm, {"model": {"variant": arm}}), lr, seed, stage.change)
+            base = f"{arm}-{lr:g}-{seed}"
+            name = base + (f"-{_short(stage.change)}" if stage.change else "")
             try:
-                settings_from(run.tables)
+                settings_from(tables)
             except ValueError as error:
-                raise ValueError(f"{path}, run {run.name}: {error}") from error
-            runs.setdefault(run.name, run)
+                raise ValueError(f"{path}, run {name}: {error}") from error
+            run = runs.setdefault(name, SweepRun(name, tables, base, stage.branch, sweep.keep))
+            if run.tables != tables:
+                raise ValueError(f"{path}: two runs that differ would both be called {name}")
     return list(runs.values())
 
 
-def _run(shared: Tables, arm: str, arm_changes: Tables, lr: int | float, seed: int, stage_changes: Tables) -> SweepRun:
+def _tables(shared: Tables, arm: str, arm_changes: Tables, lr: float, seed: int, stage_changes: Tables) -> Tables:
+    """The settings of one run."""
     tables = copy.deepcopy(shared)
     for changes in (arm_changes, stage_changes):
         for table, values in changes.items():
             tables.setdefault(table, {}).update(copy.deepcopy(values))
-    tables.setdefault("optim", {})["learning_rate"] = float(lr)
-    tables.setdefault("run", {})["seed"] = seed
-    tables.setdefault("labels", {})["arm"] = arm
-    base = f"{arm}-{lr:g}-{seed}"
-    suffix = f"-{_short(stage_changes)}" if stage_changes else ""
-    return SweepRun(base + suffix, tables, base)
+    tables["optim"]["learning_rate"] = float(lr)
+    tables["run"]["seed"] = seed
+    tables["labels"]["arm"] = arm
+    return tables
 
 
 def _short(changes: Tables) -> str:
