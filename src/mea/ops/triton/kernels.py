@@ -1,4 +1,4 @@
-"""Triton kernels for the packed cache; `mea.ops.triton.packed` calls them and `mea.ops.triton.oracle` says what they compute.
+"""Triton kernels for the packed cache; `mea.ops.triton.packed` calls them, `mea.ops.triton.reference` defines results.
 
 A program of the two score kernels reads a block of `TOKENS` tokens: it stores the softmax of the block's scores and
 their log-sum-exp. A program of `average_codes` reads one group of components of many blocks and weighs each block by
@@ -28,7 +28,7 @@ CHANNELS = tl.constexpr(32)  # rotary frequencies of a tile of the mean
 @no_type_check
 def _block(start, stride_page, stride_token, begin, block, sequence, pages, page_count, read, T: tl.constexpr,
            PAGE: tl.constexpr):  # fmt: skip
-    """Address of a block of tokens: in one of the pages of a sequence, which hold whole blocks, or in one row of them."""
+    """Address of a block of tokens: in one of a sequence's pages, which hold whole blocks, or in a row of them."""
     first = (begin + block * T).to(tl.int64)
     if PAGE:
         page = tl.load(pages + sequence * page_count + first // PAGE, mask=read, other=0).to(tl.int64)
@@ -73,9 +73,15 @@ def _scale(scales, stride, index, read):
 @no_type_check
 def _angles(block_cos, block_sin, place_cos, place_sin, frequency, inside, half, T: tl.constexpr):
     """Cosines and sines ``[tokens, frequencies]``: the block's angle plus the place's."""
-    c, s = tl.load(block_cos + frequency, mask=inside, other=0.0), tl.load(block_sin + frequency, mask=inside, other=0.0)
+    c, s = (
+        tl.load(block_cos + frequency, mask=inside, other=0.0),
+        tl.load(block_sin + frequency, mask=inside, other=0.0),
+    )
     place = tl.arange(0, T)[:, None] * half + frequency[None, :]
-    cos, sin = tl.load(place_cos + place, mask=inside[None, :], other=0.0), tl.load(place_sin + place, mask=inside[None, :], other=0.0)
+    cos, sin = (
+        tl.load(place_cos + place, mask=inside[None, :], other=0.0),
+        tl.load(place_sin + place, mask=inside[None, :], other=0.0),
+    )
     return c[None, :] * cos - s[None, :] * sin, s[None, :] * cos + c[None, :] * sin
 
 
@@ -96,25 +102,28 @@ def _block_softmax(scores, token, row, reach, hidden, weights, log_sums, block, 
     here = sequence.to(tl.int64) * blocks
     slot = weights + (here * T + token)[:, None] * rows + row[None, :]
     tl.store(slot, weight / some[None, :], mask=(row < rows)[None, :] & (token >= 0)[:, None])
-    tl.store(log_sums + (here + block) * rows + row, tl.where(total > 0, best + tl.log(some), float("-inf")), mask=row < rows)
+    tl.store(
+        log_sums + (here + block) * rows + row, tl.where(total > 0, best + tl.log(some), float("-inf")), mask=row < rows
+    )
 
 
 @triton.jit
 @no_type_check
-def _add_pairs(scores, queries, codes, code_token, scales, scale_token, table, begin, end, read, row, inside_row, rows, plane, frequencies,
-               block_cos, block_sin, place_cos, place_sin, half,
+def _add_pairs(scores, queries, cache, table, begin, end, read, row, inside_row, rows, plane, frequencies, angles, half,
                BITS: tl.constexpr, T: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """Add the products of queries with the turned components of groups ``begin .. end - 1``, all of them of `BITS`."""
+    codes, code_token, scales, scale_token = cache
     for index in range(begin, end):
         byte, size, component, place = _group(table, index)
         low, step = _scale(scales, scale_token, place, read)
-        numbers = low[:, None] + step[:, None] * _unpack(codes, code_token, byte, size, read, PAIRS, BITS, ALIGN).to(tl.float32)
+        numbers = _unpack(codes, code_token, byte, size, read, PAIRS, BITS, ALIGN).to(tl.float32)
+        numbers = low[:, None] + step[:, None] * numbers
         re, im = tl.split(tl.reshape(numbers, [T, PAIRS // 2, 2]))
         pair = tl.arange(0, PAIRS // 2)
         inside = pair * 2 < size
         pair += component // 2
         frequency = tl.load(frequencies + pair, mask=inside, other=0)
-        cos, sin = _angles(block_cos, block_sin, place_cos, place_sin, frequency, inside, half, T)
+        cos, sin = _angles(angles[0], angles[1], angles[2], angles[3], frequency, inside, half, T)
         query, there = queries + pair[:, None] * rows + row[None, :], inside[:, None] & inside_row[None, :]
         scores = tl.dot((re * cos - im * sin).to(DOT), tl.load(query, mask=there, other=0.0), scores)
         scores = tl.dot((re * sin + im * cos).to(DOT), tl.load(query + plane, mask=there, other=0.0), scores)
@@ -129,7 +138,7 @@ def score_pairs(
     code_page, code_token, scale_page, scale_token, end_8, end_4, end_2,
     T: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr, HIDDEN: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
-    """Scores of absorbed queries with components of keys that turn by their position; grid ``(blocks, rows / R, b)``."""
+    """Scores of absorbed queries with key components that turn by their position; grid ``(blocks, rows / R, b)``."""
     block, sequence = tl.program_id(0), tl.program_id(2)
     token, row = block * T + tl.arange(0, T), tl.program_id(1) * R + tl.arange(0, R)
     inside_row = row < rows
@@ -151,30 +160,34 @@ def score_pairs(
         scores = tl.dot(sin, tl.load(query + half * rows, mask=there, other=0.0), scores, input_precision="tf32x3")
     plane = pairs * rows
     queries += sequence * 2 * plane
-    scores = _add_pairs(scores, queries, code_rows, code_token, scale_rows, scale_token, table, 0, end_8, read, row, inside_row, rows, plane, frequencies,
-                        block_cos, block_sin, place_cos, place_sin, half, 8, T, ALIGN, DOT)  # fmt: skip
-    scores = _add_pairs(scores, queries, code_rows, code_token, scale_rows, scale_token, table, end_8, end_4, read, row, inside_row, rows, plane, frequencies,
-                        block_cos, block_sin, place_cos, place_sin, half, 4, T, ALIGN, DOT)  # fmt: skip
-    scores = _add_pairs(scores, queries, code_rows, code_token, scale_rows, scale_token, table, end_4, end_2, read, row, inside_row, rows, plane, frequencies,
-                        block_cos, block_sin, place_cos, place_sin, half, 2, T, ALIGN, DOT)  # fmt: skip
-    _block_softmax(scores * scale, token, row, reach, hidden, weights, log_sums, block, sequence, n, rows, blocks, HIDDEN, T)
+    ends = (0, end_8, end_4, end_2)
+    cache, angles = (code_rows, code_token, scale_rows, scale_token), (block_cos, block_sin, place_cos, place_sin)
+    for tier in tl.static_range(3):
+        scores = _add_pairs(scores, queries, cache, table, ends[tier], ends[tier + 1], read, row, inside_row, rows,
+                            plane, frequencies, angles, half, 8 >> tier, T, ALIGN, DOT)  # fmt: skip
+    _block_softmax(
+        scores * scale, token, row, reach, hidden, weights, log_sums, block, sequence, n, rows, blocks, HIDDEN, T
+    )
 
 
 @triton.jit
 @no_type_check
-def _add_keys(x, y, codes, code_token, scales, scale_token, table, begin, end, read, decoder, sums, channel, inside, half,
+def _add_keys(x, y, cache, table, begin, end, read, decoder, sums, channel, inside, half,
               BITS: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr):  # fmt: skip
     """Add to both halves of a head's keys what groups ``begin .. end - 1``, all of them of `BITS`, give."""
+    codes, code_token, scales, scale_token = cache
     middle = (2**BITS - 1) / 2
     for index in range(begin, end):
         byte, size, component, place = _group(table, index)
         low, step = _scale(scales, scale_token, place, read)
         low = (low + step * middle)[:, None]
-        codes_here = (_unpack(codes, code_token, byte, size, read, REBUILT, BITS, ALIGN).to(tl.float32) - middle).to(DOT)
+        codes_here = (_unpack(codes, code_token, byte, size, read, REBUILT, BITS, ALIGN).to(tl.float32) - middle).to(
+            DOT
+        )
         number = tl.arange(0, REBUILT)
         part = decoder + (component + number)[:, None] * (2 * half) + channel[None, :]
         there = (number < size)[:, None] & inside[None, :]
-        total = sums + place * (2 * half) + channel
+        total = sums + index * (2 * half) + channel
         x += step[:, None] * tl.dot(codes_here, tl.load(part, mask=there, other=0.0))
         x += low * tl.load(total, mask=inside, other=0.0)[None, :]
         y += step[:, None] * tl.dot(codes_here, tl.load(part + half, mask=there, other=0.0))
@@ -186,7 +199,7 @@ def _add_keys(x, y, codes, code_token, scales, scale_token, table, begin, end, r
 @no_type_check
 def score_rebuilt(
     queries, decoder, sums, mean, codes, scales, pages, seen, hidden, block_cos, block_sin, place_cos, place_sin, table,
-    weights, log_sums, scale, begin, n, rows, head_rows, half, components, groups, blocks, page_count, angle_stride,
+    weights, log_sums, scale, begin, n, rows, head_rows, half, components, slices, blocks, page_count, angle_stride,
     code_page, code_token, scale_page, scale_token, end_8, end_4, end_2,
     T: tl.constexpr, R: tl.constexpr, HALF: tl.constexpr, PAGE: tl.constexpr, HIDDEN: tl.constexpr,
     ALIGN: tl.constexpr, DOT: tl.constexpr,
@@ -201,8 +214,9 @@ def score_rebuilt(
     read, some = token < stop, block * T < stop
     code_rows = _block(codes, code_page, code_token, begin, block, sequence, pages, page_count, some, T, PAGE)
     scale_rows = _block(scales, scale_page, scale_token, begin, block, sequence, pages, page_count, some, T, PAGE)
+    cache, ends = (code_rows, code_token, scale_rows, scale_token), (0, end_8, end_4, end_2)
     decoder += head * components * 2 * half
-    sums += head * groups * 2 * half
+    sums += head * slices * 2 * half
     mean += head * 2 * half
     queries += sequence * 2 * half * rows
     angle = sequence * angle_stride + block * half
@@ -212,28 +226,27 @@ def score_rebuilt(
         inside = channel < half
         x = tl.zeros([T, HALF], tl.float32) + tl.load(mean + channel, mask=inside, other=0.0)[None, :]
         y = tl.zeros([T, HALF], tl.float32) + tl.load(mean + half + channel, mask=inside, other=0.0)[None, :]
-        x, y = _add_keys(x, y, code_rows, code_token, scale_rows, scale_token, table, 0, end_8, read, decoder, sums, channel, inside, half,
-                         8, ALIGN, DOT)  # fmt: skip
-        x, y = _add_keys(x, y, code_rows, code_token, scale_rows, scale_token, table, end_8, end_4, read, decoder, sums, channel, inside, half,
-                         4, ALIGN, DOT)  # fmt: skip
-        x, y = _add_keys(x, y, code_rows, code_token, scale_rows, scale_token, table, end_4, end_2, read, decoder, sums, channel, inside, half,
-                         2, ALIGN, DOT)  # fmt: skip
+        for tier in tl.static_range(3):
+            x, y = _add_keys(x, y, cache, table, ends[tier], ends[tier + 1], read, decoder, sums, channel, inside,
+                             half, 8 >> tier, ALIGN, DOT)  # fmt: skip
         cos, sin = _angles(block_cos + angle, block_sin + angle, place_cos, place_sin, channel, inside, half, T)
         query, there = queries + channel[:, None] * rows + row[None, :], inside[:, None] & inside_row[None, :]
         scores = tl.dot(x * cos - y * sin, tl.load(query, mask=there, other=0.0), scores, input_precision="tf32x3")
         query += half * rows
         scores = tl.dot(y * cos + x * sin, tl.load(query, mask=there, other=0.0), scores, input_precision="tf32x3")
-    _block_softmax(scores * scale, token, row, reach, hidden, weights, log_sums, block, sequence, n, rows, blocks, HIDDEN, T)
+    _block_softmax(
+        scores * scale, token, row, reach, hidden, weights, log_sums, block, sequence, n, rows, blocks, HIDDEN, T
+    )
 
 
 @triton.jit
 @no_type_check
 def _average(
-    codes, scales, pages, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence, blocks, page_count,
-    code_page, code_token, scale_page, scale_token,
+    cache, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence, blocks,
     BITS: tl.constexpr, T: tl.constexpr, R: tl.constexpr, PAGE: tl.constexpr, ALIGN: tl.constexpr, DOT: tl.constexpr,
 ):  # fmt: skip
     """Weighted sums ``[rows, GROUP]`` of a group's components over blocks ``first .. last - 1``."""
+    codes, scales, pages, page_count, code_page, code_token, scale_page, scale_token = cache
     middle = (2**BITS - 1) / 2
     byte, size, _, place = _group(table, index)
     inside_row = row < rows
@@ -274,15 +287,16 @@ def average_codes(
     last = tl.minimum(first + per_split, blocks)
     bits, size, component = (tl.load(table + index * COLUMNS + 4), tl.load(table + index * COLUMNS + 1),
                              tl.load(table + index * COLUMNS + 2))  # fmt: skip
+    cache = (codes, scales, pages, page_count, code_page, code_token, scale_page, scale_token)
     if bits == 8:
-        total = _average(codes, scales, pages, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence,
-                         blocks, page_count, code_page, code_token, scale_page, scale_token, 8, T, R, PAGE, ALIGN, DOT)  # fmt: skip
+        total = _average(cache, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence,
+                         blocks, 8, T, R, PAGE, ALIGN, DOT)  # fmt: skip
     elif bits == 4:
-        total = _average(codes, scales, pages, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence,
-                         blocks, page_count, code_page, code_token, scale_page, scale_token, 4, T, R, PAGE, ALIGN, DOT)  # fmt: skip
+        total = _average(cache, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence,
+                         blocks, 4, T, R, PAGE, ALIGN, DOT)  # fmt: skip
     else:
-        total = _average(codes, scales, pages, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence,
-                         blocks, page_count, code_page, code_token, scale_page, scale_token, 2, T, R, PAGE, ALIGN, DOT)  # fmt: skip
+        total = _average(cache, weights, log_sums, log_sum, table, index, begin, n, first, last, row, rows, sequence,
+                         blocks, 2, T, R, PAGE, ALIGN, DOT)  # fmt: skip
     number = tl.arange(0, GROUP)
     out = averages + ((split * sequences + sequence).to(tl.int64) * rows + row)[:, None] * components
     tl.store(out + component + number[None, :], total, mask=(row < rows)[:, None] & (number < size)[None, :])

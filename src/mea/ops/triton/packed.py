@@ -56,10 +56,9 @@ class PackedReader:
         self.table, _ = _table(groups, 0, 128, key_mean.device)
         self.slices, self.ends = _table(groups, 2 * pairs or self.components, width.value, key_mean.device)
         if frequency is None:
-            g, d = key_mean.shape
             self.decoder = key_decoder.mT.to(DOT).contiguous()
-            parts = self.decoder.float().split([size for _, size in groups], 1)
-            self.sums = torch.stack([part.sum(1) for part in parts], 1) if parts else key_decoder.new_zeros(g, 0, d)
+            parts = [self.decoder[:, first : first + size].float() for _, size, first, *_ in self.slices.tolist()]
+            self.sums = torch.stack([part.sum(1) for part in parts], 1)
             self.mean = key_mean.float().contiguous()
         else:
             self.frequency = frequency.to(torch.int32).contiguous()
@@ -101,8 +100,9 @@ class PackedReader:
             turned = torch.stack([x, y], 1).permute(0, 1, 3, 2, 4).contiguous()
             kernels.score_rebuilt[blocks, heads * triton.cdiv(head_rows, tile), b](
                 turned, self.decoder, self.sums, self.mean, *common, weights, log_sums, scale, tokens.begin, n, rows,
-                head_rows, half, self.components, len(self.groups), blocks, page_count, angle_stride, *strides,
-                *self.ends, R=tile, HALF=min(CHANNELS, max(16, triton.next_power_of_2(half))), HIDDEN=hidden is not None, num_warps=8,
+                head_rows, half, self.components, len(self.slices), blocks, page_count, angle_stride, *strides,
+                *self.ends, R=tile, HALF=min(CHANNELS, max(16, triton.next_power_of_2(half))),
+                HIDDEN=hidden is not None, num_warps=8,
                 num_stages=1, **paging,
             )  # fmt: skip
         else:
@@ -125,7 +125,7 @@ class PackedReader:
         return averages.sum(0).view(b, h, q, -1), log_sum.view(b, h, q)
 
     def _absorbed(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries for turned components ``[b, 2, pairs, rows]``, and for the turns of the mean ``[b, 2, d / 2, rows]``."""
+        """Queries for turned components ``[b, 2, pairs, rows]``, and for the mean's turns ``[b, 2, d / 2, rows]``."""
         x, y = queries.chunk(2, -1)
         index = self.frequency.long()
         pairs = absorb(x[..., index], y[..., index], self.maps.key_decoder)
@@ -143,7 +143,9 @@ class PackedReader:
         if not 0 < n <= held - begin or begin < 0:
             raise ValueError(f"tokens {begin} to {begin + n} are not all in a cache of {held}")
         if tokens.pages is not None and (codes.shape[1] % kernels.TOKENS or begin % kernels.TOKENS):
-            raise ValueError(f"pages of {codes.shape[1]} tokens, read from token {begin}, have to hold whole blocks of 64")
+            raise ValueError(
+                f"pages of {codes.shape[1]} tokens, read from token {begin}, have to hold whole blocks of 64"
+            )
         if codes.shape[-1] < self.bytes or scales.shape[-1] != 2 * len(self.groups):
             raise ValueError(f"{codes.shape[-1]} bytes and {scales.shape[-1]} scales of a token are not {self.groups}")
         if codes.stride(-1) != 1 or scales.stride(-1) != 1:

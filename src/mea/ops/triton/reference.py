@@ -48,7 +48,7 @@ class CodedTokens(NamedTuple):
     ----------
     codes, scales
         ``[b, tokens, bytes]`` and ``[b, tokens, 2 * groups]``, the latter ``low, step`` of each group in bf16. With
-        `pages` they are ``[number of pages, tokens of a page, _]``, where the kernels need pages of 64, 128, ... tokens.
+        `pages` they are ``[number of pages, tokens of a page, _]``; the kernels need pages of 64, 128, ... tokens.
     hidden
         ``[b, n]``, not 0 where no query reads the token.
     seen
