@@ -9,6 +9,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an attempt to reach a hub fails 
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on processors
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast

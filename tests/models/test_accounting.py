@@ -1,13 +1,35 @@
 """Closed forms against counts of the real thing, and the presets' promise of equal parameters."""
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from mea.models.accounting import cache_bytes_per_token, decode_flops, parameters, training_flops
+from mea.models.accounting import (
+    GPUS,
+    LLAMAS,
+    Gpu,
+    Reading,
+    Shape,
+    cache_bytes_per_token,
+    decode_flops,
+    joint_reading,
+    parameters,
+    plain_reading,
+    predictive_reading,
+    step_seconds,
+    tokens_for_speedup,
+    tokens_that_fit,
+    training_flops,
+)
 from mea.models.config import MeaConfig
 from mea.models.decoder import MeaForCausalLM
 from mea.models.presets import SHAPES, VARIANTS, parameter_table, preset
+from mea.ops.codes import bits_per_token
+from mea.ops.triton import Angles, CodedTokens, reference
 
 # What the variants leave out: every option that changes a count.
 OTHERS = {
@@ -105,3 +127,58 @@ def test_wrong_names_get_a_hint():
         preset("30M")
     with pytest.raises(ValueError, match=r"no variant is called 'transfomer'.*did you mean 'transformer'"):
         preset("3m", "transfomer")
+
+
+SMALL_SHAPE = Shape("small", layers=2, heads=8, kv_heads=4, head_dim=16, parameters=1e6)
+
+
+def test_bytes_of_a_packed_token_are_those_of_its_codes():
+    """Components of one layer in chosen tiers, against the count of bits in storage."""
+    tiers = (64, 32, 16)
+    keep = bits_per_token(tiers) / (2 * 4 * 16 * 16)
+    reading = predictive_reading(SMALL_SHAPE, keep, sum(tiers) / 128, 64 / 128)
+    assert reading.stored == bits_per_token(tiers) / 8
+    assert joint_reading(SMALL_SHAPE, keep, sum(tiers) / 128).stored == reading.stored
+
+
+def test_products_of_reading_are_those_of_the_definition():
+    """Counted in PyTorch: scores and averages of one new token over many."""
+    shape, n = SMALL_SHAPE, 64
+    for paired in (True, False):
+        groups, r_k = [(8, 64), (4, 48)], 64
+        decoder = torch.zeros(4, r_k // 2, 2) if paired else torch.zeros(4, 16, 112)
+        frequency = torch.zeros(r_k // 2, dtype=torch.int32) if paired else None
+        tokens = CodedTokens(torch.zeros(1, n, 88, dtype=torch.uint8), torch.zeros(1, n, 4).bfloat16(), 0, n)
+        angle = torch.zeros(1, 1, 8), torch.zeros(1, 1, 8)
+        places = torch.zeros(64, 8), torch.zeros(64, 8)
+        maps = reference.Maps(groups, decoder, torch.zeros(4, 16), frequency)
+        with FlopCounterMode(display=False) as counter:
+            reference.read(maps, torch.zeros(1, 8, 1, 16), tokens, Angles(angle, places), 1.0)
+        reading = predictive_reading(shape, 0.2, 112 / 128, 0.5) if paired else joint_reading(shape, 0.2, 112 / 128)
+        assert counter.get_total_flops() == n * reading.products
+
+
+def test_a_reading_takes_as_long_as_its_slowest_part():
+    gpu = Gpu("some", memory=1e10, bandwidth=100.0, products=1000.0, vector=10.0)
+    assert (Reading(1, 200, 1000, 10).seconds(gpu), Reading(1, 200, 1000, 10).bound(gpu)) == (2.0, "memory")
+    assert Reading(1, 200, 3000, 10).bound(gpu) == "products"
+    assert Reading(1, 200, 3000, 40).bound(gpu) == "unpacking"
+
+
+@pytest.mark.parametrize("gpu", GPUS.values(), ids=list(GPUS))
+def test_a_step_is_faster_from_the_length_that_is_said(gpu):
+    shape = LLAMAS["8B"]
+    slow, fast = plain_reading(shape), plain_reading(shape, 4, 1)
+    tokens = round(tokens_for_speedup(shape, gpu, slow, fast, 1.2))
+    ratio = step_seconds(shape, gpu, slow, 1, tokens) / step_seconds(shape, gpu, fast, 1, tokens)
+    assert ratio == pytest.approx(1.2, rel=1e-3)
+    assert tokens_for_speedup(shape, gpu, fast, slow, 1.2) == float("inf")
+    assert tokens_that_fit(shape, gpu, fast) == pytest.approx(3.2 * tokens_that_fit(shape, gpu, slow))
+
+
+def test_the_tables_of_the_document_are_those_of_the_functions():
+    root = Path(__file__).parents[2]
+    run = subprocess.run(
+        [sys.executable, "scripts/roofline.py", "--check"], cwd=root, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr + run.stdout

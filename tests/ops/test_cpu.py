@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from mea.ops import cpu
+from mea.ops import cpu, triton
 from mea.ops.codes import pack
 from mea.ops.latent import materialise, read, rebuilt_scores, rotate
 
@@ -161,5 +161,12 @@ def test_a_compiler_that_fails_leaves_nothing_behind(fresh, tmp_path):
 
 
 def test_the_environment_can_switch_it_off(fresh):
-    fresh.setenv("MEA_NO_KERNEL", "1")
+    fresh.setenv("MEA_KERNELS", "reference")
     assert cpu.library() is None
+    assert not triton.usable()
+
+
+def test_a_misspelt_choice_is_refused(fresh):
+    fresh.setenv("MEA_KERNELS", "refrence")
+    with pytest.raises(ValueError, match="auto"):
+        cpu.library()

@@ -134,3 +134,132 @@ def _attention(config: MeaConfig, t: int, s: int) -> int:
         score, read = (2 * d if t == 1 else d), 2 * d
     mixing = 2 * 2 * h * h if config.attention == "talking_heads" else 0
     return t * s * (2 * query * (score + read) + mixing)
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a GPU does a second at most, from NVIDIA's data sheets (SXM boards, dense products)."""
+
+    name: str
+    memory: float  # bytes
+    bandwidth: float  # bytes a second
+    products: float  # operations of bf16 matrix products
+    vector: float  # fp32 or integer instructions of single lanes: half of the fp32 operations, a fused one being two
+
+
+GPUS = {
+    "H100": Gpu("H100", 80e9, 3.35e12, 989e12, 33.5e12),
+    "H200": Gpu("H200", 141e9, 4.8e12, 989e12, 33.5e12),
+    "B200": Gpu("B200", 180e9, 8e12, 2250e12, 37.5e12),
+}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What decides how fast a model decodes."""
+
+    name: str
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    parameters: float
+
+
+LLAMAS = {
+    "8B": Shape("Llama-3-8B", 32, 32, 8, 128, 8.03e9),  # arXiv 2407.21783, table 3
+    "70B": Shape("Llama-3-70B", 80, 64, 8, 128, 70.6e9),
+}
+
+# Lane instructions by which a kernel gets at a code: shift, mask, conversion to fp32, and either a fused multiply-add
+# or the conversion to bf16.
+UNPACK = 4
+# By which it turns a component: the token's angle from two angles (4 for a pair), the turn (4), conversion to bf16 (2).
+TURN = 5
+ROWS = 32  # queries that share what is unpacked: a tile of the Triton kernels
+CHUNK = 32  # of each half of a key, that the Triton kernel rebuilds at a time: it unpacks codes again for each
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one layer does for each token of its cache when one new token reads it; weights and outputs are not in it.
+
+    ``stored`` are the token's bytes in the cache, ``moved`` those that a reading moves, ``products`` operations of
+    matrix products, ``vector`` instructions of single lanes. Softmax is not counted, as above.
+    """
+
+    stored: int | float
+    moved: int | float
+    products: int | float
+    vector: int | float
+
+    def seconds(self, gpu: Gpu) -> float:
+        """At best: the three work at the same time, and the slowest of them takes all of it."""
+        return max(self._times(gpu).values())
+
+    def bound(self, gpu: Gpu) -> str:
+        """What takes the longest: ``memory``, ``products`` or ``unpacking``."""
+        times = self._times(gpu)
+        return max(times, key=lambda name: times[name])
+
+    def _times(self, gpu: Gpu) -> dict[str, float]:
+        return {
+            "memory": self.moved / gpu.bandwidth,
+            "products": self.products / gpu.products,
+            "unpacking": self.vector / gpu.vector,
+        }
+
+
+def plain_reading(shape: Shape, bits: int = 16, scale_bits: float = 0.0) -> Reading:
+    """A cache of keys and values with `bits` each and `scale_bits` for scales; below 16 they are unpacked once."""
+    numbers = 2 * shape.kv_heads * shape.head_dim
+    stored = numbers * (bits + scale_bits) / 8
+    return Reading(stored, stored, 4 * shape.heads * shape.head_dim, 0 if bits == 16 else UNPACK * numbers)
+
+
+def predictive_reading(shape: Shape, keep: float, components: float, keys: float) -> Reading:
+    """A packed cache of `keep` of the bytes of bf16, read by the Triton kernels.
+
+    `components` and `keys` are the numbers of all components and of those of keys, relative to keys and values
+    together. Codes of keys are read twice, and bf16 weights of all heads are written and read; caches on the chip are
+    taken to serve what further tiles of queries read.
+    """
+    numbers = 2 * shape.kv_heads * shape.head_dim
+    stored, r, r_k, h = 2 * keep * numbers, components * numbers, keys * numbers, shape.heads
+    moved = stored * (1 + keys / components) + 4 * h
+    products = 2 * h * (r_k + shape.head_dim) + 2 * h * r
+    return Reading(stored, moved, products, -(-h // ROWS) * (UNPACK * (r + r_k) + TURN * r_k))
+
+
+def joint_reading(shape: Shape, keep: float, components: float) -> Reading:
+    """As `predictive_reading`, with keys rebuilt from all components.
+
+    Each kv head's program unpacks all codes for every `CHUNK` channels of the halves of its keys; caches on the chip
+    are taken to serve all but the first reading.
+    """
+    numbers = 2 * shape.kv_heads * shape.head_dim
+    stored, r, h, d = 2 * keep * numbers, components * numbers, shape.heads, shape.kv_heads * shape.head_dim
+    products = 2 * r * d + 2 * h * shape.head_dim + 2 * h * r
+    times = shape.kv_heads * -(-shape.head_dim // (2 * CHUNK))
+    return Reading(stored, 2 * stored + 4 * h, products, UNPACK * r * (times + -(-h // ROWS)) + TURN * d)
+
+
+def step_seconds(shape: Shape, gpu: Gpu, reading: Reading, batch: int, context: int) -> float:
+    """One token for each of `batch` sequences after `context` tokens, at best: all weights in bf16, then the cache."""
+    weights = max(2 * shape.parameters / gpu.bandwidth, 2 * batch * shape.parameters / gpu.products)
+    return weights + shape.layers * batch * context * reading.seconds(gpu)
+
+
+def tokens_that_fit(shape: Shape, gpu: Gpu, reading: Reading) -> float:
+    """Cached tokens of all sequences together, beside weights in bf16 and a tenth of the memory for everything else."""
+    return max(0.0, (0.9 * gpu.memory - 2 * shape.parameters) / (shape.layers * reading.stored))
+
+
+def tokens_for_speedup(shape: Shape, gpu: Gpu, slow: Reading, fast: Reading, speedup: float) -> float:
+    """Cached tokens of all sequences together from which `fast` makes a step so many times faster; infinite if none do.
+
+    For batches small enough that weights are bound by memory.
+    """
+    weights = 2 * shape.parameters / gpu.bandwidth
+    gain = shape.layers * (slow.seconds(gpu) - speedup * fast.seconds(gpu))
+    return weights * (speedup - 1) / gain if gain > 0 else float("inf")

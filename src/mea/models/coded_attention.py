@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, StaticLayer
 
 from mea.models.packed_cache import Held, PackedLayer, packed_layer
 from mea.ops import cpu
+from mea.ops import triton as gpu
 from mea.ops.codes import wide
 from mea.ops.latent import key_positions, rotate
 
@@ -261,7 +262,15 @@ class CodedAttention(_Stock):
                 mask, cpu.Angles(angles[0], angles[1], exact), self.scaling,
             )[:, :, None]  # fmt: skip
         queries = self._turned(queries, position_embeddings)
-        average, weight = self._read_codes(queries, held, skip, stop - skip, hidden, oldest)
+        if self._gpu_fits(queries, held.codes):
+            step = (position_ids, total, skip, stop)
+            angles = self._shared(cache, "codes", step, lambda: self._angles(oldest, stop - skip))
+            mask = None if hidden is None else hidden[:, skip:].to(torch.uint8)
+            tokens = gpu.CodedTokens(held.codes, held.scales, skip, stop - skip, mask)
+            reader = self.code.reader(gpu.PackedReader)
+            average, weight = (x[:, :, 0] for x in reader.read(queries, tokens, gpu.Angles(*angles), self.scaling))
+        else:
+            average, weight = self._read_codes(queries, held, skip, stop - skip, hidden, oldest)
         if held.first is not None:
             keys, values = torch.cat([held.first_keys, keys], 2), torch.cat([held.first_values, values], 2)
         (b, h, _, d), g = queries.shape, keys.shape[1]
@@ -320,17 +329,27 @@ class CodedAttention(_Stock):
         return average / total.clamp_min(1e-30), (best + total.clamp_min(1e-30).log())[..., 0]
 
     def _kernel_fits(self, queries: Tensor, values: Tensor) -> bool:
-        kind, code = str(self.rotary.rope_type), self.code
-        # The kernel adds angles, which these scalings change with the length of the text.
-        if cpu is None or "dynamic" in kind or "longrope" in kind:
+        code = self.code
+        if cpu is None or not self._adds_angles():
             return False
         return code.value_decoder.dtype == values.dtype and cpu.codes_usable(queries[:, :, 0], code.groups)
 
+    def _gpu_fits(self, queries: Tensor, codes: Tensor) -> bool:
+        if gpu is None or not self._adds_angles() or not gpu.usable(queries, codes):
+            return False
+        return gpu.fits(self.code.groups, len(getattr(self.code, "frequency", ())))
+
+    def _adds_angles(self) -> bool:
+        """Whether angles of positions may be added, as kernels do: some scalings change them with the text's length."""
+        kind = str(self.rotary.rope_type)
+        return "dynamic" not in kind and "longrope" not in kind
+
     def _angles(self, position: Tensor, count: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Cosines and sines of the blocks of `count` tokens from `position` ``[b, 1]`` on, and of places in a block."""
-        half, like = self.head_dim // 2, torch.empty(0)
-        base = self._rotary_at(position + torch.arange(-(-count // BLOCK)) * BLOCK, like)
-        cos, sin = (x[0, :, :half] for x in self._rotary_at(torch.arange(BLOCK)[None], like))
+        half, device = self.head_dim // 2, position.device
+        like = torch.empty(0, device=device)
+        base = self._rotary_at(position + torch.arange(-(-count // BLOCK), device=device) * BLOCK, like)
+        cos, sin = (x[0, :, :half] for x in self._rotary_at(torch.arange(BLOCK, device=device)[None], like))
         factor = cos[0, 0]  # of attention scaling, which `base` has
         cut = [x[..., :half].contiguous() for x in base]
         return (cut[0], cut[1]), (cos / factor, sin / factor)

@@ -418,7 +418,7 @@ def modelling_source() -> str:
     shim = ["", "class Float:", '    """Stands for a tensor type that states a shape."""', ""]
     shim += ["    def __class_getitem__(cls, item):", "        return Tensor", "", ""]
     shim += ["Bool = Int = UInt8 = BFloat16 = Float", ""]
-    shim += ["cpu: Any = None  # the package's own kernel needs the package", "", ""]
+    shim += ["cpu: Any = None  # the package's own kernels need the package", "gpu: Any = None", "", ""]
     imports, bodies = zip(
         *map(_parts, (latent, cache_forms, codes, packed_cache, layer_code, coded_attention)), strict=True
     )

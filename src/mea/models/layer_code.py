@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mea.ops import triton as gpu
 from mea.ops.codes import Groups, code_bytes, from_codes, group_sizes, rounded, to_codes, wide
 from mea.ops.latent import rotate
 
@@ -35,7 +36,7 @@ class _Code(nn.Module):
         return kept[name][1]
 
     def reader(self, make: Callable[..., Any]) -> Any:
-        """A kernel's reader, `mea.ops.cpu.PackedReader`, of these maps; kept until they change."""
+        """A kernel's reader, a `PackedReader` of `mea.ops`, of these maps; kept until they change."""
         maps = (self.key_decoder, self.key_mean, self.value_decoder, self.value_mean)
         frequency = getattr(self, "frequency", None)
         return self.once("reader", lambda: make(self.groups, *maps, frequency), *maps)
@@ -93,9 +94,9 @@ class PredictiveCode(_Code):
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales ``[b, t, _]`` of keys before RoPE and values ``[b, g, t, d]``."""
         components = self.key_components(keys)
-        codes, scales = to_codes(components, self.keys_tiers)
+        codes, scales = _to_codes(components, self.keys_tiers)
         seen = from_codes(codes, scales, self.keys_tiers)
-        more, other = to_codes(self.rest_components(values, seen), self.rest_tiers)
+        more, other = _to_codes(self.rest_components(values, seen), self.rest_tiers)
         return torch.cat([codes, more], -1), torch.cat([scales, other], -1)
 
     def rounded(self, keys: Tensor, values: Tensor) -> Tensor:
@@ -204,7 +205,7 @@ class JointCode(_Code):
 
     def encode(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Codes and scales ``[b, t, _]`` of keys before RoPE and values ``[b, g, t, d]``."""
-        return to_codes(self.components(keys, values), self.tiers)
+        return _to_codes(self.components(keys, values), self.tiers)
 
     def rounded(self, keys: Tensor, values: Tensor) -> Tensor:
         """The components ``[b, t, r]`` as they are read; gradients pass through the rounding."""
@@ -233,6 +234,12 @@ class JointCode(_Code):
 
 
 CODES: dict[str, Any] = {code.reading: code for code in (PredictiveCode, JointCode)}
+
+
+def _to_codes(components: Tensor, tiers: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    if gpu is not None and components.dtype == torch.float32 and gpu.usable(components):
+        return gpu.to_codes(components, tiers)
+    return to_codes(components, tiers)
 
 
 def _flat(heads: Tensor, mean: Tensor) -> Tensor:

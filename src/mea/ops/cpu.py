@@ -3,7 +3,7 @@
 PyTorch's kernel converts a bf16 cache and multiplies at a fraction of what the processor can do, and gives one kv head
 to one core. The kernel is compiled when it is first wanted, once per version of its source and processor, into the
 user's cache folder (``$XDG_CACHE_HOME/mea``); where there is no compiler, or the processor lacks the instructions,
-`usable` is False and PyTorch's kernel reads the cache instead. ``MEA_NO_KERNEL=1`` switches it off.
+`usable` is False and PyTorch's kernel reads the cache instead. ``MEA_KERNELS=reference`` switches it off.
 """
 
 import ctypes
@@ -21,6 +21,8 @@ from typing import NamedTuple
 import torch
 from jaxtyping import BFloat16, Float, Float32, Int, UInt8
 from torch import Tensor
+
+from mea.ops import kernels_wanted
 
 SOURCE = Path(__file__).with_name("latent_cpu.c")
 FLAGS = ("-O3", "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512bf16", "-mavx512vnni", "-fopenmp", "-shared", "-fPIC")
@@ -340,7 +342,7 @@ def _present() -> ctypes.CDLL:
 @functools.cache
 def library() -> ctypes.CDLL | None:
     """The compiled kernel; None where it cannot be had, with a message in the log if only a compiler is missing."""
-    if os.environ.get("MEA_NO_KERNEL") or not _processor_has(FEATURES):
+    if not kernels_wanted() or not _processor_has(FEATURES):
         return None
     try:
         kernel = ctypes.CDLL(str(_compiled()))
