@@ -1,4 +1,4 @@
-"""Recover SmolLM2-135M at half of its cache from several starts, and the rows of the paper's second table, in small.
+"""Recover SmolLM2-135M from several starts, and the rows of the paper's second table, in small.
 
     python experiments/recovery/run.py uniform --text wiki.txt --text books.txt --text docstrings.txt
 
@@ -44,7 +44,7 @@ def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
     return {"method": method, "calibration": Calibration(tokens=tokens, copy_fraction=0.0), **options}
 
 
-SVD = {"method": "svd"}
+SVD, RANKED = {"method": "svd"}, {"method": "post_rope"}
 # name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
 ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "joint": (prose("joint"), stage("distill", SHORT, **NEAR)),
@@ -54,14 +54,14 @@ ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "gauge": ({"method": "gauge"}, like_default(SHORT)),
     "svd": (SVD, like_default(SHORT)),
     "sensitivity": (prose("post_rope", 65536, weighting="sensitivity", refine=2), stage("distill", SHORT)),
-    "mean": ({"refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
+    "mean": (RANKED | {"refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
     "uniform-million": ("uniform-refined", stage("distill", LONG, **SMALL_STEPS)),
     "sensitivity-million": ("sensitivity", stage("distill", LONG, **LONG_WINDOWS)),
     "sensitivity-small-steps": ("sensitivity", stage("distill", LONG, **SMALL_STEPS)),
     "mean-million": ("mean", like_default(LONG)),
     "joint-million": ("joint", stage("distill", LONG, **NEAR)),
-    "whole": ({"keep": 1.0}, like_default(SHORT)),
-    "default": ({}, like_default(SHORT)),
+    "whole": (RANKED | {"keep": 1.0}, like_default(SHORT)),
+    "default": (RANKED, like_default(SHORT)),
 }
 # The paper's second table: start -> how it is compressed, and the learning rate of its continued pretraining. All read
 # the same tokens; rows with recovery spend half of them on distillation.
@@ -70,8 +70,8 @@ TABLE_STARTS: dict[str, tuple[dict[str, Any] | str, float]] = {
     "svd-half": (SVD | {"layout": "half"}, 1e-3),
     "svd-deep": (SVD | {"layout": "deep"}, 1e-3),
     "svd-full": ("svd", 1e-3),
-    "default-half": ({"layout": "half"}, 5e-4),
-    "default-deep": ({"layout": "deep"}, 5e-4),
+    "default-half": (RANKED | {"layout": "half"}, 5e-4),
+    "default-deep": (RANKED | {"layout": "deep"}, 5e-4),
     "default-full": ("default", 5e-4),
 }
 for start, (how, lr) in TABLE_STARTS.items():
@@ -100,7 +100,7 @@ def main() -> None:
         begun = how if isinstance(how, str) else name
         start, out = options.work / f"{begun}-start", options.work / name
         if not start.is_dir():
-            compress_to_folder(source, start, dtype="float32", measure_tokens=0, **ROWS[begun][0])
+            compress_to_folder(source, start, measure_tokens=0, **{"dtype": "float32"} | ROWS[begun][0])
         if not out.is_dir():
             count = 0 if "-at-" in name else 20480
             made = recover_to_folder(
