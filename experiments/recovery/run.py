@@ -18,6 +18,7 @@ from mea.train.recovery.settings import Recovery, recovery
 
 HERE = Path(__file__).parent
 SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600
+PACKED, FEW = 102_400, 16_384  # of packed caches, and to try their rates
 SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "lr": 5e-4, "base_lr": 5e-4}
 NEAR: dict[str, Any] = {"lr": 3e-4, "base_lr": 3e-4}  # for a start near the original
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "lr": 7e-4, "base_lr": 7e-4}
@@ -44,6 +45,16 @@ def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
     return {"method": method, "calibration": Calibration(tokens=tokens, copy_fraction=0.0), **options}
 
 
+def packed(method: str, keep: float) -> dict[str, Any]:
+    """A packed cache as `experiments/coding` measures it."""
+    return {"method": method, "keep": keep, "dtype": "bfloat16"}
+
+
+def near_default(tokens: int, lr: float = 3e-4, **changes: Any) -> Recovery:
+    """The distillation of packed caches, which begin near the original."""
+    return stage("distill", tokens, copy_fraction=0.5, lr=lr, base_lr=lr, **changes)
+
+
 SVD, RANKED = {"method": "svd"}, {"method": "post_rope"}
 # name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
 ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
@@ -60,6 +71,8 @@ ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "sensitivity-small-steps": ("sensitivity", stage("distill", LONG, **SMALL_STEPS)),
     "mean-million": ("mean", like_default(LONG)),
     "joint-million": ("joint", stage("distill", LONG, **NEAR)),
+    "predictive": (packed("predictive", 0.2), near_default(PACKED)),
+    "predictive-14": (packed("predictive", 0.14), near_default(PACKED)),
     "whole": (RANKED | {"keep": 1.0}, like_default(SHORT)),
     "default": (RANKED, like_default(SHORT)),
 }
@@ -83,6 +96,8 @@ for start, (how, lr) in TABLE_STARTS.items():
 for start in ("whole", "svd-full"):
     for lr in (1e-4, 5e-4, 1e-3):
         ROWS[f"{start}-at-{lr:g}"] = (TABLE_STARTS[start][0], cpt(TRIED, lr, evaluations=1, checkpoints=1))
+for lr in (1e-4, 3e-4):
+    ROWS[f"predictive-at-{lr:g}"] = ("predictive", near_default(FEW, lr, evaluations=1, checkpoints=1))
 
 
 def main() -> None:
