@@ -1,4 +1,4 @@
-"""Recover SmolLM2-135M at half of its cache from several starts, and the rows of the paper's second table, in small.
+"""Recover SmolLM2-135M from several starts, and the rows of the paper's second table, in small.
 
     python experiments/recovery/run.py uniform --text wiki.txt --text books.txt --text docstrings.txt
 
@@ -18,6 +18,7 @@ from mea.train.recovery.settings import Recovery, recovery
 
 HERE = Path(__file__).parent
 SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600
+PACKED, FEW = 30_720, 16_384  # of packed caches, and to try their rates
 SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "lr": 5e-4, "base_lr": 5e-4}
 NEAR: dict[str, Any] = {"lr": 3e-4, "base_lr": 3e-4}  # for a start near the original
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "lr": 7e-4, "base_lr": 7e-4}
@@ -44,7 +45,18 @@ def prose(method: str, tokens: int = 16384, **options: Any) -> dict[str, Any]:
     return {"method": method, "calibration": Calibration(tokens=tokens, copy_fraction=0.0), **options}
 
 
-SVD = {"method": "svd"}
+def packed(method: str, keep: float) -> dict[str, Any]:
+    """A packed cache as `experiments/coding` measures it."""
+    return {"method": method, "keep": keep, "dtype": "bfloat16"}
+
+
+def near_default(tokens: int, lr: float = 3e-4, **changes: Any) -> Recovery:
+    """The distillation of packed caches, which begin near the original."""
+    scale: dict[str, Any] = {"copy_fraction": 0.5, "batch": 2, "micro_batch": 2, "evaluations": 2, "checkpoints": 3}
+    return stage("distill", tokens, lr=lr, base_lr=lr, **scale | changes)
+
+
+SVD, RANKED = {"method": "svd"}, {"method": "post_rope"}
 # name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
 ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "joint": (prose("joint"), stage("distill", SHORT, **NEAR)),
@@ -54,14 +66,16 @@ ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "gauge": ({"method": "gauge"}, like_default(SHORT)),
     "svd": (SVD, like_default(SHORT)),
     "sensitivity": (prose("post_rope:sensitivity", 65536, refine=2), stage("distill", SHORT)),
-    "mean": ({"refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
+    "mean": (RANKED | {"refine": 2, "calibration": Calibration(tokens=65536)}, like_default(SHORT)),
     "uniform-million": ("uniform-refined", stage("distill", LONG, **SMALL_STEPS)),
     "sensitivity-million": ("sensitivity", stage("distill", LONG, **LONG_WINDOWS)),
     "sensitivity-small-steps": ("sensitivity", stage("distill", LONG, **SMALL_STEPS)),
     "mean-million": ("mean", like_default(LONG)),
     "joint-million": ("joint", stage("distill", LONG, **NEAR)),
-    "whole": ({"keep": 1.0}, like_default(SHORT)),
-    "default": ({}, like_default(SHORT)),
+    "predictive": (packed("predictive", 0.2), near_default(PACKED)),
+    "predictive-14": (packed("predictive", 0.14), near_default(PACKED)),
+    "whole": (RANKED | {"keep": 1.0}, like_default(SHORT)),
+    "default": (RANKED, like_default(SHORT)),
 }
 # The paper's second table: start -> how it is compressed, and the learning rate of its continued pretraining. All read
 # the same tokens; rows with recovery spend half of them on distillation.
@@ -70,8 +84,8 @@ TABLE_STARTS: dict[str, tuple[dict[str, Any] | str, float]] = {
     "svd-half": (SVD | {"layout": "half"}, 1e-3),
     "svd-deep": (SVD | {"layout": "deep"}, 1e-3),
     "svd-full": ("svd", 1e-3),
-    "default-half": ({"layout": "half"}, 5e-4),
-    "default-deep": ({"layout": "deep"}, 5e-4),
+    "default-half": (RANKED | {"layout": "half"}, 5e-4),
+    "default-deep": (RANKED | {"layout": "deep"}, 5e-4),
     "default-full": ("default", 5e-4),
 }
 for start, (how, lr) in TABLE_STARTS.items():
@@ -83,6 +97,8 @@ for start, (how, lr) in TABLE_STARTS.items():
 for start in ("whole", "svd-full"):
     for lr in (1e-4, 5e-4, 1e-3):
         ROWS[f"{start}-at-{lr:g}"] = (TABLE_STARTS[start][0], cpt(TRIED, lr, evaluations=1, checkpoints=1))
+for lr in (1e-4, 3e-4):
+    ROWS[f"predictive-at-{lr:g}"] = ("predictive", near_default(FEW, lr, evaluations=1, checkpoints=1))
 
 
 def main() -> None:
@@ -100,7 +116,7 @@ def main() -> None:
         begun = how if isinstance(how, str) else name
         start, out = options.work / f"{begun}-start", options.work / name
         if not start.is_dir():
-            compress_to_folder(source, start, dtype="float32", measure_tokens=0, **ROWS[begun][0])
+            compress_to_folder(source, start, measure_tokens=0, **{"dtype": "float32"} | ROWS[begun][0])
         if not out.is_dir():
             count = 0 if "-at-" in name else 20480
             made = recover_to_folder(
