@@ -59,7 +59,7 @@ def near_default(tokens: int, lr: float = 3e-4, **changes: Any) -> Recovery:
 SVD, RANKED = {"method": "svd"}, {"method": "post_rope"}
 # name -> how it is compressed, or the row that has the same start; stages, each with the best state of the one before
 ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
-    "joint": (prose("joint"), stage("distill", SHORT, **NEAR)),
+    "joint": (prose("shared"), stage("distill", SHORT, **NEAR)),
     "uniform": (prose("post_rope:uniform"), stage("distill", SHORT)),
     "uniform-refined": (prose("post_rope:uniform", 32768, refine=2), stage("distill", SHORT)),
     "frequency": ({"method": "post_rope:frequency"}, like_default(SHORT)),

@@ -57,13 +57,16 @@ def compress(
         ),
     ] = 4096,
     dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
     seed: shared.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, its memory and its time.")] = False,
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
     from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
+    from mea.models.loading import use_device
     from mea.report.sections.compression import compression_table, plan_table
 
+    use_device(device)
     if method.partition(":")[0] in BASELINES:
         raise ValueError(
             f"{method} is a baseline, which mea compare measures: give {listed(CODED_METHODS)}, which lose far less at "

@@ -68,10 +68,13 @@ def evaluate(
         typer.Option(help="Tokens of a batch; by default determined while running.", rich_help_panel=shared.ADVANCED),
     ] = None,
     dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
 ) -> None:
     """Score a model on tasks or on long contexts, alone or item by item against another one."""
     from mea.evaluate.suites import LONG_CONTEXT
+    from mea.models.loading import use_device
 
+    use_device(device)
     tasks, folder = tuple(task or ()), None if data is None else str(data)
     long_only = {"--lengths": lengths, "--cache-bits": cache_bits, "--seed": seed or None}
     if suite == LONG_CONTEXT:

@@ -35,13 +35,15 @@ def generate(
     ] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of the sampling.", rich_help_panel="Sampling")] = 0,
     dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
     cache_bits: shared.CacheBits = None,
 ) -> None:
     """Continue a prompt, and print the text token by token."""
     from mea.evaluate.generation import continue_prompt
     from mea.evaluate.through_cache import check_cache_bits
-    from mea.models.loading import load
+    from mea.models.loading import load, use_device
 
+    use_device(device)
     for source in filter(None, (model, against)):
         check_cache_bits(source, cache_bits)
     for source in filter(None, (model, against)):

@@ -52,6 +52,13 @@ Dtype = Annotated[
         rich_help_panel=ADVANCED,
     ),
 ]
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto (the first GPU, or the processor where there is none), cpu, cuda or cuda:NUMBER.",
+        rich_help_panel=ADVANCED,
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Seed of the random choices.", rich_help_panel=ADVANCED)]
 CalibrationText = Annotated[
     str, typer.Option(help=f"Text to fit the factors on: {TEXT_HELP}", rich_help_panel=CALIBRATION)

