@@ -128,7 +128,7 @@ class FactorStore:
         """Tells a file from those of other layers and runs, and from a damaged one."""
         checksum = 0
         for name in sorted(tensors):
-            checksum = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy(), checksum)
+            checksum = zlib.crc32(tensors[name].cpu().flatten().view(torch.uint8).numpy().data, checksum)
         return f"{self.fingerprint} {kind} {index} {checksum:08x}"
 
     def _path(self, kind: str, index: int) -> Path:
