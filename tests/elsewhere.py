@@ -121,8 +121,8 @@ def main(method: str, folder: str) -> None:
             losses = token_losses(compressed, tokens.flatten(), 128)
             said[place] = torch.cat(words), losses, torch.tensor([value for _, value, _ in scores])
     for one, other in zip(*said.values(), strict=True):
-        # Attention is another kernel there: where sums differ in the last digit, a code may fall on the other side of an
-        # edge, by a step of 1/15 or 1/3 of a range in one component of one token.
+        # Attention is another kernel there: where sums differ in the last digit, a code may fall on the other side of
+        # an edge, by a step of 1/15 or 1/3 of a range in one component of one token.
         torch.testing.assert_close(one, other.cpu(), rtol=0, atol=0.05)
 
 

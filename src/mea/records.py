@@ -36,6 +36,7 @@ from typing import Any, Protocol, runtime_checkable
 
 FORMAT = 1
 PACKAGES = ("mea", "torch", "transformers", "safetensors", "accelerate", "numpy")
+LARGEST = 1e150  # of a number, so that its square is finite; nothing that is measured is as large
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "format": int,
     "kind": str,
@@ -256,8 +257,10 @@ def _validate_value(value: Any, name: str, where: str) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _validate_value(item, f"{name}[{index}]", where)
-    elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}: {name} is {value}")
+    elif isinstance(value, int | float) and not abs(value) <= LARGEST:
+        infinite = isinstance(value, float) and not math.isfinite(value)
+        what = value if infinite else "larger than any measurement"
+        raise ValueError(f"{where}: {name} is {what}")
     elif not isinstance(value, str | int | float | type(None)):
         raise ValueError(f"{where}: {name} is a {type(value).__name__}, which JSON does not have")
 

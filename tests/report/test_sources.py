@@ -83,6 +83,20 @@ def test_a_task_with_a_wrong_field(tmp_path):
     check(tmp_path, make_record("task", config, results=results), "results.main")
 
 
+@pytest.mark.parametrize("value", [7, {}, {"exact": []}, {"exact": [1.0], "choice": [None], "logprob": [0.0]}])
+def test_long_context_samples_of_a_wrong_shape(tmp_path, value):
+    samples = {"position": {"1024": [3.0]}, "needle": {"1024": value}}
+    check(tmp_path, make_record("long context", {}, results={"cells": []}, samples=samples), "samples.needle.1024")
+
+
+@pytest.mark.parametrize("value", [1e300, 10**400])
+def test_a_number_whose_square_is_infinite(tmp_path, value):
+    record = changed(sweep(seeds=1)[0], "results.validation_loss", value)
+    (tmp_path / "large.json").write_text(json.dumps(record))
+    with pytest.raises(ValueError, match=r"large.json: results.validation_loss is larger than any measurement"):
+        find_records([tmp_path])
+
+
 def check(folder, wrong, field):
     write_record(folder / "good.json", sweep(seeds=1)[1])
     write_record(folder / "wrong.json", wrong)

@@ -8,11 +8,12 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
 
 from mea.records import Progress
 
-output, errors = Console(), Console(stderr=True)
+# Without markup: brackets in names, paths and messages are no marks.
+output, errors = Console(markup=False), Console(stderr=True, markup=False)
 USER_ERROR = 2  # exit code of errors that the user can fix
 LINE_SECONDS = 15.0  # between two lines of progress if stderr is no terminal
 
@@ -28,7 +29,7 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return command(*args, **kwargs)
         except (ValueError, OSError, ImportError) as error:
-            errors.print(f"[bold red]error:[/] {escape(_one_line(error))}", soft_wrap=True, highlight=False)
+            errors.print(Text.assemble(("error: ", "bold red"), _one_line(error)), soft_wrap=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
             errors.print("interrupted")
@@ -52,7 +53,7 @@ def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Bars(*columns, TimeRemainingColumn(), console=errors) as bars:
         tasks: dict[str, Any] = {}
 
@@ -95,6 +96,9 @@ def _lines() -> Iterator[Progress]:
 
 
 def _one_line(error: Exception) -> str:
+    from mea.report.formatting import printable
+
+    text = str(error)
     if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+        text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return " ".join(printable(text).split()) or type(error).__name__

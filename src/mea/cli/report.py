@@ -31,7 +31,7 @@ def report(
     if out is None and markdown is None and csv is None:
         raise ValueError("nothing to write: give --out, --markdown or --csv")
     check_packages()
-    say = functools.partial(errors.print, soft_wrap=True, highlight=False, markup=False)
+    say = functools.partial(errors.print, soft_wrap=True, highlight=False)
     loaded = find_records(records, lambda message: say(f"left out: {message}"))
     sections = make_sections(loaded)
     written = []

@@ -29,9 +29,9 @@ def sweep(
     minutes: Annotated[
         float | None, typer.Option(help="Start no new run after this many minutes.", rich_help_panel=shared.WHAT)
     ] = None,
-    workers: Annotated[int, typer.Option(help="Parallel runs.", rich_help_panel=shared.ADVANCED)] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Parallel runs.", rich_help_panel=shared.ADVANCED)] = 1,
     attempts: Annotated[
-        int, typer.Option(help="Attempts at a run before it counts as failed.", rich_help_panel=shared.ADVANCED)
+        int, typer.Option(min=1, help="Attempts at a run before it counts as failed.", rich_help_panel=shared.ADVANCED)
     ] = 3,
     ray: Annotated[
         bool,
@@ -39,7 +39,7 @@ def sweep(
             "--ray", help="Run on the Ray cluster that this machine belongs to.", rich_help_panel=shared.ADVANCED
         ),
     ] = False,
-    gpus: Annotated[float, typer.Option(help="With --ray: GPUs of a run.", rich_help_panel=shared.ADVANCED)] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of a run.", rich_help_panel=shared.ADVANCED)] = 1,
 ) -> None:
     """Train variants at several learning rates and seeds; an interrupted sweep continues."""
     from mea.train.pretraining.sweep import on_ray

@@ -41,9 +41,9 @@ def with_error(value: float | int | None, error: float | int | None) -> str:
     if value is None:
         return ABSENT
     if not error:
-        return f"{value:,.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f"{value:z,.2f}" if abs(value) < 10 else f"{value:,.1f}" if abs(value) < 1000 else f"{value:,.0f}"
     digits = 0 if error >= 10 else 1 if error >= 0.3 else 2 if error >= 0.005 else 3
-    return f"{value:,.{digits}f} ± {error:,.{digits}f}"
+    return f"{value:z,.{digits}f} ± {error:,.{digits}f}"
 
 
 def learning_rate(value: float | int | None) -> str:

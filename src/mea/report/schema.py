@@ -5,7 +5,7 @@ A pair is a type and a default: such a field may be missing. Fields that are not
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, ConfigDict, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
 
 from mea.records import Record
 
@@ -25,6 +25,7 @@ def _same_length(samples: Any) -> Any:
 
 
 Interval = Annotated[list[float], AfterValidator(_two_ends)]  # empty where there is none
+Scores = Annotated[list[float], Field(min_length=1)]
 Curve = list[float | None]  # None where a value was not finite
 number, text = (float | None, None), (str | None, None)  # may be missing
 
@@ -145,7 +146,17 @@ def _long_context() -> Any:
     cell = fields(task=str, tokens=int, depth=float | None, chance=float, cache_bytes=float, items=(int, 0), **scores)
     stretch = fields(start=int, stop=int, perplexity=float, standard_error=float)
     results = fields(cells=list[cell], positions=(list[stretch] | None, None))
-    return record({"cache_bits": (int | None, None)}, results, dict[str, dict[str, Any]])
+    scored = fields(exact=Scores, choice=Scores, logprob=Scores)
+    by_length = dict[str, scored]
+
+    class Samples(BaseModel):
+        """Scores of every prompt: task -> length -> score."""
+
+        model_config = ConfigDict(strict=True, extra="allow")
+        __pydantic_extra__: dict[str, by_length]  # pyright: ignore[reportInvalidTypeForm]
+        position: Any = None
+
+    return record({"cache_bits": (int | None, None)}, results, Samples)
 
 
 def _paired_long_context() -> Any:

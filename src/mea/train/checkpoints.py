@@ -22,20 +22,23 @@ def mark_complete(folder: Path) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file is there as it was written."""
+    """Whether every file is there as it was written; a mark that names files elsewhere is none."""
     try:
         content = json.loads((folder / MARK).read_text(encoding="utf-8"))
         return bool(content) and all(
-            (folder / name).stat().st_size == size and checksum_of(folder / name) == checksum
+            (folder / name).resolve().is_relative_to(folder.resolve())
+            and (folder / name).stat().st_size == size
+            and checksum_of(folder / name) == checksum
             for name, (size, checksum) in content.items()
         )
-    except (OSError, ValueError):
+    except (AttributeError, OSError, TypeError, ValueError):  # no mark, or not one of ours
         return False
 
 
 def last_complete(run: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint that is complete, and the names of newer ones that are not; these are removed."""
-    newest_first = sorted(run.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
+    numbered = (path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdecimal())
+    newest_first = sorted(numbered, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
     incomplete: list[str] = []
     for folder in newest_first:
         if is_complete(folder):

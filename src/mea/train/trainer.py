@@ -1,7 +1,10 @@
 """The Hugging Face Trainer as recovery and pretraining share it."""
 
+import errno
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,12 @@ from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCall
 from transformers.distributed.checkpoint import load_optimizer_distributed, save_optimizer_distributed
 
 from mea.records import Progress
-from mea.train.checkpoints import mark_complete
+from mea.train.checkpoints import last_complete, mark_complete
 from mea.train.fsdp import full_state, load_full_state
 
 OPTIMIZER = "optimizer"  # folder of a sharded checkpoint for the moments
 SCHEDULER = "scheduler.pt"
+LITTLE_SPACE = 64 << 20  # bytes free below which torch's failed writes are put down to a full disk
 
 
 def training_arguments(folder: Path, *, steps: int, rows: int, micro_rows: int | None, **options: Any) -> Any:
@@ -57,6 +61,46 @@ def training_arguments(folder: Path, *, steps: int, rows: int, micro_rows: int |
     args.per_device_train_batch_size = micro
     args.gradient_accumulation_steps = rows // (micro * args.world_size)
     return args
+
+
+@contextmanager
+def disk_errors(run: Path) -> Iterator[None]:
+    """Say that the disk is full, and where the run in this folder goes on, whatever library failed to write.
+
+    Raises
+    ------
+    OSError
+        The disk is full: the last complete checkpoint stays.
+    """
+    try:
+        yield
+    except Exception as error:  # tokenizers raise no more specific one
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full and not (isinstance(error, RuntimeError) and shutil.disk_usage(run).free < LITTLE_SPACE):
+            raise
+        kept, _ = last_complete(run)
+        state = f"{kept.name} is complete; the run goes on from it" if kept else "no checkpoint was written yet"
+        raise OSError(errno.ENOSPC, f"no space left on the disk; {state}", str(run)) from error
+
+
+@contextmanager
+def readable(checkpoint: str | None) -> Iterator[None]:
+    """Say which checkpoint cannot be loaded, whatever a library raises.
+
+    Raises
+    ------
+    ValueError
+        Loading failed.
+    """
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # what is in a file decides what a reader raises
+        raise ValueError(
+            f"{checkpoint} cannot be read ({type(error).__name__}): other versions wrote it, or it was changed; only "
+            "tensors and numbers are ever loaded. Remove it to go on from the checkpoint before"
+        ) from error
 
 
 class BaseTrainer(Trainer):
@@ -111,10 +155,11 @@ class BaseTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if self.sharded:
-            load_full_state(self.model, load_file(Path(resume_from_checkpoint, "model.safetensors")))
-        else:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with readable(resume_from_checkpoint):
+            if self.sharded:
+                load_full_state(self.model, load_file(Path(resume_from_checkpoint, "model.safetensors")))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not self.sharded:
@@ -124,10 +169,15 @@ class BaseTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not self.sharded:
-            return super()._load_optimizer_and_scheduler(checkpoint)
-        load_optimizer_distributed(self.model, _unwrapped(self.optimizer), str(Path(checkpoint, OPTIMIZER)))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
+        with readable(checkpoint):
+            if checkpoint is None or not self.sharded:
+                return super()._load_optimizer_and_scheduler(checkpoint)
+            load_optimizer_distributed(self.model, _unwrapped(self.optimizer), str(Path(checkpoint, OPTIMIZER)))
+            self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER), weights_only=True))
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with readable(checkpoint):
+            super()._load_rng_state(checkpoint)
 
 
 class MarkCheckpoints(TrainerCallback):

@@ -9,11 +9,12 @@ from rich.console import Console
 
 from mea.records import make_record, write_record
 from mea.report import as_csv, find_records, make_sections, write_markdown, write_report
-from mea.report.formatting import with_interval
+from mea.report.formatting import with_error, with_interval
 from mea.report.parts import Figure, Part, Section, Table
 from mea.report.registry import REGISTRY
 from mea.report.render.markdown import END, FIGURES, START, table_markdown
 from mea.report.render.terminal import TerminalTable
+from mea.report.sections.scaling_fit import _only_interval
 from synthetic_runs import sweep
 
 SVG = '<svg role="img" viewBox="0 0 1 1"><path stroke="currentColor"/></svg>'
@@ -136,6 +137,12 @@ def test_records_are_found_below_and_once(run, tmp_path):
 )
 def test_intervals_in_words(arguments, text):
     assert with_interval(*arguments) == text
+
+
+def test_no_number_is_minus_zero():
+    assert with_error(-0.001, None) == "0.00"
+    assert with_error(-0.001, 0.5) == "0.0 ± 0.5"
+    assert _only_interval([-0.00001, 0.5]) == "+0.0000 to +0.5000"
 
 
 def test_an_empty_cell_stays_empty_in_a_line_that_stands_out():

@@ -7,7 +7,7 @@ import pytest
 
 from mea.report.sections import pretraining_curves as curves
 from mea.report.sections.pretraining import sections
-from mea.report.sections.scaling_fit import DECAY_RULES, best_arms, fit_parts
+from mea.report.sections.scaling_fit import DECAY_RULES, _sensitivity, best_arms, fit_parts
 from mea.scaling import FitSettings, fit_records
 from synthetic_runs import sweep, synthetic
 
@@ -144,6 +144,15 @@ def test_after_decay():
 def test_a_record_of_another_kind_is_refused(runs):
     with pytest.raises(ValueError, match="kind 'pretraining' holds no fits"):
         fit_parts(runs[0])
+
+
+def test_sensitivities_with_shared_intervals_share_the_highlight():
+    arms = [
+        {"arm": name, "sensitivity": value, "sensitivity_interval": ends, "sensitivity_lrs": [1e-3, 1e-2]}
+        for name, value, ends in (("a", 0.2, [0.1, 0.3]), ("b", 0.1, [0.05, 0.15]), ("c", 0.5, [0.4, 0.6]))
+    ]
+    part = _sensitivity({"arms": arms}, {})
+    assert table([part], "Sensitivity to the learning rate").best == (0, 1)
 
 
 def test_a_variant_whose_difference_may_be_zero_shares_the_lowest_loss(fit):

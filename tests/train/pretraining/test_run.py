@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 from filelock import FileLock
+from safetensors import SafetensorError
 
 from mea.models.decoder import MeaForCausalLM
 from mea.records import read_record
-from mea.train.checkpoints import MARK
+from mea.train.checkpoints import MARK, mark_complete
 from mea.train.pretraining import run as pretraining
 from mea.train.pretraining.record import divergence_message
 from mea.train.pretraining.run import build_model, pretrain
 from mea.train.pretraining.tokenise import prepare
 from mea.train.pretraining.trainer import parameter_groups
+from mea.train.trainer import disk_errors
 
 
 def losses(record) -> dict:
@@ -182,9 +185,52 @@ def test_a_full_disk_leaves_the_last_whole_checkpoint(settings, cache, tmp_path,
     assert [p.name for p in tmp_path.glob("checkpoint-*")] == ["checkpoint-4"]
 
 
-def test_text_shorter_than_a_batch_is_refused(settings, cache, tmp_path):
-    with pytest.raises(ValueError, match="less than one batch of 4096 rows"):
-        pretrain(settings(optim={"batch_tokens": 1 << 17, "tokens": 1 << 18}), tmp_path, cache=cache)
+def test_the_writers_of_weights_and_tokenizers_have_errors_of_their_own_for_a_full_disk(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()
+    for kind in (SafetensorError, Exception):
+        with pytest.raises(OSError, match="no checkpoint was written yet"), disk_errors(tmp_path):
+            raise kind("I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError, match="other"), disk_errors(tmp_path):
+        raise SafetensorError("other")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"optim": {"batch_tokens": 1 << 17, "tokens": 1 << 18}}, "less than one batch of 4096 rows"),
+        ({"model": {"changes": {"num_hidden_layers": 10**9}}}, "GiB in each process, .* choose a smaller model"),
+        ({"model": {"changes": {"hidden_size": 10**9}}}, "GiB in each process, .* choose a smaller model"),
+        ({"optim": {"beta1": 1.0}}, "optim.beta1 must be less than 1"),
+        ({"run": {"report_to": ["nobody"]}}, "nobody"),
+        ({"run": {"shard": True}}, "several processes"),
+        ({"model": {"variant": "transformer", "freeze_mixing": "random"}}, "do not suit 'gqa'"),
+    ],
+)
+def test_a_run_that_cannot_start_leaves_nothing(settings, cache, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(settings(**changes), tmp_path / "out", cache=cache)
+    assert not (tmp_path / "out").exists()
+
+
+class Trap:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_checkpoint_with_a_trap_is_refused_in_a_sentence(alone, settings, cache, tmp_path, name):
+    shutil.copytree(alone[1], tmp_path / "out", ignore=shutil.ignore_patterns("model", "record.json", "checkpoint-20"))
+    checkpoint = tmp_path / "out" / "checkpoint-16"
+    torch.save(Trap(tmp_path / "sprung"), checkpoint / name)
+    mark_complete(checkpoint)
+    with pytest.raises(ValueError, match=r"checkpoint-16 cannot be read \(.*Error\).* Remove it"):
+        pretrain(settings(), tmp_path / "out", cache=cache)
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_decay_is_for_matrices_alone(settings):

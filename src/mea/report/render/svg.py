@@ -12,6 +12,7 @@ INK = "#010203"  # stands for the page's text colour, which differs between ligh
 COLOURS = ("#2f86d6", "#e0662b", "#22a06b", "#a66be0", "#c99a06", "#d6479a")
 MARKERS = ("o", "s", "^", "D", "v", "P")
 LONGEST_LABEL = 60  # letters; the time to lay out a figure grows with the length of its labels
+LONGEST_TEXT = 200  # letters of any text, such as the label of an axis
 DASHES = ("-", (0, (4, 1.5)), (0, (1, 1)))
 
 
@@ -110,6 +111,10 @@ def _line_by_line(count: int, columns: int) -> list[int]:
 
 def svg(figure: Any) -> str:
     """The bare ``<svg>`` element: no prolog, no metadata, no names of other places."""
+    from matplotlib.text import Text
+
+    for label in figure.findobj(lambda artist: isinstance(artist, Text) and len(artist.get_text()) > LONGEST_TEXT):
+        label.set_text(short(label.get_text()))
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True)
     text = printable(buffer.getvalue())

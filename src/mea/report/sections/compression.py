@@ -49,7 +49,7 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
         "calibration": f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}{spans}",
         "refinement": f"{preview['refinement']['passes']} passes" if preview.get("refinement") else "",
         "memory beyond the weights": f"about {size(preview['memory'])}",
-        "time for the fit": f"about {preview['seconds'] / 60:.1f} min on this machine",
+        "time for the fit": f"about {preview['seconds'] / 60:,.1f} min on this machine",
     }
     table = Table(["", ""], [[name, value] for name, value in lines.items() if value], texts=2)
     return TerminalTable(Part(f"Compressing {preview['model']}", table=table))

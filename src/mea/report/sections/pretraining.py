@@ -118,6 +118,6 @@ def _runs(runs: list[Record]) -> Part:
             learning_rate(config["learning_rate"]),
             str(config.get("seed", 0)),
         ]
-        lines.append([*line, ABSENT if loss is None else f"{loss:.4f}", "yes" if results.get("diverged") else "no"])
+        lines.append([*line, ABSENT if loss is None else f"{loss:z.4f}", "yes" if results.get("diverged") else "no"])
     note = "Final validation loss in nats per token. mea fit adds fits, intervals and comparisons of these records."
     return Part("Runs", table=Table(["variant", "learning rate", "seed", "loss", "diverged"], lines, note))

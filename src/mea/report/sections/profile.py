@@ -28,7 +28,7 @@ def profile_table(record: Record) -> TerminalTable:
     """The layers in the order of the loss that compressing them adds, for a terminal."""
     layers = sorted(enumerate(record["results"]["layers"]), key=lambda pair: pair[1]["added"])
     names = ("added", "standard_error", "relative_output_error")
-    lines = [[str(index), *(f"{layer[name]:.4f}" for name in names)] for index, layer in layers]
+    lines = [[str(index), *(f"{layer[name]:z.4f}" for name in names)] for index, layer in layers]
     header = ["layer", "added nats", "standard error", "energy lost"]
     return TerminalTable(Part(table=Table(header, lines, _note([record]))))
 
@@ -74,7 +74,7 @@ def _sums(records: Sequence[Record]) -> Table:
         line = [_name(record)]
         for name in SHOWN:
             measured = [layer for layer in layouts.get(name, []) if layer < len(layers)]
-            line.append(f"{sum(layers[layer]['added'] for layer in measured):.3f}")
+            line.append(f"{sum(layers[layer]['added'] for layer in measured):z.3f}")
         cheapest = sorted(range(len(layers)), key=lambda layer: layers[layer]["added"])[:5]
         lines.append([*line, ", ".join(map(str, cheapest))])
     header = ["profile", *(f"sum over {name}, nats" for name in SHOWN), "five layers that add least"]

@@ -93,8 +93,12 @@ def _sensitivity(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
         f"Mean excess loss over learning rates from {learning_rate(low)} to {learning_rate(high)} in nats per token, "
         "as in arXiv 2309.14322."
     )
-    best = min(range(len(lines)), key=lambda i: arms[i]["sensitivity"])
-    return Part("Sensitivity to the learning rate", table=Table(["variant", "sensitivity"], lines, note, best=(best,)))
+    best = min(arms, key=lambda arm: arm["sensitivity"])
+    highest = max(best["sensitivity"], *best["sensitivity_interval"])
+    # A lower end within the best's interval is a tie.
+    tied = (i for i, arm in enumerate(arms) if min(arm["sensitivity"], *arm["sensitivity_interval"]) <= highest)
+    table = Table(["variant", "sensitivity"], lines, note, best=tuple(tied))
+    return Part("Sensitivity to the learning rate", table=table)
 
 
 def _differences(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
@@ -180,7 +184,7 @@ def _prediction(group: dict[str, Any], config: dict[str, Any]) -> Part | None:
     for line in group["prediction"]:
         cells = [line["arm"], str(line["cells"])]
         cells += [with_interval(line[n]["correlation"], line[n]["interval"], 2) for n in ("held", "early")]
-        cells += [f"{100 * line['mean_error']:+.2f} %", f"{100 * line['largest_error']:.2f} %"]
+        cells += [f"{100 * line['mean_error']:+z.2f} %", f"{100 * line['largest_error']:.2f} %"]
         lines.append([*cells, f"{line['covered']} of {line['cells']}"])
     header = ["variant", "learning rates", "rank correlation, fit", "rank correlation, loss so far", "mean error"]
     header += ["largest error", "actual loss in interval"]
@@ -225,7 +229,7 @@ def _after_decay(comparisons: Sequence[dict[str, Any]]) -> list[Part]:
             best = [f"{line['best_constant_arm']} at {best[0]}", f"{line['best_decayed_arm']} at {best[1]}"]
         correlation = with_interval(line["correlation"], line["interval"], 2)
         cells = [line["arm"], line["schedule"], str(len(line["lrs"])), correlation]
-        lines.append([*cells, *best, f"{line['gain']:.3f}"])
+        lines.append([*cells, *best, f"{line['gain']:z.3f}"])
         choices += _judged(line["arm"], line["rules"], DECAY_RULES)
     note = (
         "Rank correlation of variants and learning rates by their loss at a constant learning rate and after decay, "
@@ -244,7 +248,7 @@ def _after_decay(comparisons: Sequence[dict[str, Any]]) -> list[Part]:
 def _judged(arm: str, rules: dict[str, Any], texts: dict[str, str]) -> list[list[str]]:
     """A line for every rule: how often it takes the best, and its mean loss above that of the best."""
     judged = [(text, rules[name]) for name, text in texts.items() if name in rules]
-    return [[arm, text, f"{100 * rule['probability']:.0f} %", f"{rule['regret']:.4f}"] for text, rule in judged]
+    return [[arm, text, f"{100 * rule['probability']:.0f} %", f"{rule['regret']:z.4f}"] for text, rule in judged]
 
 
 def _rates_tried(group: dict[str, Any], arm: str) -> int:
@@ -268,7 +272,7 @@ def _percent(value: float, interval: Sequence[float], sign: str = "") -> str:
 
 
 def _only_interval(interval: Sequence[float]) -> str:
-    return f"{interval[0]:+.4f} to {interval[1]:+.4f}" if interval else ABSENT
+    return f"{interval[0]:+z.4f} to {interval[1]:+z.4f}" if interval else ABSENT
 
 
 def _noise_note(group: dict[str, Any]) -> str:

@@ -37,18 +37,22 @@ def differing(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
 
 
 def check_same_run(settings: PretrainSettings, out: Path) -> None:
-    """Store the settings in a run's folder.
+    """Refuse to go on with a run that has other settings.
 
     Raises
     ------
     ValueError
         The folder holds a run with other settings.
     """
-    path, new = out / SETTINGS, stored(settings)
-    if not path.is_file():
-        write_atomically(path, json.dumps(new, indent=1))
-    elif changed := differing(new, json.loads(path.read_text(encoding="utf-8"))):
+    path = out / SETTINGS
+    if path.is_file() and (changed := differing(stored(settings), json.loads(path.read_text(encoding="utf-8")))):
         raise ValueError(f"{out} holds a run with other settings ({', '.join(changed)}): choose another folder")
+
+
+def write_settings(settings: PretrainSettings, out: Path) -> None:
+    """Store the settings in a run's folder, once nothing but training is left to do."""
+    if not (out / SETTINGS).is_file():
+        write_atomically(out / SETTINGS, json.dumps(stored(settings), indent=1))
 
 
 def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:

@@ -32,7 +32,7 @@ class TokenStream:
         self.tokens, self.starts = [], []
         for entry in shards:
             for what, dtype in (("tokens", manifest["dtype"]), ("starts", "int64")):
-                path = folder / entry[what]["file"]
+                path = folder / Path(entry[what]["file"]).name  # in this folder, whatever a manifest says
                 _check(path, entry[what], total <= CHECKED_BYTES)
                 getattr(self, what).append(np.memmap(path, dtype=dtype, mode="r"))
         self.offsets = np.concatenate([[0], np.cumsum([entry["length"] for entry in shards])])

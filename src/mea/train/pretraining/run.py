@@ -1,25 +1,24 @@
 """One pretraining run: from settings to a record, by the Hugging Face Trainer; killed at any moment, it goes on."""
 
-import errno
 import math
-import shutil
 import time
 import warnings
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from transformers import TrainerCallback, TrainingArguments
 from transformers.utils import logging as hf_logging
 
-from mea.models.accounting import training_flops
+from mea.models.accounting import parameters, training_flops
 from mea.models.decoder import MeaForCausalLM
 from mea.models.saving import follow_umask, writing
 from mea.ops.precision import keep_freed_memory, peak_flops
 from mea.records import Progress, Record, write_record
 from mea.train.checkpoints import last_complete
 from mea.train.fsdp import shard
-from mea.train.pretraining.branch import adopt, branched_at, check_same_run
+from mea.train.pretraining.branch import adopt, branched_at, check_same_run, write_settings
 from mea.train.pretraining.callbacks import StopDiverged
 from mea.train.pretraining.controls import FoldMixing, freeze_mixing
 from mea.train.pretraining.dataset import TokenStream, TrainingRows, ValidationRows
@@ -27,9 +26,7 @@ from mea.train.pretraining.record import run_record
 from mea.train.pretraining.settings import PretrainSettings
 from mea.train.pretraining.tokenise import load_tokenizer, prepare
 from mea.train.pretraining.trainer import PretrainTrainer
-from mea.train.trainer import ReportSteps, training_arguments
-
-LITTLE_SPACE = 64 << 20  # bytes free below which a failed write is put down to a full disk
+from mea.train.trainer import ReportSteps, disk_errors, training_arguments
 
 
 def pretrain(
@@ -82,28 +79,33 @@ def _pretrain(
     out.mkdir(parents=True, exist_ok=True)
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    args = _arguments(settings, out)
-    with args.main_process_first():
-        check_same_run(settings, out)
-        shards = prepare(settings.data, cache, progress)
-        checkpoint, incomplete = last_complete(out)
-        if checkpoint is None and start_from is not None:
-            checkpoint = adopt(Path(start_from), settings, out)
+    with disk_errors(out):
+        args = _arguments(settings, out)
+        _check_memory(settings, args.world_size)
+        with args.main_process_first():
+            check_same_run(settings, out)
+            shards = prepare(settings.data, cache, progress)
+        trainer, stop = _trainer(settings, args, shards, progress)
+        with args.main_process_first():
+            checkpoint, incomplete = last_complete(out)
+            if checkpoint is None and start_from is not None:
+                checkpoint = adopt(Path(start_from), settings, out)
+            write_settings(settings, out)
     if incomplete:
         warnings.warn(f"{', '.join(incomplete)} of {out}: not complete, or damaged; removed", stacklevel=2)
     args.eval_on_start = checkpoint is None
-    trainer, stop = _trainer(settings, args, shards, progress)
     start = time.perf_counter()
-    _train(trainer, checkpoint, out)
-    result = run_record(settings, trainer, stop.reason, time.perf_counter() - start)
-    result["results"] |= {"incomplete_checkpoints": len(incomplete), "branched_at_step": branched_at(out)}
-    if not stop.reason:
-        trainer.save_model(str(out / "model"))  # with the tokenizer
-        (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+    with disk_errors(out):
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        result = run_record(settings, trainer, stop.reason, time.perf_counter() - start)
+        result["results"] |= {"incomplete_checkpoints": len(incomplete), "branched_at_step": branched_at(out)}
+        if not stop.reason:
+            trainer.save_model(str(out / "model"))  # with the tokenizer
+            (out / "model" / "training_args.bin").unlink(missing_ok=True)  # a pickle, which nobody needs
+            if args.should_save:
+                follow_umask(out / "model")
         if args.should_save:
-            follow_umask(out / "model")
-    if args.should_save:
-        write_record(record or out / "record.json", result)
+            write_record(record or out / "record.json", result)
     return result
 
 
@@ -138,6 +140,19 @@ def _trainer(
         mixer_multiplier=optim.mixer_multiplier,
     )
     return trainer, stop
+
+
+def _check_memory(settings: PretrainSettings, processes: int) -> None:
+    """Refuse a model that cannot fit: fp32 weights, gradients and two moments have 16 bytes a parameter."""
+    count = parameters(settings.model.config(settings.data.vocabulary, 0, settings.data.row))
+    needed = 16 * count // (processes if settings.run.shard else 1)
+    cuda = torch.cuda.is_available()
+    have = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
+    if needed > have:
+        raise ValueError(
+            f"training {count:,} parameters takes {needed / 2**30:,.0f} GiB in each process, and this machine has "
+            f"{have / 2**30:,.0f}: choose a smaller model"
+        )
 
 
 def build_model(settings: PretrainSettings, vocabulary: int, end: int) -> MeaForCausalLM:
@@ -204,15 +219,3 @@ def _rows(settings: PretrainSettings, shards: Path) -> tuple[TrainingRows, Valid
             f"of {settings.rows_per_batch} rows. Give more text or a smaller optim.batch_tokens"
         )
     return rows, ValidationRows(TokenStream(shards, "validation"), data.row, data.validation_tokens)
-
-
-def _train(trainer: PretrainTrainer, checkpoint: Path | None, out: Path) -> None:
-    try:
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a failed write in ways of their own
-        full = getattr(error, "errno", None) == errno.ENOSPC or shutil.disk_usage(out).free < LITTLE_SPACE
-        if not full:
-            raise
-        kept, _ = last_complete(out)
-        state = f"{kept.name} is complete; the run goes on from it" if kept else "no checkpoint was written yet"
-        raise OSError(errno.ENOSPC, f"no space left for a checkpoint; {state}", str(out)) from error

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, StrictBool, StrictInt, StrictStr
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 from pydantic.dataclasses import dataclass
 
 from mea.models.config import MeaConfig
@@ -27,6 +27,7 @@ from mea.train.settings import (
 
 Schedule = Literal["constant", "linear", "cosine", "wsd"]
 Precision = Literal["float32", "bfloat16"]
+Beta = Annotated[StrictFloat, Field(ge=0, lt=1)]
 Frozen = Literal["no", "identity", "random"]
 
 # Fields of a configuration that follow from the variant and the tokenizer: `changes` cannot change them.
@@ -158,8 +159,8 @@ class OptimSettings:
     learning_rate: Positive = 3e-3
     mixer_multiplier: Positive = 1.0
     weight_decay: NotNegative = 0.1
-    beta1: Fraction = 0.9
-    beta2: Fraction = 0.95
+    beta1: Beta = 0.9
+    beta2: Beta = 0.95
     epsilon: NotNegative = 1e-8
     schedule: Schedule = "constant"
     warmup_tokens: Annotated[StrictInt, Field(ge=0)] = 0

@@ -24,6 +24,7 @@ from mea.train.recovery.loss import Distilled
 from mea.train.recovery.parameters import choose, factors, merged
 from mea.train.recovery.settings import Recovery
 from mea.train.recovery.trainer import Point, RecoveryTrainer
+from mea.train.trainer import disk_errors
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,8 @@ def recover(
     trainer = RecoveryTrainer(module, list(factors(own).values()), rows, score, settings, folder, progress)
     with trainer.args.main_process_first():
         checkpoint, _ = last_complete(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    with disk_errors(folder):
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     best = trainer.restore_best()
     if settings.less_memory:
         own.gradient_checkpointing_disable()

@@ -18,7 +18,7 @@ from mea.records import Progress
 from mea.train.fsdp import full_state, is_sharded, load_full_state
 from mea.train.recovery.parameters import sizes
 from mea.train.recovery.settings import Recovery
-from mea.train.trainer import BaseTrainer, ReportSteps, training_arguments
+from mea.train.trainer import BaseTrainer, ReportSteps, readable, training_arguments
 
 Point = dict[str, float | int]
 WEIGHTS, BEST = "trained.safetensors", "best.safetensors"
@@ -199,7 +199,8 @@ class RecoveryTrainer(BaseTrainer):
             partial.replace(path)
 
     def _load_trained(self, path: Path) -> None:
-        load_full_state(self.model, load_file(path), trained_only=True)
+        with readable(str(path)):
+            load_full_state(self.model, load_file(path), trained_only=True)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         self._save_trained(Path(output_dir or self.folder) / WEIGHTS)
