@@ -210,7 +210,7 @@ class Reading:
         }
 
 
-def plain_reading(shape: Shape, bits: int = 16, scale_bits: float = 0.0) -> Reading:
+def plain_reading(shape: Shape, bits: int = 16, scale_bits: int | float = 0) -> Reading:
     """A cache of keys and values with `bits` each and `scale_bits` for scales; below 16 they are unpacked once."""
     numbers = 2 * shape.kv_heads * shape.head_dim
     stored = numbers * (bits + scale_bits) / 8
