@@ -18,7 +18,7 @@ from mea.train.recovery.settings import Recovery, recovery
 
 HERE = Path(__file__).parent
 SHORT, LONG, TABLE, TRIED = 200_000, 1_000_000, 51_200, 25_600
-PACKED, FEW = 30_720, 16_384  # of packed caches, and to try their rates
+PACKED, FEW = 102_400, 16_384  # of packed caches, and to try their rates
 SMALL_STEPS: dict[str, Any] = {"batch": 1, "micro_batch": 1, "lr": 5e-4, "base_lr": 5e-4}
 NEAR: dict[str, Any] = {"lr": 3e-4, "base_lr": 3e-4}  # for a start near the original
 LONG_WINDOWS = SMALL_STEPS | {"window": 1024, "lr": 7e-4, "base_lr": 7e-4}
@@ -52,7 +52,7 @@ def packed(method: str, keep: float) -> dict[str, Any]:
 
 def near_default(tokens: int, lr: float = 3e-4, **changes: Any) -> Recovery:
     """The distillation of packed caches, which begin near the original."""
-    scale: dict[str, Any] = {"copy_fraction": 0.5, "batch": 2, "micro_batch": 2, "evaluations": 2, "checkpoints": 3}
+    scale: dict[str, Any] = {"copy_fraction": 0.5, "batch": 2, "micro_batch": 2, "checkpoints": 4}
     return stage("distill", tokens, lr=lr, base_lr=lr, **scale | changes)
 
 
