@@ -15,7 +15,7 @@ from mea.cli.console import friendly
 
 app = typer.Typer(
     name="mea",
-    help="Halve the KV cache of a language model, and measure what it costs.",
+    help="Make the KV cache of a language model several times smaller, and measure what it costs.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
