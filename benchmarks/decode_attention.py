@@ -53,12 +53,11 @@ def packed(name: str, config: dict[str, Any]) -> tuple[Callable[[Tensor], Tensor
     scales = torch.randn(b, n, 2 * len(groups)).bfloat16()
     exact = [cpu.Exact(*torch.randn(2, b, g, count, d).bfloat16()) for count in (recent, first)]
     pairs = sum(tiers[0]) // 2
-    keys = torch.randn(g, d, width).bfloat16() / width
     maps = (torch.randn(g, d), torch.randn(g, d, width).bfloat16() / width, torch.randn(g, d))
     if name == "predictive":
         reader = cpu.PackedReader(groups, torch.randn(g, pairs, 2) / pairs, *maps, torch.arange(pairs) % (d // 2))
     else:
-        reader = cpu.PackedReader(groups, keys, *maps)
+        reader = cpu.PackedReader(groups, torch.randn(g, d, width).bfloat16() / width, *maps)
     turn = 10000.0 ** (torch.arange(d // 2) / (d // 2))
 
     def angles(positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,13 +4,10 @@ import pytest
 import torch
 
 from mea.ops import cpu
+from ops.random_codes import ALL_TIERS, EMPTY, TWO_BITS, random_codes
 
 needs_kernel = pytest.mark.skipif(cpu.library() is None, reason="no AVX-512 bf16 or no compiler: there is no kernel")
 
-# Bits and size of each group, how many of the groups are pairs.
-ALL_TIERS = ([(8, 16), (4, 96), (2, 64), (4, 48), (2, 96)], 3)
-TWO_BITS = ([(2, 16), (2, 128)], 1)
-EMPTY = ([(8, 0), (4, 32), (2, 0), (8, 48), (4, 0), (2, 16)], 3)
 FOUR_FIRST = ([(4, 80), (8, 128), (4, 16)], 2)
 
 # Sequences, queries, kv heads, frequencies, coded tokens, those before them, groups, first and recent exact tokens,
@@ -44,15 +41,11 @@ def made(reading, b, h, g, f, n, begin, table, first, recent, own, factor=1.0):
     Outputs are the averages of `2 f` components for each kv head, and a mean: the decoder of values selects.
     """
     generator, d = torch.Generator().manual_seed(n), 2 * f
-    (groups, paired), random = table, lambda *shape: torch.rand(*shape, generator=generator)
+    groups, paired = table
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    size, width = sum(bits * size // 8 for bits, size in groups), sum(size for _, size in groups)
+    width = sum(size for _, size in groups)
     pairs = sum(size for _, size in groups[:paired])
-    codes = torch.randint(0, 256, (b, begin + n + 5, size + 3), dtype=torch.uint8, generator=generator)[..., :size]
-    step = (0.5 + random(b, n, len(groups))) * factor * 0.1
-    low = -step * torch.tensor([2.0**bits - 1 for bits, _ in groups]) * random(b, n, len(groups))
-    scales = torch.full((b, begin + n + 5, 2 * len(groups)), float("nan")).bfloat16()
-    scales[:, begin : begin + n] = torch.stack([low, step], -1).flatten(-2)
+    codes, scales = random_codes(groups, b, begin, n, factor, generator)
     turn = 10000.0 ** -(torch.arange(f).double() / f)
     rows = 1000 * torch.arange(b if own else 1)[:, None]
     blocks, places = 64 * torch.arange(-(-n // 64) + 1) + rows, torch.arange(64)

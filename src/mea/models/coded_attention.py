@@ -252,23 +252,23 @@ class CodedAttention(_Stock):
         keys, values = held.keys[:, :, -recent:], held.values[:, :, -recent:]
         step = (position_ids, total, recent, held.first is None)
         exact = self._shared(cache, "exact", step, lambda: self._exact_angles(held, newest, recent))
-        if self._kernel_fits(queries, values) and (hidden is None or not skip):
+        mask = None if hidden is None else hidden.to(torch.uint8)
+
+        def coded() -> tuple[Any, Any]:
             step = (position_ids, total, skip, stop)
-            angles = self._shared(cache, "codes", step, lambda: self._angles(oldest, stop - skip))
+            return self._shared(cache, "codes", step, lambda: self._angles(oldest, stop - skip))
+
+        if self._kernel_fits(queries, values):
             first = None if held.first is None else cpu.Exact(held.first_keys, held.first_values)
-            mask = None if hidden is None else hidden.to(torch.uint8)
             return self.code.reader(cpu.PackedReader).read(
                 queries[:, :, 0], cpu.Exact(keys, values), first, held.codes, held.scales, skip, stop - skip,
-                mask, cpu.Angles(angles[0], angles[1], exact), self.scaling,
+                mask, cpu.Angles(*coded(), exact), self.scaling,
             )[:, :, None]  # fmt: skip
         queries = self._turned(queries, position_embeddings)
         if self._gpu_fits(queries, held.codes):
-            step = (position_ids, total, skip, stop)
-            angles = self._shared(cache, "codes", step, lambda: self._angles(oldest, stop - skip))
-            mask = None if hidden is None else hidden[:, skip:].to(torch.uint8)
             tokens = gpu.CodedTokens(held.codes, held.scales, skip, stop - skip, mask)
             reader = self.code.reader(gpu.PackedReader)
-            average, weight = (x[:, :, 0] for x in reader.read(queries, tokens, gpu.Angles(*angles), self.scaling))
+            average, weight = (x[:, :, 0] for x in reader.read(queries, tokens, gpu.Angles(*coded()), self.scaling))
         else:
             average, weight = self._read_codes(queries, held, skip, stop - skip, hidden, oldest)
         if held.first is not None:

@@ -185,9 +185,10 @@ class PackedReader:
 
     Component ``i`` of a group is ``low + step * code``. With `frequency` the first components are pairs ``(re, im)`` of
     keys before RoPE, turned by their token's angle; averages are of components that are not turned. Without it, keys
-    ``key_decoder c + key_mean`` of each head are rebuilt from all components ``c`` and turned. A row of the decoder is
-    then rounded to 15 bits of its largest number in a group, and to 8 bits where codes have 4 or 2: those are coarse
-    enough for that. Channels ``c`` and ``c + d / 2`` of a head are a pair for RoPE.
+    ``key_decoder c + key_mean`` of each head are rebuilt from all components ``c`` and turned. Channels ``c`` and
+    ``c + d / 2`` of a head are a pair for RoPE. Processors with matrix tiles (AMX) multiply components, turned where
+    they are pairs, and queries in bf16. Others round a row of the decoder to 15 bits of its largest number in a group,
+    and to 8 bits where codes have 4 or 2, which are coarse enough for that.
 
     Parameters
     ----------

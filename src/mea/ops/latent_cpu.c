@@ -28,6 +28,9 @@ typedef uint16_t bf16;
 
 static long round_up(long n, long step) { return (n + step - 1) / step * step; }
 
+/* The first of 16 lanes, as many as are left. */
+static inline __mmask16 lanes(long left) { return left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1); }
+
 static inline __m512bh load_bf16(const bf16 *from, __mmask32 mask) {
     return (__m512bh)_mm512_maskz_loadu_epi16(mask, from);
 }
@@ -117,7 +120,7 @@ static void interleave(const bf16 *values, long stride, long count, long rv, uin
         const bf16 *even = values + 2 * p * stride, *odd = even + stride;
         const int has_even = 2 * p < count, has_odd = 2 * p + 1 < count;
         for (long c = 0; c < width; c += 16) {
-            const __mmask16 mask = rv - c >= 16 ? 0xffff : (__mmask16)((1u << (rv - c)) - 1);
+            const __mmask16 mask = lanes(rv - c);
             __m256i a = _mm256_maskz_loadu_epi16(has_even ? mask : 0, even + c);
             __m256i b = _mm256_maskz_loadu_epi16(has_odd ? mask : 0, odd + c);
             __m512i both = _mm512_or_si512(_mm512_cvtepu16_epi32(a), _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16));
@@ -229,7 +232,7 @@ int mea_attend_latents(const bf16 *queries, const bf16 *keys, const bf16 *values
                     x = _mm512_fmadd_ps(_mm512_set1_ps(expf(extra[p * of_part] - top) / total),
                                         _mm512_loadu_ps(part + p * of_part + i * width + c), x);
                 _mm256_mask_storeu_epi16(out + (h * n + i) * rv + c,
-                                         rv - c >= 16 ? 0xffff : (__mmask16)((1u << (rv - c)) - 1),
+                                         lanes(rv - c),
                                          (__m256i)_mm512_cvtneps_pbh(x));
             }
         }
@@ -261,7 +264,7 @@ void mea_turned_scores(const bf16 *queries, const bf16 *keys, const bf16 *cosine
             for (int a = 0; a < 4; a++)
                 for (int u = 0; u < 16; u++) sum[a][u] = _mm512_setzero_ps();
             for (long c = 0; c < half; c += 16) {
-                const __mmask16 mask = half - c >= 16 ? 0xffff : (__mmask16)((1u << (half - c)) - 1);
+                const __mmask16 mask = lanes(half - c);
                 __m512 q1[4], q2[4];
                 for (int a = 0; a < 4; a++) {
                     const bf16 *from = query + (a < some ? a : 0) * d + c;
@@ -809,7 +812,7 @@ static void turn_queries(const struct reading *all, const float *queries, const 
         const __m512 cosine = _mm512_set1_ps(cosines[turn[2]]), sine = _mm512_set1_ps(sines[turn[2]]);
         const float *first = queries + turn[0] * h, *second = queries + turn[1] * h;
         for (long i = 0; i < h; i += 16) {
-            const __mmask16 mask = h - i >= 16 ? 0xffff : (__mmask16)((1u << (h - i)) - 1);
+            const __mmask16 mask = lanes(h - i);
             const __m512 x = _mm512_maskz_loadu_ps(mask, first + i), y = _mm512_maskz_loadu_ps(mask, second + i);
             _mm512_mask_storeu_ps(turned + turn[0] * h + i, mask, _mm512_fmadd_ps(y, sine, _mm512_mul_ps(x, cosine)));
             _mm512_mask_storeu_ps(turned + turn[1] * h + i, mask, _mm512_fnmadd_ps(x, sine, _mm512_mul_ps(y, cosine)));
@@ -1109,13 +1112,9 @@ static void score_pairs(const struct reading *all, const struct scratch *my, con
     }
 }
 
-/* Scores of a block, joint: the keys of one head after the other are rebuilt, turned and multiplied. */
-static void score_joint(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
-    if (all->tiles) {
-        lay_pairs(all, my, codes, row);
-        shape_tiles(16);
-    }
-    for (long e = 0; e < all->groups && !all->tiles; e++) {
+/* The codes of a block in bytes, group by group. */
+static void spread_groups(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
+    for (long e = 0; e < all->groups; e++) {
         const struct group *group = all->group + e;
         uint32_t *to = my->codes + group->first / 4 * BLOCK;
         for (long j = 0; j < group->bytes / 4; j += 4, to += 4 * (8 / group->bits) * BLOCK) {
@@ -1128,16 +1127,31 @@ static void score_joint(const struct reading *all, const struct scratch *my, con
             }
         }
     }
+}
+
+/* The keys of a head of a block, without their mean. */
+static void rebuild_groups(const struct reading *all, const struct scratch *my, long g) {
+    for (long e = 0; e < all->groups; e++) {
+        const struct group *group = all->group + e;
+        rebuild(group, all->decoder + 2 * all->d4 * (g * all->r + group->first), all->d4,
+                all->factors + (g * all->groups + e) * 3 * all->d4, my->codes + group->first / 4 * BLOCK,
+                my->low + e * BLOCK, my->step + e * BLOCK, e, my->tile);
+    }
+}
+
+/* Scores of a block, joint: the keys of one head after the other are rebuilt, turned and multiplied. */
+static void score_joint(const struct reading *all, const struct scratch *my, const uint8_t *codes, const long *row) {
+    const long some = all->h / all->g;
+    if (all->tiles) {
+        lay_pairs(all, my, codes, row);
+        shape_tiles(16);
+    } else {
+        spread_groups(all, my, codes, row);
+    }
     for (long g = 0; g < all->g; g++) {
         if (all->tiles) rebuild_tiles(all, my, g);
-        for (long e = 0; e < all->groups && !all->tiles; e++) {
-            const struct group *group = all->group + e;
-            rebuild(group, all->decoder + 2 * all->d4 * (g * all->r + group->first), all->d4,
-                    all->factors + (g * all->groups + e) * 3 * all->d4, my->codes + group->first / 4 * BLOCK,
-                    my->low + e * BLOCK, my->step + e * BLOCK, e, my->tile);
-        }
+        else rebuild_groups(all, my, g);
         turn_keys(my->tile, all->mean + g * all->d4, all->half, all->places);
-        const long some = all->h / all->g;
         multiply(some, my->queries + g * some, all->h, my->tile, all->d, my->scores + g * some * BLOCK);
     }
     if (all->tiles) shape_tiles(all->query_rows);
@@ -1218,7 +1232,7 @@ static void join_parts(const struct reading *all, const float *part, long parts,
             for (long p = 0; p < parts; p++)
                 x = _mm512_fmadd_ps(_mm512_set1_ps(shares[p]),
                                     _mm512_loadu_ps(part + p * of_part + i * width + 16 * (group->vector + v)), x);
-            _mm512_mask_i32scatter_ps(average + first, left >= 16 ? 0xffff : (__mmask16)((1u << left) - 1),
+            _mm512_mask_i32scatter_ps(average + first, lanes(left),
                                       multiples(per), x, 4);
         }
     }
@@ -1265,7 +1279,7 @@ static void read_exact(const struct packed *all, long s, long g, long some, cons
         const bf16 *from = t < first ? first_keys + t * d : keys + (t - first) * d;
         const long angle = s * all->exact_sequence + t * half;
         for (long c = 0; c < half; c += 16) {
-            const __mmask16 mask = half - c >= 16 ? 0xffff : (__mmask16)((1u << (half - c)) - 1);
+            const __mmask16 mask = lanes(half - c);
             const __m512 cosine = _mm512_maskz_loadu_ps(mask, all->exact_cosines + angle + c);
             const __m512 sine = _mm512_maskz_loadu_ps(mask, all->exact_sines + angle + c);
             const __m512 x = load_floats(from + c, mask), y = load_floats(from + half + c, mask);
@@ -1275,7 +1289,7 @@ static void read_exact(const struct packed *all, long s, long g, long some, cons
         for (long i = 0; i < some; i++) {
             __m512 sum = _mm512_setzero_ps();
             for (long c = 0; c < d; c += 16) {
-                const __mmask16 mask = d - c >= 16 ? 0xffff : (__mmask16)((1u << (d - c)) - 1);
+                const __mmask16 mask = lanes(d - c);
                 sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(mask, queries + i * d + c),
                                       _mm512_maskz_loadu_ps(mask, key + c), sum);
             }
@@ -1286,14 +1300,14 @@ static void read_exact(const struct packed *all, long s, long g, long some, cons
         float *w = weights + i * tokens, top = NONE, total = 0;
         for (long t = 0; t < tokens; t++) top = fmaxf(top, w[t]);
         for (long t = 0; t < tokens; t += 16) {
-            const __mmask16 mask = tokens - t >= 16 ? 0xffff : (__mmask16)((1u << (tokens - t)) - 1);
+            const __mmask16 mask = lanes(tokens - t);
             const __m512 x = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, w + t), _mm512_set1_ps(top)));
             _mm512_mask_storeu_ps(w + t, mask, x);
             total += _mm512_mask_reduce_add_ps(mask, x);
         }
         lse[i] = top + logf(total);
         for (long c = 0; c < d; c += 16) {
-            const __mmask16 mask = d - c >= 16 ? 0xffff : (__mmask16)((1u << (d - c)) - 1);
+            const __mmask16 mask = lanes(d - c);
             __m512 sum = _mm512_setzero_ps();
             for (long t = 0; t < tokens; t++) {
                 const bf16 *from = t < first ? first_values + t * d : values + (t - first) * d;
@@ -1309,7 +1323,7 @@ static void turn_query(const struct packed *all, const bf16 *query, const float 
     const long half = all->half;
     const __m512 scale = _mm512_set1_ps(all->scale);
     for (long c = 0; c < half; c += 16) {
-        const __mmask16 mask = half - c >= 16 ? 0xffff : (__mmask16)((1u << (half - c)) - 1);
+        const __mmask16 mask = lanes(half - c);
         const __m512 cosine = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, cosines + c));
         const __m512 sine = _mm512_mul_ps(scale, _mm512_maskz_loadu_ps(mask, sines + c));
         const __m512 x = load_floats(query + c, mask), y = load_floats(query + half + c, mask);

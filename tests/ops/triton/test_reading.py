@@ -8,17 +8,13 @@ import torch
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'mea[gpu]'")
 
-from mea.ops.codes import code_bytes
 from mea.ops.triton import Angles, CodedTokens, reference
 from mea.ops.triton.packed import DOT, PackedReader
+from ops.random_codes import ALL_TIERS, EMPTY, TWO_BITS, random_codes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 READINGS = ["pairs", "joint"]
 
-# Bits and size of each group, how many of the groups are pairs.
-ALL_TIERS = ([(8, 16), (4, 96), (2, 64), (4, 48), (2, 96)], 3)
-TWO_BITS = ([(2, 16), (2, 128)], 1)
-EMPTY = ([(8, 0), (4, 32), (2, 0), (8, 48), (4, 0), (2, 16)], 3)
 ODD = ([(8, 34), (8, 36), (4, 6), (2, 10), (8, 3), (4, 7), (2, 13)], 4)  # codes that end within a byte
 
 # Sequences, queries, kv heads, new tokens, frequencies, coded tokens, those before them, groups, whether each sequence
@@ -37,14 +33,10 @@ CASES = [
 def made(reading, b, h, g, q, f, n, begin, table, own, factor=1.0):
     """The maps of a layer and what is read, in larger buffers with other things around."""
     generator, d = torch.Generator().manual_seed(n), 2 * f
-    (groups, paired), random = table, lambda *shape: torch.rand(*shape, generator=generator)
+    groups, paired = table
     normal = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
-    size, width = sum(code_bytes(*group) for group in groups), sum(size for _, size in groups)
-    codes = torch.randint(0, 256, (b, begin + n + 5, size + 3), dtype=torch.uint8, generator=generator)[..., :size]
-    step = (0.5 + random(b, n, len(groups))) * factor * 0.1
-    low = -step * torch.tensor([2.0**bits - 1 for bits, _ in groups]) * random(b, n, len(groups))
-    scales = torch.full((b, begin + n + 5, 2 * len(groups)), float("nan")).bfloat16()
-    scales[:, begin : begin + n] = torch.stack([low, step], -1).flatten(-2)
+    width = sum(size for _, size in groups)
+    codes, scales = random_codes(groups, b, begin, n, factor, generator)
     turn = 10000.0 ** -(torch.arange(f).double() / f)
     blocks, places = (
         64 * torch.arange(-(-n // 64) + 1) + 1000 * torch.arange(b if own else 1)[:, None],
