@@ -22,7 +22,7 @@ from pydantic_core import ErrorDetails
 
 from mea.names import did_you_mean
 
-CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False)
+CONFIG = ConfigDict(extra="forbid", allow_inf_nan=False, validate_default=True)  # also resolves a default "fast"
 Count = Annotated[StrictInt, Field(ge=1)]
 Positive = Annotated[StrictFloat, Field(gt=0)]
 NotNegative = Annotated[StrictFloat, Field(ge=0)]

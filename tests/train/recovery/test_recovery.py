@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from compression.small import packed
 from mea.models.lm_head import LMHead, distance
+from mea.ops.precision import named_dtype
 from mea.train.recovery.api import recover
 from mea.train.recovery.data import overlaps, windows
 from mea.train.recovery.loss import Distilled
@@ -346,3 +347,8 @@ def test_a_packed_cache_is_trained_with_its_rounding(trained, tmp_path, monkeypa
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     with torch.no_grad():
         assert torch.equal(again(ids[:1]).logits, result.model(ids[:1]).logits)
+
+
+def test_the_default_precision_is_that_of_the_machine() -> None:
+    """A default passes through the same checks as a given value: "fast" is no precision to train in."""
+    assert recovery().precision == named_dtype("fast") == recovery(precision="fast").precision
