@@ -10,6 +10,8 @@ from mea.evaluate.through_cache import ThroughCache
 from mea.models.quantized_cache import CacheFormat, QuantisedCache
 from mea.names import CODED_KEEPS, RANKED_KEEPS
 
+BACKEND_BITS = (4, 2)  # of transformers' own cache
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -112,7 +114,7 @@ def method_configs(
     methods: Sequence[str],
     keeps: Sequence[float] = (),
     *,
-    bits: Sequence[int] = (8, 4, 2),
+    bits: Sequence[int] = (8, 4, 3, 2),
     backends: Sequence[str] = (),
     presses: Sequence[str] = (),
     conversions: Sequence[str] = (),
@@ -129,7 +131,7 @@ def method_configs(
     bits
         Of this package's quantised cache.
     backends
-        Of transformers' own cache in 4 bits: ``hqq``, ``quanto``.
+        Of transformers' own cache in 4 and 2 bits: ``hqq``, ``quanto``.
     presses, conversions
         Classes of kvpress, and of cacheshrink's ways to compress: ``separate``, ``joint``, ``xkv``.
     recovered
@@ -144,7 +146,11 @@ def method_configs(
             for config in configs
         ]
     configs += [MethodConfig(f"{count} bits", "none", 1.0, bits=count, series="quantised") for count in bits]
-    configs += [MethodConfig(f"transformers {name} 4 bits", "none", 1.0, bits=4, backend=name) for name in backends]
+    configs += [
+        MethodConfig(f"transformers {name} {count} bits", "none", 1.0, bits=count, backend=name)
+        for name in backends
+        for count in BACKEND_BITS
+    ]
     peers = [f"kvpress {press}" for press in presses] + [f"cacheshrink {name}" for name in conversions]
     return configs + [_sized(peer, keep) for peer in peers for keep in keeps or RANKED_KEEPS]
 

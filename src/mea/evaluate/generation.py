@@ -54,7 +54,7 @@ def continue_prompt(
     chat
         Put the prompt into the tokenizer's chat template.
     cache_bits
-        Quantise the cache to 8, 4 or 2 bits, see `mea.models.quantized_cache`; None is an ordinary cache.
+        Quantise the cache to 8, 4, 3 or 2 bits, see `mea.models.quantized_cache`; None is an ordinary cache.
     stream
         Called with each piece of text as soon as it is there.
 

@@ -38,7 +38,7 @@ def perplexity_record(
     dtype
         Of the computation; ``"auto"`` is that of the weights.
     cache_bits
-        Read the text of `source` in blocks over a cache of 8, 4 or 2 bits; `against` is read at once.
+        Read the text of `source` in blocks over a cache of 8, 4, 3 or 2 bits; `against` is read at once.
     progress
         Called with what is being done, the windows done and the windows in all.
 

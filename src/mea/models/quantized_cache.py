@@ -1,4 +1,4 @@
-"""A quantised cache, 8, 4 or 2 bits a number, for uncompressed models.
+"""A quantised cache, 8, 4, 3 or 2 bits a number, for uncompressed models.
 
 transformers' own `QuantizedCache` quantises all tokens again when its exact window is full, so that errors add up, and
 it quantises the first tokens, which attention reads most. This cache quantises a block of tokens once, when the block
@@ -34,7 +34,7 @@ class CacheFormat:
     Attributes
     ----------
     bits
-        Per number, 2, 4 or 8.
+        Per number: 2, 3, 4 or 8. There is no kernel for 3: it is slow, to compare with.
     keys, values
         Numbers that share a scale: ``"channel"`` or ``"token"``.
     block
@@ -146,7 +146,7 @@ class Store:
 
     def _decode(self, codes: Tensor, step: Tensor, low: Tensor, out: Float[Tensor, "b h t w"]) -> None:
         group = None if self.along == "channel" else self._group
-        if cpu.usable(out, out) and (group is None or group % 16 == 0):
+        if self.form.bits != 3 and cpu.usable(out, out) and (group is None or group % 16 == 0):
             cpu.decode(codes.contiguous(), step.contiguous(), low.contiguous(), out, self.form.bits, group)
             return
         # In fp32: the product of a code and a step has more digits than 16 bits hold.

@@ -97,7 +97,9 @@ def rounded(components: Float[Tensor, "*t r"], tiers: Sequence[int]) -> Float[Te
 
 
 def pack(codes: UInt8[Tensor, "*t w"], bits: int) -> UInt8[Tensor, "*t bytes"]:
-    """Codes below ``2 ** bits`` as bytes ``[..., ceil(w * bits / 8)]``."""
+    """Codes below ``2 ** bits`` as bytes ``[..., ceil(w * bits / 8)]``; 3 bits as the lower two of all, then the highest."""
+    if bits == 3:
+        return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], -1)
     per_byte = 8 // bits
     codes = torch.nn.functional.pad(codes, (0, -codes.shape[-1] % per_byte)).unflatten(-1, (-1, per_byte))
     packed = codes[..., 0]
@@ -108,6 +110,9 @@ def pack(codes: UInt8[Tensor, "*t w"], bits: int) -> UInt8[Tensor, "*t bytes"]:
 
 def unpack(packed: UInt8[Tensor, "*t bytes"], bits: int, width: int) -> UInt8[Tensor, "*t w"]:
     """The codes ``[..., width]``; the inverse of `pack`."""
+    if bits == 3:
+        lower = code_bytes(2, width)
+        return unpack(packed[..., :lower], 2, width) | unpack(packed[..., lower:], 1, width) << 2
     shifts = range(0, 8, bits)
     codes = torch.stack([packed >> shift & 2**bits - 1 for shift in shifts], dim=-1)
     return codes.flatten(-2)[..., :width]

@@ -277,7 +277,7 @@ def test_other_prompts_are_not_compared(folders, plan, tmp_path):
         ({"tasks": ("common-words",), "lengths": (128,)}, "common-words does not fit"),
         ({"tasks": ("recall",), "lengths": (64,)}, "recall does not fit"),
         ({"limit": 0}, "must be positive, not 0"),
-        ({"cache_bits": 3}, "in 2, 4, 8 bits, not in 3"),
+        ({"cache_bits": 5}, "in 2, 3, 4, 8 bits, not in 5"),
         ({"text": "wikitext-2-valif"}, "did you mean 'wikitext-2-valid'"),
         ({"dtype": "float8"}, "dtype is one of"),
     ],

@@ -57,7 +57,7 @@ class Answerer:
     source
         Of the prompts, with the model's tokenizer.
     cache_bits
-        Quantise the cache to 8, 4 or 2 bits; None is an ordinary cache.
+        Quantise the cache to 8, 4, 3 or 2 bits; None is an ordinary cache.
     """
 
     def __init__(self, model: Any, source: Source, cache_bits: int | None = None):

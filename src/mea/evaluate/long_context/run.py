@@ -44,7 +44,7 @@ class LongContext(Suite):
     text
         That needles are hidden in: a packaged one, or a file. For the loss by position see `position_text`.
     cache_bits
-        Store the first model's cache in 8, 4 or 2 bits.
+        Store the first model's cache in 8, 4, 3 or 2 bits.
     """
 
     tasks: tuple[str, ...] = ()
