@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM
 
 from compression.small import packed, planned, tiny
@@ -15,9 +16,11 @@ from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.options import Refinement
 from mea.compression.save import compress_to_folder
 from mea.evaluate.speed import cache_size
+from mea.models.card import origin
 from mea.models.loading import load
 from mea.records import read_record
 from mea.report.sections.compression import compression_table, plan_table
+from tiny_models import stock
 
 METHODS = ("predictive", "joint")
 
@@ -67,6 +70,23 @@ def test_a_folder_holds_its_bits_and_keeps_its_budget(long_model: Path, calibrat
     assert "Components of a layer with 8, 4, 2 and 0 bits" in words
     assert "components of a layer with 8, 4, 2 and 0 bits" in card
     assert "the first 4 and the newest 64" in card
+    fields = ModelCard(card).data
+    assert (fields.pipeline_tag, fields.library_name) == ("text-generation", "transformers")
+    assert fields.eval_results[0].metric_value == pytest.approx(results["perplexity"])
+    assert "base_model" not in fields.to_dict()  # a local folder of stock weights has no name on a hub
+
+
+def test_a_card_passes_on_what_the_original_s_says(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    stock("llama").save_pretrained(folder)
+    assert origin(str(folder)) == {}
+    (folder / "README.md").write_text("---\nlicense: mit\nbase_model: some/ancestor\n---\ntext")
+    assert origin(str(folder)) == {"license": "mit"}
+    (folder / "compression.json").write_text("{}")
+    assert origin(str(folder)) == {"license": "mit", "base_model": "some/ancestor"}
+    for damaged in ("---\nlicense: [\n---\n", "---\nlicense: 7\n---\n", "no fields"):
+        (folder / "README.md").write_text(damaged)
+        assert origin(str(folder)) == {}
 
 
 def test_layers_that_pack_come_nearer_to_the_originals() -> None:

@@ -22,9 +22,10 @@ from mea.compression.refine import Refined
 from mea.compression.result import Compressed
 from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.evaluate.speed import cache_size
+from mea.models.card import model_card, origin
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
-from mea.models.saving import check_output, model_card, save_folder, writing
+from mea.models.saving import check_output, save_folder, writing
 from mea.records import Progress, make_record, mean_bits
 from mea.text import encode_text, load_text
 
@@ -111,7 +112,7 @@ def _compress_to_folder(
         shutil.rmtree(work, ignore_errors=True)
         raise
     record = _measure(source, model, tokenizer, result, before, measured, progress)
-    save_folder(out, work, result.model, tokenizer, _card(record), "compression.json", record)
+    save_folder(out, work, result.model, tokenizer, _card(record, origin(source)), "compression.json", record)
     return record
 
 
@@ -203,7 +204,7 @@ def _bytes_per_token(model: Any, plan: Plan, config: Any) -> float:
     return cache_size(model, length).bytes_per_token
 
 
-def _card(record: dict[str, Any]) -> str:
+def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
     config, results = record["config"], record["results"]
     before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
     fraction = config.get("calibration_copy_fraction")
@@ -232,7 +233,9 @@ def _card(record: dict[str, Any]) -> str:
     ):  # fmt: skip
         rows.append((f"largest relative {check}, fp32", "", f"{results['self_check'][name]:.1e}"))
     title = f"{config['model']} with {after / before:.0%} of its KV cache"
-    return model_card(title, summary, ("measured", "original", "compressed"), rows, "compression.json")
+    scored = (MEASURED_TEXT, config["measured_tokens"], results["perplexity"]) if "perplexity" in results else None
+    header = ("measured", "original", "compressed")
+    return model_card(title, summary, header, rows, "compression.json", fields, scored)
 
 
 def _refinement_results(refined: Refined | None) -> dict[str, Any]:

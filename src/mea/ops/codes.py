@@ -97,7 +97,7 @@ def rounded(components: Float[Tensor, "*t r"], tiers: Sequence[int]) -> Float[Te
 
 
 def pack(codes: UInt8[Tensor, "*t w"], bits: int) -> UInt8[Tensor, "*t bytes"]:
-    """Codes below ``2 ** bits`` as bytes ``[..., ceil(w * bits / 8)]``; 3 bits as the lower two of all, then the highest."""
+    """Codes below ``2 ** bits`` as bytes ``[..., ceil(w * bits / 8)]``; 3 bits as the lower two and the highest."""
     if bits == 3:
         return torch.cat([pack(codes & 3, 2), pack(codes >> 2, 1)], -1)
     per_byte = 8 // bits

@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from mea.evaluate.perplexity import perplexity, ratio, text_losses
+from mea.models.card import model_card, origin
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
-from mea.models.saving import check_output, model_card, save_folder, writing
+from mea.models.saving import check_output, save_folder, writing
 from mea.ops.precision import peak_flops
 from mea.records import Progress, Record, make_record, write_atomically
 from mea.text import encode_text, load_text
@@ -103,7 +104,7 @@ def _recover_to_folder(
         record = _record(source, original, config, stages, texts, results, shared, measured, measure_tokens)
         model = model.to(model.config.dtype or torch.float32)
         earlier = [Path(source, "compression.json")]
-        save_folder(out, work, model, tokenizer, _card(record), "recovery.json", record, earlier)
+        save_folder(out, work, model, tokenizer, _card(record, origin(source)), "recovery.json", record, earlier)
     if dist.is_initialized():
         dist.barrier()
     return record
@@ -247,7 +248,7 @@ def _record(
     )
 
 
-def _card(record: Record) -> str:
+def _card(record: Record, fields: dict[str, Any]) -> str:
     config, results = record["config"], record["results"]
     tokens = sum(stage["tokens"] for stage in config["stages"])
     start, end = results["held_out_start"], results["held_out"]
@@ -262,4 +263,7 @@ def _card(record: Record) -> str:
     if "ratio" in results:
         rows.append(("relative to the original", f"{results['ratio_start']:.3f}", f"{results['ratio']:.3f}"))
     header = ("measured", "before training", "now")
-    return model_card(f"{config['model']}, recovered", summary, header, rows, "recovery.json")
+    scored = None
+    if "perplexity" in results:
+        scored = (config["measured_text"], config["measured_tokens"], results["perplexity"])
+    return model_card(f"{config['model']}, recovered", summary, header, rows, "recovery.json", fields, scored)
