@@ -1,7 +1,9 @@
 """The shipped texts are what their README says, apart from each other, and a user's file gives a clear error."""
 
+import copy
 import gzip
 import hashlib
+import json
 import re
 from functools import cache
 from importlib.resources import files
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 from mea.names import TEXTS
-from mea.text import STRETCH, load_text, repeat_spans
+from mea.text import STRETCH, encode_source, encode_text, load_text, repeat_spans
 
 DATA = files("mea") / "data"
 
@@ -129,3 +131,43 @@ def test_rereading_leaves_what_it_is_given_and_repeats_itself():
     assert torch.equal(repeat_spans(rows, 1.0, seed=3), repeat_spans(rows, 1.0, seed=3))
     assert not torch.equal(repeat_spans(rows, 1.0, seed=3), repeat_spans(rows, 1.0, seed=4))
     assert torch.equal(rows, torch.arange(640).view(10, 64))
+
+
+TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
+CHATS = [[("user", "What is a cache?"), ("assistant", "A store.")], [("user", "Thanks")]]
+
+
+def with_template(tokenizer, template):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def test_conversations_pass_through_the_chat_template(tokenizer, tmp_path):
+    tokenizer = with_template(tokenizer, TEMPLATE)
+    path = tmp_path / "chats.jsonl.gz"
+    lines = [json.dumps({"messages": [{"role": r, "content": c} for r, c in chat]}) for chat in CHATS]
+    path.write_bytes(gzip.compress("\n\n".join(lines).encode()))
+    rendered = "".join(f"<{role}>{content}\n" for chat in CHATS for role, content in chat)
+    assert torch.equal(encode_source(tokenizer, path), encode_text(tokenizer, rendered))
+    assert torch.equal(encode_source(tokenizer, path, 5), encode_text(tokenizer, rendered, 5))
+
+
+@pytest.mark.parametrize(
+    "line", ['{"text": "a"}', '{"messages": []}', '{"messages": [{"role": "user"}]}', '["a"]', "a", "[" * 100_000, "7"]
+)
+def test_a_line_that_is_no_conversation_is_named(tokenizer, tmp_path, line):
+    tokenizer = with_template(tokenizer, TEMPLATE)
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' + line)
+    with pytest.raises(ValueError, match="line 2 must be"):
+        encode_source(tokenizer, path)
+
+
+@pytest.mark.parametrize(("template", "message"), [(None, "no chat template"), ("{{ 1 / 0 }}", "template fails")])
+def test_a_template_that_is_missing_or_fails_is_named(tokenizer, tmp_path, template, message):
+    tokenizer = with_template(tokenizer, template)
+    path = tmp_path / "chats.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "a"}]}')
+    with pytest.raises(ValueError, match=message):
+        encode_source(tokenizer, path)

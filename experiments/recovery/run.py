@@ -50,7 +50,7 @@ def packed(method: str, keep: float) -> dict[str, Any]:
     return {"method": method, "keep": keep, "dtype": "bfloat16"}
 
 
-def near_default(tokens: int, lr: float = 3e-4, **changes: Any) -> Recovery:
+def near_default(tokens: int, lr: float = 1e-4, **changes: Any) -> Recovery:
     """The distillation of packed caches, which begin near the original."""
     scale: dict[str, Any] = {"copy_fraction": 0.5, "batch": 2, "micro_batch": 2, "checkpoints": 4}
     return stage("distill", tokens, lr=lr, base_lr=lr, **scale | changes)

@@ -1,7 +1,9 @@
-"""Texts to calibrate and to test on: shipped ones by name, the user's own files, and windows that are read again."""
+"""Texts to calibrate and to test on: shipped ones by name, users' texts and conversations, and windows read again."""
 
 import gzip
+import json
 import zlib
+from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -50,12 +52,65 @@ def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> Int[Tens
     ValueError
         `limit` is not positive, or the text has fewer tokens.
     """
-    if limit is not None and limit <= 0:
-        raise ValueError(f"the number of tokens must be positive, not {limit}")
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if limit is not None and len(ids) < limit:
-        raise ValueError(f"the text has {len(ids):,} tokens, not the {limit:,} asked for")
-    return torch.tensor(ids[:limit], dtype=torch.long)
+    return _first(torch.tensor(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]).long(), limit)
+
+
+def encode_source(tokenizer: Any, name_or_path: str | Path, limit: int | None = None) -> Int[Tensor, " n"]:
+    """Token ids of a text as `load_text` takes it, or of the conversations of a ``.jsonl`` file, one after the other.
+
+    A line of such a file is an object with ``messages``, a list of objects with ``role`` and ``content``, which the
+    model's chat template turns into text. `limit` is that of `encode_text`.
+
+    Raises
+    ------
+    ValueError
+        As `load_text` and `encode_chat`; or a line is something else.
+    OSError
+        The file does not exist or cannot be read.
+    """
+    name = str(name_or_path).removesuffix(".gz")
+    if not name.endswith(".jsonl"):
+        return encode_text(tokenizer, load_text(name_or_path), limit)
+    conversations = []
+    for number, line in enumerate(_read(Path(name_or_path)).splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            messages = json.loads(line)["messages"]
+            right = bool(messages) and all(
+                isinstance(m["role"], str) and isinstance(m["content"], str) for m in messages
+            )
+        except (KeyError, RecursionError, TypeError, ValueError):
+            right = False
+        if not right:
+            raise ValueError(
+                f'{name_or_path}: line {number} must be {{"messages": [{{"role": "user", "content": "..."}}, ...]}}, '
+                f"not {line.strip()[:60]}"
+            )
+        conversations.append(torch.tensor(encode_chat(tokenizer, messages)["input_ids"], dtype=torch.long))
+    return _first(torch.cat(conversations), limit)
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: Any) -> Any:
+    """A conversation by the tokenizer's chat template; `options` are those of ``apply_chat_template``.
+
+    Raises
+    ------
+    ValueError
+        There is no template, or it fails.
+    """
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("this model's tokenizer has no chat template: it continues text only")
+    try:
+        return tokenizer.apply_chat_template(messages, return_dict=True, **options)
+    except ImportError:
+        raise
+    except Exception as error:  # a template is a program that comes with the model, and can fail in any way
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"this model's chat template fails ({type(error).__name__}: {reason}): continue text without it, "
+            "or correct the template"
+        ) from error
 
 
 def start_token(tokenizer: Any) -> int | None:
@@ -106,6 +161,14 @@ def check_fraction(share: float) -> None:
     """Raise ValueError if that is no share of windows."""
     if not 0 <= share <= 1:
         raise ValueError(f"copy_fraction is a share of the windows, 0 to 1, not {share}")
+
+
+def _first(ids: Int[Tensor, " n"], limit: int | None) -> Int[Tensor, " m"]:
+    if limit is not None and limit <= 0:
+        raise ValueError(f"the number of tokens must be positive, not {limit}")
+    if limit is not None and len(ids) < limit:
+        raise ValueError(f"the text has {len(ids):,} tokens, not the {limit:,} asked for")
+    return ids[:limit]
 
 
 def _read(path: Path) -> str:

@@ -23,7 +23,7 @@ MEASUREMENT, TRAINING, ADVANCED = "Measurement", "Training", "Advanced"
 CALIBRATION_TEXT, CALIBRATION_TOKENS, CALIBRATION_WINDOW, COPY_FRACTION = "calibration", 16384, 1024, 0.5
 WINDOW = 1024
 
-TEXT_HELP = f"{listed(TEXTS)}, or a .txt or .txt.gz file."
+TEXT_HELP = f"{listed(TEXTS)}, a .txt file, or a .jsonl file of chats (messages); also as .gz."
 WHOLE_HEADS_HELP = f"Whole heads: {listed(WHOLE_HEAD_METHODS)}."
 METHOD_HELP = f"Coding: {listed(CODED_METHODS)}. {WHOLE_HEADS_HELP}"
 BASELINES_HELP = f"Baselines: {listed(BASELINES)}, or post_rope:WEIGHTING."

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import TextStreamer
 
-from mea.models.gate import explain
 from mea.models.quantized_cache import QuantisedCache
+from mea.text import encode_chat
 
 
 class _Streamer(TextStreamer):
@@ -103,17 +103,5 @@ def _sampling(temperature: float, top_p: float) -> dict[str, Any]:
 def _encode(tokenizer: Any, prompt: str, chat: bool) -> Any:
     if not chat:
         return tokenizer(prompt, return_tensors="pt", return_token_type_ids=False)
-    if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("this model's tokenizer has no chat template: it continues text only")
     messages = [{"role": "user", "content": prompt}]
-    try:
-        return tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    except ImportError:
-        raise
-    except Exception as error:  # a template is a program that comes with the model, and can fail in any way
-        raise ValueError(
-            f"this model's chat template fails ({type(error).__name__}: {explain(error)}): continue text without it, "
-            "or correct the template"
-        ) from error
+    return encode_chat(tokenizer, messages, add_generation_prompt=True, return_tensors="pt")

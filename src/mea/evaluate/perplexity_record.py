@@ -9,7 +9,7 @@ from mea.evaluate.perplexity import block_means, perplexity, ratio, text_losses
 from mea.evaluate.through_cache import check_cache_bits, reading_in
 from mea.models.loading import load
 from mea.records import Progress, Record, make_record
-from mea.text import encode_text, load_text, start_token
+from mea.text import encode_source, load_text, start_token
 
 Losses = Float[Tensor, "windows scored"]
 
@@ -55,11 +55,11 @@ def perplexity_record(
         What loading, reading and measuring raise; or the two models read the text as different tokens.
     """
     check_cache_bits(source, cache_bits)
-    read, content = reading_in(cache_bits), load_text(text)
-    read_as, losses = None, []
+    load_text(text)  # an error before any model is loaded
+    read, read_as, losses = reading_in(cache_bits), None, []
     for name in filter(None, (source, against)):
         model, tokenizer = load(name, dtype)
-        ids, what = encode_text(tokenizer, content, tokens), f"perplexity of {name}"
+        ids, what = encode_source(tokenizer, text, tokens), f"perplexity of {name}"
         if losses and read_as != (start_token(tokenizer), ids.tolist()):
             raise ValueError(
                 f"{source} and {name} read the text as different tokens, so that their perplexities cannot be compared"

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.text import check_fraction, encode_text, load_text, repeat_spans, start_token, windows
+from mea.text import check_fraction, encode_source, repeat_spans, start_token, windows
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,7 @@ class Calibration:
     Attributes
     ----------
     text
-        A packaged text's name or a file.
+        A packaged text's name or a file, also of conversations: `mea.text.encode_source`.
     tokens, window
         Tokens of the text, and tokens of one window.
     seed
@@ -56,7 +56,7 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
     ValueError
         The text has fewer windows than asked for.
     """
-    ids = encode_text(tokenizer, load_text(calibration.text))
+    ids = encode_source(tokenizer, calibration.text)
     rows, wanted = windows(ids, calibration.window, start_token(tokenizer)), calibration.tokens // calibration.window
     if len(rows) < wanted:
         raise ValueError(
@@ -80,7 +80,7 @@ def held_out_tokens(
     wanted, start = count // window, start_token(tokenizer)
     if wanted < 1:
         raise ValueError(f"held-out text needs at least one window of {window} tokens, not {count} tokens")
-    ids = encode_text(tokenizer, load_text(text or calibration.text))
+    ids = encode_source(tokenizer, text or calibration.text)
     if text is None:
         used, rows = calibration.tokens // calibration.window, windows(ids, calibration.window, start)
         ids = rows[calibration.order(len(rows))[used:], start is not None :].flatten()

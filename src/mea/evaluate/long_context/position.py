@@ -11,7 +11,7 @@ from torch import Tensor
 from mea.evaluate.long_context.plan import WINDOWS
 from mea.evaluate.long_context.prompts import Source
 from mea.evaluate.perplexity import block_means, by_position
-from mea.text import encode_text, load_text
+from mea.text import encode_source
 
 
 def position_tokens(source: Source, text: str, window: int) -> Int[Tensor, " n"]:
@@ -23,7 +23,7 @@ def position_tokens(source: Source, text: str, window: int) -> Int[Tensor, " n"]
         The text has less than one window.
     """
     taken = window - (source.start is not None)
-    ids = encode_text(source.tokenizer, load_text(text))
+    ids = encode_source(source.tokenizer, text)
     if len(ids) < taken:
         raise ValueError(f"{text} has {len(ids):,} tokens, fewer than the longest length of {window:,}")
     return ids[: min(WINDOWS, len(ids) // taken) * taken]

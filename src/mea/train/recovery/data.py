@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.text import encode_text, load_text, repeat_spans, start_token
+from mea.text import encode_source, load_text, repeat_spans, start_token
 from mea.text import windows as cut
 from mea.train.recovery.settings import Recovery
 
@@ -38,7 +38,7 @@ def windows(
     """
     rows = []
     for text in texts:
-        ids = encode_text(tokenizer, load_text(text))
+        ids = encode_source(tokenizer, text)
         rows.append(cut(ids, settings.window, start_token(tokenizer)))
     count = sum(len(part) for part in rows)
     wanted, held = settings.steps * settings.batch, -(-settings.held_out // settings.window)
