@@ -37,6 +37,7 @@ demo: $(READY) ## Compress a real language model and write a report of what it c
 bench: $(READY) ## Measure decoding and the command line's start on this machine and write the records
 	@$(BIN)/python benchmarks/run.py
 	@$(BIN)/python benchmarks/start.py
+	@benchmarks/gpu.sh build/gpu $(BIN)/python
 
 test: $(READY) lint ## Lint, types, layers and the tests (at most 10 minutes on 2 quiet cores)
 	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j 2 pytest-compile eval-smoke

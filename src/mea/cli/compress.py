@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from mea.cli import options as shared
-from mea.cli.console import errors, output, progress
+from mea.cli.console import SPEAKS, errors, output, progress
 from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, WHOLE_HEAD_METHODS, listed
 
 EXAMPLES = (
@@ -80,7 +80,8 @@ def compress(
     if dry_run:
         output.print(plan_table(plan))
         return
-    errors.print(summary(plan), highlight=False, soft_wrap=True)
+    if SPEAKS:
+        errors.print(summary(plan), highlight=False, soft_wrap=True)
     with progress() as report:
         record = compress_to_folder(model, out, options, dtype=dtype, measure_tokens=measure, progress=report)
     output.print(compression_table(record, str(out)))

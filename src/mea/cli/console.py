@@ -1,5 +1,6 @@
 """Shared by all subcommands: consoles, errors as one line, progress on stderr."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,8 @@ from rich.text import Text
 from mea.records import Progress
 
 # Without markup: brackets in names, paths and messages are no marks.
-output, errors = Console(markup=False), Console(stderr=True, markup=False)
+SPEAKS = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, only the first prints results
+output, errors = Console(markup=False, quiet=not SPEAKS), Console(stderr=True, markup=False)
 USER_ERROR = 2  # exit code of errors that the user can fix
 LINE_SECONDS = 15.0  # between two lines of progress if stderr is no terminal
 
@@ -44,6 +46,9 @@ def progress() -> Iterator[Progress]:
 
     Text in brackets after a stage's name may change from call to call.
     """
+    if not SPEAKS:
+        yield lambda what, done, total, /: None
+        return
     with _bars() if errors.is_terminal else _lines() as report:
         yield report
 

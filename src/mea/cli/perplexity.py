@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from mea.cli import options as shared
-from mea.cli.console import output, progress
+from mea.cli.console import SPEAKS, output, progress
 from mea.names import TEXTS
 
 EXAMPLES = (
@@ -50,6 +50,6 @@ def perplexity(
             cache_bits=cache_bits,
             progress=report,
         )
-    if record:
+    if record and SPEAKS:
         write_record(record, measured)
     output.print(perplexity_table(measured))

@@ -1,6 +1,5 @@
 """``mea pretrain``."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -42,5 +41,4 @@ def pretrain(
         made = run(settings, out, cache=cache, record=record, start_from=start_from, progress=report)
     if message := divergence_message(made):
         raise ValueError(message)
-    if os.environ.get("RANK", "0") == "0":  # only one of torchrun's processes prints
-        output.print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")
+    output.print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")

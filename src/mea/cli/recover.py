@@ -1,13 +1,12 @@
 """``mea recover``."""
 
-import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mea.cli import options as shared
-from mea.cli.console import errors, output, progress
+from mea.cli.console import SPEAKS, errors, output, progress
 from mea.names import DEFAULT_STAGE, STAGES, TRAINED, listed
 
 EXAMPLES = (
@@ -103,8 +102,7 @@ def recover(
         "precision": precision,
     }  # fmt: skip
     stages = [recovery(name, **changes) for name in stage.split("+")]
-    speaks = os.environ.get("RANK", "0") == "0"  # only one of torchrun's processes prints
-    if speaks:
+    if SPEAKS:
         for name, settings in zip(stage.split("+"), stages, strict=True):
             done = settings.steps * settings.step_tokens
             minutes = max(1, round(recovery_seconds(model, settings) / 60))
@@ -118,6 +116,6 @@ def recover(
         record = recover_to_folder(
             model, out, stages, text, original=original, sharded=shard, measure_tokens=measure, progress=report
         )
-    if speaks:
+    if SPEAKS:
         start, end = record["results"]["held_out_start"]["ce"], record["results"]["held_out"]["ce"]
         output.print(f"held-out loss {start:.4f} → {end:.4f} ({out})")

@@ -18,6 +18,7 @@ from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
 from mea.compression.refine import Refined, refine_layers
 from mea.compression.result import Compressed
+from mea.models.processes import place
 from mea.records import Progress
 
 
@@ -123,6 +124,8 @@ def _run_ranked(
         return []
     if (device := walk.model.device.type) not in ("cpu", "meta"):  # offloaded weights say meta
         raise ValueError(f"{plans[0].method.name} is fitted on the processor: give --device cpu, not {device}")
+    if place()[1] > 1:
+        raise ValueError(f"{plans[0].method.name} is fitted in one process: start it without torchrun")
     start = time.perf_counter()
     known = store.get if store else lambda _: None
     targets = [Target(plan.method, plan.layout, known) for plan in plans]

@@ -25,6 +25,7 @@ from mea.evaluate.speed import cache_size
 from mea.models.card import model_card, origin
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
+from mea.models.processes import join, place, wait
 from mea.models.saving import check_output, save_folder, writing
 from mea.records import Progress, make_record, mean_bits
 from mea.text import encode_text, load_text
@@ -45,8 +46,9 @@ def compress_to_folder(
 ) -> dict[str, Any]:
     """Load, compress, check, measure and save.
 
-    The folder appears when it is complete. Finished layers are kept in ``<out>.partial``: the same call continues an
-    interrupted run.
+    Processes of ``torchrun`` share out calibration and measurement, with the result of one process within rounding; the
+    first one saves. The folder appears when it is complete. Finished layers are kept in ``<out>.partial``: the same
+    call continues an interrupted run.
 
     Parameters
     ----------
@@ -91,6 +93,7 @@ def _compress_to_folder(
     progress: Progress | None,
 ) -> dict[str, Any]:
     check_output(out)  # another process may have written it meanwhile
+    join()
     source_config = load_config(source)
     config = stock_config(source_config)
     plan = make_plan(source_config, resolve_dtype(source_config, dtype).itemsize, options)
@@ -101,7 +104,8 @@ def _compress_to_folder(
     weights = f"{resolve_dtype(source_config, dtype)} {weights_fingerprint(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     # A model that is folded first must be in memory.
-    model, tokenizer = load(source, dtype, offload_folder=work / "offload" if config is source_config else None)
+    offload = work / f"offload-{place()[0]}" if config is source_config else None
+    model, tokenizer = load(source, dtype, offload_folder=offload)
     before = _bytes_per_token(model, plan, config)
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
@@ -112,7 +116,9 @@ def _compress_to_folder(
         shutil.rmtree(work, ignore_errors=True)
         raise
     record = _measure(source, model, tokenizer, result, before, measured, progress)
-    save_folder(out, work, result.model, tokenizer, _card(record, origin(source)), "compression.json", record)
+    wait()  # no process has anything left to write beside the result
+    if place()[0] == 0:
+        save_folder(out, work, result.model, tokenizer, _card(record, origin(source)), "compression.json", record)
     return record
 
 
@@ -179,7 +185,7 @@ def _measure(
     if measured is not None:
         window = min(plan.calibration.window, model.config.max_position_embeddings)
         original, compressed = (
-            text_losses(scored, tokenizer, measured, window, what=what, progress=progress)
+            text_losses(scored, tokenizer, measured, window, what=what, progress=progress, shared=True)
             for scored, what in ((model, "measuring the original"), (result.model, "measuring the result"))
         )
         results["perplexity_before"] = perplexity(original).value

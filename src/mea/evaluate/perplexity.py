@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from mea.models.lm_head import ROWS, InseparableHeadError, head_logits, last_hidden_states
+from mea.models.processes import interleaved, place
 from mea.records import Progress
 from mea.text import start_token, windows
 
@@ -58,6 +59,7 @@ def token_losses(
     read: Read | None = None,
     what: str = "reading",
     progress: Progress | None = None,
+    shared: bool = False,
 ) -> Float[Tensor, "windows scored"]:
     """Loss of every scored token, one row per window; the last column belongs to position ``window - 1``.
 
@@ -75,6 +77,8 @@ def token_losses(
         How a window is read: at once if None, or over a cache (`mea.evaluate.through_cache`).
     what, progress
         Called with `what`, the windows done and the windows in all.
+    shared
+        Each process of ``torchrun`` scores some of the windows; all have to call this, and get all losses.
 
     Raises
     ------
@@ -84,6 +88,11 @@ def token_losses(
     """
     _check(model, tokens, window, start)
     rows = windows(tokens, window, start)
+    if shared:
+        rank, processes = place()
+        if len(rows) < processes:
+            raise ValueError(f"{len(rows)} windows are fewer than {processes} processes: start fewer")
+        rows = rows[rank::processes]
     was_training = model.training
     model.eval()
     losses = []
@@ -99,7 +108,7 @@ def token_losses(
                 progress(what, done + 1, len(rows))
     finally:
         model.train(was_training)
-    return torch.stack(losses)
+    return interleaved(torch.stack(losses)) if shared else torch.stack(losses)
 
 
 def text_losses(
@@ -111,10 +120,11 @@ def text_losses(
     what: str,
     read: Read | None = None,
     progress: Progress | None = None,
+    shared: bool = False,
 ) -> Float[Tensor, "windows scored"]:
     """`token_losses` of a text in windows that open with the tokenizer's own first token."""
     start = start_token(tokenizer)
-    return token_losses(model, tokens, window, start=start, read=read, what=what, progress=progress)
+    return token_losses(model, tokens, window, start=start, read=read, what=what, progress=progress, shared=shared)
 
 
 def perplexity(losses: Float[Tensor, "windows scored"]) -> Estimate:

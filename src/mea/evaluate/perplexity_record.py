@@ -8,6 +8,7 @@ from torch import Tensor
 from mea.evaluate.perplexity import block_means, perplexity, ratio, text_losses
 from mea.evaluate.through_cache import check_cache_bits, reading_in
 from mea.models.loading import load
+from mea.models.processes import join
 from mea.records import Progress, Record, make_record
 from mea.text import encode_source, load_text, start_token
 
@@ -56,6 +57,7 @@ def perplexity_record(
     """
     check_cache_bits(source, cache_bits)
     load_text(text)  # an error before any model is loaded
+    join()
     read, read_as, losses = reading_in(cache_bits), None, []
     for name in filter(None, (source, against)):
         model, tokenizer = load(name, dtype)
@@ -65,7 +67,7 @@ def perplexity_record(
                 f"{source} and {name} read the text as different tokens, so that their perplexities cannot be compared"
             )
         read_as = start_token(tokenizer), ids.tolist()
-        losses.append(text_losses(model, tokenizer, ids, window, what=what, read=read, progress=progress))
+        losses.append(text_losses(model, tokenizer, ids, window, what=what, read=read, progress=progress, shared=True))
         read = None  # `against` is read at once
         del model
     config = {"model": source, "against": against, "text": text, "window": window, "tokens": tokens, "dtype": dtype}

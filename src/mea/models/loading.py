@@ -86,7 +86,8 @@ def use_device(name: str) -> None:
     Parameters
     ----------
     name
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"`` is the first GPU, or the processor where there is none.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"`` is the first GPU, in processes of ``torchrun`` each one's
+        own, or the processor where there is none.
 
     Raises
     ------
@@ -94,7 +95,8 @@ def use_device(name: str) -> None:
         There is no such device.
     """
     global _device
-    chosen = ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
+    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    chosen = (gpu if torch.cuda.is_available() else "cpu") if name == "auto" else name
     try:
         if chosen == "meta":
             raise RuntimeError("it holds no numbers")

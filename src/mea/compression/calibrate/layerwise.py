@@ -4,7 +4,7 @@
 is rewritten here.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -241,11 +241,16 @@ class LayerWalk:
         return torch.cat(logits)
 
     def loss_gradients(
-        self, tokens: Int[Tensor, "n t"], hidden: Float[Tensor, "n t D"], generator: torch.Generator
+        self,
+        tokens: Int[Tensor, "n t"],
+        hidden: Float[Tensor, "n t D"],
+        generator: torch.Generator,
+        skips: Sequence[int] = (),
     ) -> Float[Tensor, "n t D"]:
         """Gradients of the loss with respect to the last layer's output, for labels drawn from the model itself.
 
-        The loss is summed over tokens, in nats.
+        The loss is summed over tokens, in nats. `skips` counts the windows of other processes before each window: their
+        labels are drawn and dropped, so that labels do not depend on the number of processes.
 
         Raises
         ------
@@ -258,7 +263,10 @@ class LayerWalk:
         try:
             model.lm_head, decoder.norm = resident(head), resident(norm)
             with _recording(model, "sdpa") as recorders, torch.enable_grad():
-                for window, ids in zip(hidden.split(1), tokens.split(1), strict=True):
+                skipped = skips or [0] * len(tokens)
+                for window, ids, skip in zip(hidden.split(1), tokens.split(1), skipped, strict=True):
+                    for some in [*ids.split(ROWS, 1)] * skip:
+                        torch.multinomial(torch.ones(some.shape[1], len(model.lm_head.weight)), 1, generator=generator)
                     parts = []
                     for states, some in zip(window.split(ROWS, 1), ids.split(ROWS, 1), strict=True):
                         start = states.detach().requires_grad_()

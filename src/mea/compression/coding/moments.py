@@ -6,7 +6,8 @@ labels *drawn from the model's own distribution* (the Fisher information, arXiv 
 the metric of errors: it weighs keys against values, heads, channels and layers in one unit, nats per token. The
 gradient with respect to keys before RoPE is averaged over all the distances at which the text reads them.
 
-Layers run one at a time, forwards and then backwards, so that only one layer's weights need be in memory.
+Layers run one at a time, forwards and then backwards, so that only one layer's weights need be in memory. Under
+``torchrun`` each process reads some of the windows (`mea.models.processes`), and all get the moments of all windows.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from torch import Tensor
 
 from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, check_activations, check_finite
 from mea.compression.calibrate.offload import resident
+from mea.models.processes import interleaved, place, summed
 from mea.records import Progress
 
 PART = 2**30  # bytes of hidden states that are kept between the two passes
 SAMPLE = 2**30  # bytes of keys and values that are kept for fits with rounding
 RANK = 1e-10  # eigenvalues below this part of the largest are zero
+GAIN = 1e-3  # directions with less than this part of the weights' largest gain may vanish in fp32 products
 
 
 @dataclass
@@ -76,10 +79,15 @@ class _Sum:
         self.samples.append(z[torch.linspace(0, len(z) - 1, min(kept, len(z)), device=z.device).long()])
 
     def result(self, head_dim: int) -> LayerMoments:
-        mean = self.tensors["sum"] / self.count
-        covariance = self.tensors["square"] / self.count - torch.outer(mean, mean)
-        sample = torch.cat(self.samples)
-        return LayerMoments(mean + self.shift.double(), covariance, self.tensors["cost"] / self.count, sample, head_dim)
+        """Moments of the tokens of all processes; their covariances are about means of their own."""
+        sums, count = self.tensors, summed(self.tensors["sum"].new_tensor(self.count))
+        own = sums["sum"] / self.count
+        total = summed(sums["sum"] + self.count * self.shift.double())
+        mean = total / count
+        apart = own + self.shift.double() - mean
+        square = sums["square"] - self.count * (torch.outer(own, own) - torch.outer(apart, apart))
+        sample = interleaved(torch.stack(self.samples)).flatten(0, 1)
+        return LayerMoments(mean, summed(square) / count, summed(sums["cost"]) / count, sample, head_dim)
 
 
 def layer_moments(
@@ -99,18 +107,24 @@ def layer_moments(
     Raises
     ------
     ValueError
-        Activations or gradients are not finite, or the text has too little variety (`check_variety`).
+        Activations or gradients are not finite, the text has too little variety (`check_variety`), or it has fewer
+        windows than there are processes.
     """
     layers, (count, length) = walk.layers, tokens.shape
     size = 4 * length * walk.model.config.hidden_size * (len(layers) + 1)
     windows = max(1, PART // size)
     sums = [_Sum() for _ in layers]
     generator = torch.Generator().manual_seed(seed)
+    rank, processes = place()
+    own = tokens[rank::processes]
+    if not len(own):
+        raise ValueError(f"{count} windows of calibration text are fewer than {processes} processes: start fewer")
+    skips = [rank, *[processes - 1] * (len(own) - 1)]
     attention = layers[0].self_attn
     width = 2 * attention.k_proj.out_features
     kept = max(16, SAMPLE // (4 * width * len(layers) * count))
     inputs = walk.inputs(length)
-    done, steps = 0, 2 * len(layers) * -(-count // windows)
+    done, steps = 0, 2 * len(layers) * -(-len(own) // windows)
 
     def advance() -> None:
         nonlocal done
@@ -118,7 +132,7 @@ def layer_moments(
         if progress:
             progress("calibrating", done, steps)
 
-    for rows in tokens.split(windows):
+    for rows in own.split(windows):
         with torch.no_grad():
             hidden = [walk.embed(rows).float()]
             for index, layer in enumerate(layers):
@@ -128,7 +142,8 @@ def layer_moments(
                 )
                 check_activations(hidden[-1], index, loaded)
                 advance()
-        gradient = walk.loss_gradients(rows, hidden.pop(), generator)
+        gradient = walk.loss_gradients(rows, hidden.pop(), generator, skips[: len(rows)])
+        del skips[: len(rows)]
         for index in reversed(range(len(layers))):
             states, loaded = hidden.pop(), resident(layers[index])
             before = []
@@ -160,7 +175,7 @@ def check_variety(moments: LayerMoments, layer: Any, index: int) -> None:
     weight = torch.cat([attention.k_proj.weight, attention.v_proj.weight]).double()
     # A norm maps ones to its gain: channels of gain 0 reach neither keys nor values.
     weight = weight * layer.input_layernorm(torch.ones_like(weight[:1])).double()
-    possible = int(torch.linalg.matrix_rank(weight, rtol=1e-5)) if weight.any() else 0
+    possible = int(torch.linalg.matrix_rank(weight, rtol=GAIN)) if weight.any() else 0
     eigenvalues = torch.linalg.eigvalsh(moments.covariance)
     rank = int((eigenvalues > RANK * eigenvalues[-1].clamp_min(0)).sum()) if eigenvalues[-1] > 0 else 0
     if rank < possible:
