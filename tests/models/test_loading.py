@@ -10,6 +10,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from mea.models import loading
 from mea.models.loading import (
@@ -192,3 +193,10 @@ def test_a_gguf_file_is_parsed_once_while_it_lasts(tmp_path: Path) -> None:
     file.write_bytes(b"GGUF, another one")
     assert loading._read(Parsed, str(tmp_path), "m.gguf") == {"layers": [2]}
     assert parsed == [(str(tmp_path), "m.gguf")] * 2
+
+
+def test_bars_of_other_packages_do_not_fill_a_log(saved, capfd):
+    """They are back afterwards: they belong to whoever uses transformers besides."""
+    load(str(saved))
+    assert "it/s" not in capfd.readouterr().err
+    assert logging.is_progress_bar_enabled()

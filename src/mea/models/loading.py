@@ -7,6 +7,9 @@ import copy
 import functools
 import hashlib
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,6 +17,7 @@ from typing import Any
 import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers.utils import logging
 
 from mea.models.gate import check_folder, check_gguf, check_tokenizer, explain
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
@@ -136,7 +140,8 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
         options |= {"use_safetensors": True} | _memory_options(folder, None if in_memory else offload_folder)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` refuses them by name
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        with no_bars_in_logs():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
         raise ValueError(f"cannot load the weights of {source}: {_explain(error, folder, gguf)}") from error
     model, info = loaded
@@ -150,6 +155,19 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     if _device.type != "cpu":
         model.to(_device)
     return model.eval(), tokenizer
+
+
+@contextmanager
+def no_bars_in_logs() -> Iterator[None]:
+    """Hide transformers' progress bars where they would fill a log: where stderr is no terminal."""
+    hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+    if hidden:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if hidden:
+            logging.enable_progress_bar()
 
 
 def _check_loaded(source: str, model: Any, info: dict[str, Any]) -> None:

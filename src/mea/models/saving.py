@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from mea.models.loading import no_bars_in_logs
 from mea.records import Record, write_record
 
 SHARD_SIZE = "4GB"  # a shard is in memory as a whole while it is written
@@ -138,7 +139,8 @@ def save_folder(
         As `complete_folder`.
     """
     with complete_folder(out, work) as folder:
-        model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
+        with no_bars_in_logs():
+            model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")
         write_record(folder / name, record)
