@@ -43,7 +43,7 @@ class Part:
     numbers
         Pairs of a number and its meaning.
     quotes
-        Pairs of a model's name and its text.
+        Pairs of a model's name and its text; the first is what the others are compared with.
     """
 
     heading: str = ""
@@ -52,6 +52,15 @@ class Part:
     table: Table | None = None
     figures: list[Figure] = field(default_factory=list)
     quotes: list[tuple[str, str]] = field(default_factory=list)
+
+    def differing(self) -> list[tuple[str, str, str, str]]:
+        """Each quote as name, what it shares with the first one, the first other word, and the rest."""
+        split = []
+        for name, said in self.quotes:
+            first, words = self.quotes[0][1].split(), said.split()
+            same = next((i for i, word in enumerate(words) if first[i : i + 1] != [word]), len(words))
+            split.append((name, " ".join(words[:same]), " ".join(words[same : same + 1]), " ".join(words[same + 1 :])))
+        return split
 
 
 @dataclass(frozen=True)

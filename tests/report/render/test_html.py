@@ -175,3 +175,11 @@ def test_legends_are_read_line_by_line():
     starts = [sum(heights[:column]) for column in range(columns)]
     read = [names[starts[c] + r] for r in range(rows) for c in range(columns) if r < heights[c]]
     assert read == [f"{10.0**index:g}" for index in range(7)]
+
+
+def test_the_first_word_that_differs_from_the_first_quote_is_marked():
+    part = Part(quotes=[("a", "one two three"), ("b", "one <2> three"), ("c", "one two")])
+    assert part.differing() == [("a", "one two three", "", ""), ("b", "one", "<2>", "three"), ("c", "one two", "", "")]
+    page = render([], sections=[Section("A", [part])])
+    assert "<p>one <mark>&lt;2&gt;</mark> three</p>" in page
+    assert page.count("<mark>") == 1

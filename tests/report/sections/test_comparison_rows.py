@@ -7,6 +7,7 @@ from rich.console import Console
 
 from mea.records import make_record
 from mea.report import rows, terminal_table
+from mea.report.sections.comparison_figures import figures
 from mea.report.sections.comparison_rows import cells, with_error
 
 
@@ -117,3 +118,11 @@ def test_draws_of_one_method_are_told_apart(one):
     draws = [one("joint", 1.1) | {"seeds": {"calibration": seed}} for seed in (0, 1)]
     assert [row.name for row in rows(draws)] == ["joint, seed of calibration 0", "joint, seed of calibration 1"]
     assert [row.name for row in rows([one("joint", 1.1)] * 2)] == ["joint, 1", "joint, 2"]
+
+
+def test_the_bits_of_each_series_are_drawn_once_at_the_size_nearest_to_a_fifth(run):
+    records = run()
+    for record, keep in zip(records[1:], (0.28, 0.2, 0.14, 0.5), strict=True):
+        record["config"] |= {"keep": keep, "series": "packed", "tiers": [[[0, 2, 6], [0, 0, 4]], None], "numbers": 16}
+    names = [figure.name for figure in figures(rows(records))]
+    assert [name for name in names if name.startswith("bits-")] == [f"bits-{records[2]['config']['label']}"]

@@ -25,15 +25,16 @@ def line(index: int, size: int = 7) -> dict[str, Any]:
     return look | {"markersize": size, "linewidth": 1.8, "linestyle": DASHES[turn % len(DASHES)]}
 
 
-def logarithmic(axes: Any) -> None:
-    """A logarithmic axis whose ticks are plain numbers."""
+def logarithmic(axes: Any, which: str = "y") -> None:
+    """A logarithmic axis, ``"x"`` or ``"y"``, whose ticks are plain numbers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-    axes.set_yscale("log")
-    low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    getattr(axes, f"set_{which}scale")("log")
+    low, high = getattr(axes, f"get_{which}lim")()
+    axis = getattr(axes, f"{which}axis")
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1000 * low else (1,)))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def style(salt: str) -> AbstractContextManager[None]:

@@ -30,7 +30,13 @@ def _parts(methods: list[Row], shared: dict[str, Any]) -> list[Part]:
     continued = [(row.name, row.results["continuation"]) for row in methods if row.results.get("continuation")]
     if continued:
         quotes = [(name, continuation["text"].strip()) for name, continuation in continued]
-        parts.append(Part("The same prompt, continued", f"{continued[0][1]['prompt']} …", quotes=quotes))
+        parts.append(
+            Part(
+                "The same prompt, continued",
+                f"{continued[0][1]['prompt']} … (marked: the first word that differs from {continued[0][0]})",
+                quotes=quotes,
+            )
+        )
     return [*parts, _what_ran(methods, shared)]
 
 

@@ -10,7 +10,8 @@ from mea.report.sections.comparison_rows import Row, texts_of
 
 FAR = 8.0  # times the lowest ratio: a line further away would flatten the others
 ERRORS = "Bars: one standard error."
-SIZE = "cache, KiB per token (measured)"
+SIZE, SHARE = "cache, KiB per token (measured)", "cache, % of the uncompressed bytes (measured)"
+BITS = {8: "#174ea6", 4: "#2f86d6", 2: "#9cc9f0"}  # darker for more
 
 
 def figures(methods: Sequence[Row]) -> list[Figure]:
@@ -21,6 +22,7 @@ def figures(methods: Sequence[Row]) -> list[Figure]:
         ratio_against_bytes(methods, "continuations"),
         ratio_by_position(methods),
         loss_by_layer(methods),
+        *map(bits_by_layer, _one_of_each(methods)),
     ]
     return [figure for figure in drawn if figure]
 
@@ -63,16 +65,18 @@ def ratio_against_bytes(methods: Sequence[Row], kind: str) -> Figure | None:
         return None
     values = {row.name: scores[row.name]["ratio"] for row in points}
     near, note = _near(points, {name: [value] for name, value in values.items()}, " times")
+    plain = next((row.bytes_per_token for row in methods if not row.compressed), None)
+    unit = (plain or 102400) / 100  # KiB without the uncompressed model
     with style(f"pareto-{kind}"):
-        figure, axes = axes_of_a_figure(SIZE, f"{text}:\nperplexity / uncompressed")
+        figure, axes = axes_of_a_figure(SHARE if plain else SIZE, f"{text}:\nperplexity / uncompressed")
         for index, name in enumerate(dict.fromkeys(row.series for row in points)):
             if group := _by_size(near, name):
                 errors = [scores[row.name].get("ratio_standard_error") or 0 for row in group]
-                _plot_sizes(axes, group, [values[row.name] for row in group], errors, line(index, size=5))
+                _plot_sizes(axes, group, [values[row.name] for row in group], errors, line(index, size=5), unit)
         if max(values[row.name] for row in near) > 2:  # below, a log axis would have one labelled tick
             logarithmic(axes)
         axes.axhline(1, color=INK, linewidth=0.8, linestyle=":")
-        axes.set_xlim(left=0)
+        logarithmic(axes, "x")
         legend(figure, axes)
         scored = "whole windows" if kind == "texts" else "continuations of a context in the cache"
         caption = (
@@ -127,14 +131,48 @@ def loss_by_layer(methods: Sequence[Row]) -> Figure | None:
         return Figure("layers", svg(figure), "Loss in each layer, counted from 0, as the fit measured it.")
 
 
+def _one_of_each(methods: Sequence[Row]) -> list[Row]:
+    """Of every series of packed caches the one whose size is nearest to a fifth."""
+    packed = [row for row in methods if row.record["config"].get("tiers")]
+    nearest = sorted(packed, key=lambda row: abs((row.record["config"].get("keep") or 1) - 0.2))
+    return list({row.series: row for row in reversed(nearest)}.values())[::-1]
+
+
+def bits_by_layer(row: Row) -> Figure:
+    """How many components of each layer have 8, 4, 2 and 0 bits: what the budget was spent on."""
+    config = row.record["config"]
+    layers = [layer or [[0, 0, 0]] * 2 for layer in config["tiers"]]
+    parts = ["keys", "values' residual"] if min(map(len, layers)) == 2 else ["keys and values"]
+    with style(f"bits-{row.name}"):
+        figure, axes = axes_of_a_figure("layer", "components")
+        left = [0.0] * len(layers)
+        for part, name in enumerate(parts):
+            for tier, (bits, colour) in enumerate(BITS.items()):
+                counts = [layer[part][tier] for layer in layers]
+                look = {"color": colour, "hatch": "///" if part else None, "edgecolor": INK, "linewidth": 0.2}
+                axes.bar(range(len(layers)), counts, bottom=left, width=0.9, label=f"{name}, {bits} bits", **look)
+                left = [a + b for a, b in zip(left, counts, strict=True)]
+        if config.get("numbers"):
+            axes.axhline(config["numbers"], color=INK, linewidth=0.8, linestyle=":")
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        legend(figure, axes)
+        caption = f"{row.name}: bits of the components of each layer; the others, up to the dotted line, have none."
+        return Figure(f"bits-{row.name}", svg(figure), caption)
+
+
 def _by_size(methods: Sequence[Row], series: str) -> list[Row]:
     return sorted((row for row in methods if row.series == series), key=lambda row: row.bytes_per_token or 0)
 
 
 def _plot_sizes(
-    axes: Any, group: list[Row], values: Sequence[float | int], errors: Sequence[float | int], look: dict[str, Any]
+    axes: Any,
+    group: list[Row],
+    values: Sequence[float | int],
+    errors: Sequence[float | int],
+    look: dict[str, Any],
+    unit: float = 1024,
 ) -> None:
-    sizes = [(row.bytes_per_token or 0) / 1024 for row in group]
+    sizes = [(row.bytes_per_token or 0) / unit for row in group]
     look = look | ({"linestyle": "none"} if len(group) == 1 else {})
     axes.errorbar(sizes, values, yerr=errors, label=group[0].series, **look)
 
