@@ -93,6 +93,7 @@ def recover(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
 ) -> None:
     """Train a compressed model for a short time to regain quality; an interrupted run continues."""
+    from mea.models.loading import load_config
     from mea.train.recovery.save import recover_to_folder, recovery_seconds
     from mea.train.recovery.settings import recovery
 
@@ -101,7 +102,8 @@ def recover(
         "batch": batch, "micro_batch": micro_batch, "lr": lr, "base_lr": base_lr, "held_out": held_out,
         "precision": precision,
     }  # fmt: skip
-    stages = [recovery(name, **changes) for name in stage.split("+")]
+    packed = getattr(load_config(model), "cache_code", None) is not None
+    stages = [recovery(name, packed=packed, **changes) for name in stage.split("+")]
     if SPEAKS:
         for name, settings in zip(stage.split("+"), stages, strict=True):
             done = settings.steps * settings.step_tokens

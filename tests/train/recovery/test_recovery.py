@@ -352,3 +352,9 @@ def test_a_packed_cache_is_trained_with_its_rounding(trained, tmp_path, monkeypa
 def test_the_default_precision_is_that_of_the_machine() -> None:
     """A default passes through the same checks as a given value: "fast" is no precision to train in."""
     assert recovery().precision == named_dtype("fast") == recovery(precision="fast").precision
+
+
+def test_packed_caches_have_rates_of_their_own_unless_others_are_given() -> None:
+    assert (recovery(packed=True).lr, recovery(packed=True).base_lr) == (1e-4, 1e-4)
+    assert (recovery(packed=True, lr=1e-3).lr, recovery(packed=True, lr=None).lr) == (1e-3, 1e-4)
+    assert recovery("cpt", packed=True) == recovery("cpt")
