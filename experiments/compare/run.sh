@@ -7,13 +7,14 @@ OUT=experiments/compare
 compare() { mea compare "$MODEL" $OUT --tokens 4096 --decode-steps 0 --dtype bfloat16 "$@"; }
 keep() { printf -- '--keep %s ' "$@"; }
 
-compare --method predictive --method joint $(keep 0.14 0.2 0.28 0.4 0.6) --backend quanto --backend hqq
+compare --method predictive --method joint $(keep 0.14 0.2 0.28 0.4 0.6) --backend quanto
 compare --method joint $(keep 0.08 0.1) --bits 2
+compare --method predictive $(keep 0.14 0.2 0.28) --bits 2 \
+  --press ExpectedAttentionPress --press KeyDiffPress --kvpress "$KVPRESS"
 compare --method post_rope --method pre_rope --method shared $(keep 0.25 0.5) --bits 2 \
   --conversion separate --conversion xkv --cacheshrink "$CACHESHRINK" \
   --press ExpectedAttentionPress --press KeyDiffPress --kvpress "$KVPRESS"
-compare --method predictive $(keep 0.14 0.2 0.28) --bits 2 \
-  --press ExpectedAttentionPress --press KeyDiffPress --kvpress "$KVPRESS"
-compare --method svd --method gauge $(keep 0.5) --bits 2
 compare --method gqa-mean --method gqa-procrustes $(keep 0.333334) --bits 2
+compare --method svd --method gauge $(keep 0.5) --bits 2
+compare --method joint $(keep 0.1) --bits 2 --backend hqq
 mea report $OUT/records --markdown $OUT/README.md
