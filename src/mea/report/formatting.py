@@ -13,7 +13,7 @@ def printable(text: str) -> str:
 
 
 def with_interval(
-    value: float | int | None, interval: Sequence[float] | None, digits: int = 3, sign: str = "", unit: str = ""
+    value: float | int | None, interval: Sequence[float | int] | None, digits: int = 3, sign: str = "", unit: str = ""
 ) -> str:
     """``3.412 (3.401 to 3.423)``; without an interval only the value.
 
