@@ -33,6 +33,17 @@ POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FLOATS = ("F64", "F32", "F16", "BF16")  # in safetensors
 WEIGHTS = ("weight", "_proj.bias", "encoder", "decoder", "mean")  # ends of the names of tensors that are no integers
+GENERATION = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SEVERAL = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")  # one token or a list of them
+COUNTS = (  # of a generation configuration, whole; a token's number is one too
+    *("bos_token_id", "pad_token_id", "forced_bos_token_id", "max_length", "max_new_tokens", "min_length"),
+    *("min_new_tokens", "top_k", "num_beams", "num_return_sequences", "no_repeat_ngram_size", "prefill_chunk_size"),
+)
+SIZES = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("length_penalty", "guidance_scale", "max_time"),
+)
 ELSEWHERE = {"transformers_weights": "names another file of weights"}
 
 
@@ -51,6 +62,8 @@ def check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")
     check_tokenizer(folder)
+    if (folder / GENERATION).is_file():
+        _check_generation(read_json(folder / GENERATION), str(folder / GENERATION))
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise ValueError(f"{folder} holds no .safetensors weights; other formats can run code and are not read")
@@ -117,6 +130,7 @@ def check_config(config: dict[str, Any], where: str) -> None:
                 _check_positive(part[name], name, where)
         for name in ("rope_parameters", "rope_scaling"):
             _check_rope(part.get(name), name, where)
+        _check_generation({name: part.get(name) for name in TOKENS}, where)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -157,6 +171,17 @@ def _check_numbers(values: dict[str, Any], names: dict[str, str], where: str) ->
     if heads and shared and heads % shared:
         first, second = names["num_attention_heads"], names["num_key_value_heads"]
         raise ValueError(f"{where}: {first} = {heads} is no multiple of {second} = {shared}")
+
+
+def _check_generation(config: dict[str, Any], where: str) -> None:
+    """Refuse values on which generating would fail half-way."""
+    for name, value in config.items():
+        values = value if name in SEVERAL and isinstance(value, list) else [value]
+        kind = int if name in (*COUNTS, *SEVERAL) else int | float
+        known = name in (*COUNTS, *SEVERAL, *SIZES) and value is not None
+        if known and not all(isinstance(x, kind) and not isinstance(x, bool) and abs(x) < 2**63 for x in values):
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{where}: {name} is {what}{' or several' if name in SEVERAL else ''}, not {value!r}")
 
 
 def _check_positive(value: Any, name: str, where: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from mea.names import escaped
 from mea.records import Record, write_record
 
 SHARD_SIZE = "4GB"  # a shard is in memory as a whole while it is written
@@ -29,18 +30,19 @@ def model_card(title: str, summary: str, header: Sequence[str], rows: Sequence[S
     Parameters
     ----------
     title, summary
-        One line, and one paragraph.
+        One line of text, and one paragraph of Markdown.
     header, rows
         Of the table of measurements.
     record
         The file beside the card that holds the record.
     """
-    table = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    shown = [[escaped(" ".join(cell.split())).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
+    table = [f"| {' | '.join(cells)} |" for cells in (shown[0], ["---"] * len(header), *shown[1:])]
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     head += ["tags: [mea, kv-cache-compression]", "---"]
     licence = "The licence of the original model holds for this one."
     kept = f"`{record}` holds the record: every choice, every measurement, machine and versions."
-    parts = ("\n".join(head), f"# {title}", summary, "\n".join(table), licence, USAGE, kept)
+    parts = ("\n".join(head), f"# {escaped(' '.join(title.split()))}", summary, "\n".join(table), licence, USAGE, kept)
     return "\n\n".join(parts) + "\n"
 
 
