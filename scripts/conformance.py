@@ -24,7 +24,7 @@ RECORD, PAGE = ROOT / "docs/conformance.json", ROOT / "docs/conformance.md"
 KINDS = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text", "granite")
 FORMS = ("predictive", "joint", "post_rope", "pre_rope", "shared", "quantised")
 CODED, LATENT = FORMS[:2], {"post_rope": "post_rope", "pre_rope": "pre_rope", "shared": "joint"}
-NEAR = 1e-8  # of fp64 logits, relative to the largest: a residual stream grows, and sums are in another order
+NEAR = 1e-6  # of the largest logit: the reading of pre_rope and shared has a softmax in fp32
 EXACT_TEXT = "cache"  # a byte-level tokenizer's ids of these letters are in the tiny vocabulary
 
 
@@ -220,7 +220,8 @@ def given_caches(s: Subject) -> None:
 
 
 def chunked_prefill(s: Subject) -> None:
-    same(s, tokens(2, 21), prefill_chunk_size=5, expected=None if s.form != "quantised" else s.oracle())
+    at_once = s.oracle() | ({"prefill_chunk_size": None} if s.form != "quantised" else {})
+    same(s, tokens(2, 21), expected=at_once, prefill_chunk_size=5)
     ids, sizes = tokens(2, 31), (3, 13, 5, 1, 1, 8)
     near(parts(s, ids, sizes)[0], reference(s, ids, sizes))
 

@@ -223,7 +223,10 @@ class Cases:
         return ["compress", self.model, self.folder / "out", *options, "--dry-run"]
 
     def of_pretraining(self, chance: random.Random) -> list[Any]:
-        self._toml("run.toml", self._changed(self.settings, chance), chance)
+        tables = self._changed(self.settings, chance)
+        if isinstance(tables, dict) and isinstance(optim := tables.setdefault("optim", {}), dict):
+            optim.setdefault("tokens", 512)  # the default is a run of minutes
+        self._toml("run.toml", tables, chance)
         return ["pretrain", self.folder / "run.toml", self.folder / "out", "--cache", self.root / "cache"]
 
     def of_sweep(self, chance: random.Random) -> list[Any]:
