@@ -6,7 +6,6 @@
 
 import argparse
 import copy
-import logging
 import os
 import subprocess
 import sys
@@ -321,25 +320,6 @@ def gradient_checkpointing(s: Subject) -> None:
         assert (found[1][name] - gradient).abs().max() <= NEAR * (1 + gradient.abs().max()), f"gradient of {name}"
 
 
-def compiled(s: Subject) -> None:
-    """A whole pass, and steps over the cache, traced by Dynamo."""
-    import torch
-
-    torch.compiler.reset()
-    logging.getLogger("torch._dynamo").setLevel(logging.ERROR)  # it tells of every break of the graph
-    ids, caches = tokens(2, 21), (s.tested(), s.tested())
-    run = torch.compile(s.model, backend="eager")
-    near(logits(run, ids, use_cache=False), logits(s.model, ids, use_cache=False))
-    with torch.no_grad():
-        first, second = (
-            model(ids, past_key_values=past, use_cache=True) for model, past in zip((s.model, run), caches, strict=True)
-        )
-        for token in tokens(2, 3).T[..., None]:
-            first = s.model(token, past_key_values=first.past_key_values, use_cache=True)
-            second = run(token, past_key_values=second.past_key_values, use_cache=True)
-            near(second.logits, first.logits)
-
-
 def pipelines(s: Subject) -> None:
     from transformers import pipeline
 
@@ -420,7 +400,6 @@ WAYS: dict[str, Callable[[Subject], None]] = {
     "prompts longer than the positions": long_prompts,
     "PEFT on top and merged": peft_updates,
     "gradient checkpointing": gradient_checkpointing,
-    "torch.compile": compiled,
     'pipeline("text-generation")': pipelines,
     "save_pretrained twice": saved_twice,
     "loaded without this package": without_this_package,
@@ -475,6 +454,8 @@ cache is compared with a cache that keeps plain tensors and quantises them anew 
 - "ok": the tokens are equal, and logits differ by rounding only, for all architectures or those named.
 - "refused": an error before any result; its sentence is below.
 - "–": the way does not involve a cache that is given to the model.
+
+`torch.compile` of a decoding step is tested apart, by the tests marked `compile`.
 
 `predictive` and `joint` are the packed caches of `mea compress`; `post_rope`, `pre_rope` and `shared` are the
 latent forms of the baselines; `quantised` is the cache of `--cache-bits`.
