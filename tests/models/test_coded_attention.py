@@ -364,6 +364,16 @@ def test_weights_of_the_codes_can_be_trained(reading):
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_a_model_that_has_generated_can_be_copied(reading):
+    model, ids = coded("llama", reading), tokens(1, 20)
+    expected = generate(model, ids)
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(generate(other, ids), expected)
+    other.train()(ids, labels=ids).loss.backward()
+
+
 def test_continuous_batching_is_refused(reading):
     with pytest.raises(NotImplementedError, match="continuous batching"):
         coded("llama", reading).generate_batch([[1, 2, 3], [4, 5]])
