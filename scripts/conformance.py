@@ -485,7 +485,7 @@ def main() -> None:
         transformers_logging.disable_progress_bar()
         cells: dict[str, Any] = {way: {form: {} for form in FORMS} for way in WAYS}
         for way, by_form in (read_record(RECORD)["results"]["cells"] if RECORD.exists() else {}).items():
-            for form, found in by_form.items():
+            for form, found in by_form.items() if way in cells else ():
                 cells[way][form] |= found
         for way in given.ways:
             for form in given.forms:
