@@ -22,9 +22,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 
 LINTED := src tests $(wildcard benchmarks experiments scripts)
 
 # No test reaches a model hub; an attempt fails at once instead of hanging.
-test test-full: export HF_HUB_OFFLINE = 1
+test test-full fuzz: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo bench test test-full lint pytest-compile eval-smoke format clean
+.PHONY: help setup demo bench test test-full fuzz lint pytest-compile eval-smoke format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -45,6 +45,11 @@ test: $(READY) lint ## Lint, types, layers and the tests (at most 10 minutes on 
 
 test-full: $(READY) lint pytest-compile ## The same with the slow tests
 	@$(PYTEST) -m "not compile" --durations=20
+
+# Four times the examples of `make test`, other ones in every round; the round that has begun at the limit is finished.
+fuzz: $(READY) ## Random inputs for FUZZ_SECONDS (300): damaged files, budgets, operations on caches
+	@export FUZZ_SECONDS=$${FUZZ_SECONDS:-300}; end=$$((SECONDS + FUZZ_SECONDS)); \
+	while ((SECONDS < end)); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x tests/fuzz; done
 
 lint: $(DEPENDENCIES) ## Ruff, pyright and the import layers
 	@$(BIN)/ruff check $(LINTED)

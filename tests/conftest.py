@@ -9,16 +9,21 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # an attempt to reach a hub fails 
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: its kernels then run on processors
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from compression.small import tiny
+from compression.small import byte_tokenizer, tiny
 from mea.compression import Calibration
 from mea.text import load_text
+
+quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+settings.register_profile("tests", deadline=None, derandomize=True, suppress_health_check=quiet)
+settings.register_profile("fuzz", deadline=None, print_blob=True, suppress_health_check=quiet)  # of `make fuzz`
+settings.load_profile("fuzz" if "FUZZ_SECONDS" in os.environ else "tests")
 
 
 @pytest.fixture(autouse=True)
@@ -47,12 +52,7 @@ def agree() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
-    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokens.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokens)
+    return byte_tokenizer()
 
 
 @pytest.fixture(scope="session")

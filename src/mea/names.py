@@ -4,6 +4,7 @@ The command line shows these lists without importing what they name, which would
 are registered here; tests hold the other lists against their registries.
 """
 
+import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -33,6 +34,23 @@ SUITES = ("zero-shot", "knowledge", "science", "math", "long-context")
 STAGES = ("distill", "cpt")
 DEFAULT_STAGE = "distill"
 TRAINED = ("factors", "attention", "all", "lora")
+
+
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and line feed
+SPECIAL = re.compile(r"[\\`*]|(?<!\w)_|_(?!\w)|(?<=\])(?=[(\[:])")  # what Markdown would read as marks
+
+
+def printable(text: str) -> str:
+    """Text without control characters: records may come from anywhere, and a terminal obeys escape sequences.
+
+    Half of a surrogate pair, which cannot be encoded, becomes a question mark.
+    """
+    return CONTROL.sub("", text).encode("utf-8", "replace").decode()
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return SPECIAL.sub(r"\\\g<0>", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
 
 
 def did_you_mean(name: object, choices: Iterable[str]) -> str:

@@ -137,13 +137,37 @@ def read_record(path: str | Path) -> Record:
     ValueError
         The file is not JSON, or not a record of this format.
     """
-    path = Path(path)
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # JSON and Unicode errors are both
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    record = read_json(path)
     _validate(record, str(path))
     return record
+
+
+def read_json(path: str | Path) -> Any:
+    """The value in a JSON file.
+
+    Raises
+    ------
+    ValueError
+        It is not JSON; the message begins with the path.
+    """
+    try:
+        return parse_json(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises
+    ------
+    ValueError
+        It is not JSON in UTF-8, or nested too deep.
+    """
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
 
 
 def read_records(folder: str | Path, kind: str | None = None) -> list[Record]:
@@ -244,8 +268,14 @@ def _validate(record: Any, where: str) -> None:
             raise ValueError(f"{where}: the field {name!r} is missing")
         if not isinstance(record[name], kind):
             raise ValueError(f"{where}: the field {name!r} may not be {type(record[name]).__name__}")
+    for name, seed in record["seeds"].items():
+        if not isinstance(seed, int):
+            raise ValueError(f"{where}: the seed {name} is a whole number, not {seed!r}")
     for name in ("config", "seeds", "results", "samples"):
-        _validate_value(record[name], name, where)
+        try:
+            _validate_value(record[name], name, where)
+        except RecursionError:
+            raise ValueError(f"{where}: {name} is nested too deep") from None
 
 
 def _validate_value(value: Any, name: str, where: str) -> None:

@@ -4,6 +4,8 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from mea.compression.api import run_plans
 from mea.compression.calibrate.layerwise import LayerWalk
@@ -44,6 +46,15 @@ def tiny(model_type: str = "llama", dtype: torch.dtype = torch.float32, **change
             parameter.data = torch.randn_like(parameter) * (1.0 if "embed" in name else parameter.shape[-1] ** -0.5)
     model.tie_weights()
     return model.to(dtype)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = Tokenizer(models.BPE({byte: number for number, byte in enumerate(alphabet)}, []))
+    tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokens.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=tokens)
 
 
 def packed(

@@ -184,7 +184,7 @@ def test_a_layout_file_is_read(tmp_path: Path) -> None:
         ([[8, 8], [8], None], "layer 1"),
         ([[8, 8], [8.0, 8], None], "layer 1"),
         ([[True, 8], None, None], "layer 0"),
-        ("[[8, 8], ", "not a readable JSON"),
+        ("[[8, 8], ", "is not JSON"),
     ],
 )
 def test_a_bad_layout_file_is_refused(content: object, message: str, tmp_path: Path) -> None:

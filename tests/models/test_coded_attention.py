@@ -364,6 +364,28 @@ def test_weights_of_the_codes_can_be_trained(reading):
         assert parameter.grad.abs().max() > 0, name
 
 
+def test_gradients_are_the_same_with_a_cache(reading):
+    """A model that is called without options makes a cache, in training too."""
+    ids, gradients = tokens(length=30), []
+    for options in ({}, {"use_cache": False}):
+        model = coded("llama", reading).train()
+        model(ids, labels=ids, **options).loss.backward()
+        gradients.append({name: x.grad for name, x in model.named_parameters() if x.grad is not None})
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], atol=EXACT, rtol=0)
+
+
+def test_a_model_that_has_generated_can_be_copied(reading):
+    model, ids = coded("llama", reading), tokens(1, 20)
+    expected = generate(model, ids)
+    other = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.data.zero_()
+    assert torch.equal(generate(other, ids), expected)
+    other.train()(ids, labels=ids).loss.backward()
+
+
 def test_continuous_batching_is_refused(reading):
     with pytest.raises(NotImplementedError, match="continuous batching"):
         coded("llama", reading).generate_batch([[1, 2, 3], [4, 5]])

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from mea.names import printable
 from mea.records import Progress
 
 # Without markup: brackets in names, paths and messages are no marks.
@@ -101,8 +102,6 @@ def _lines() -> Iterator[Progress]:
 
 
 def _one_line(error: Exception) -> str:
-    from mea.report.formatting import printable
-
     text = str(error)
     if isinstance(error, OSError) and error.strerror:
         text = f"{error.strerror}: {error.filename}" if error.filename else error.strerror

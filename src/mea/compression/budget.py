@@ -5,7 +5,6 @@ uncompressed. Methods are compared at equal cache bytes, so the bytes of a layou
 the cache of the real model.
 """
 
-import json
 import math
 import re
 from dataclasses import dataclass
@@ -15,10 +14,12 @@ from typing import Any
 from mea.models.packed_cache import packed_tokens
 from mea.names import LAYOUTS as PRESETS
 from mea.ops.codes import Tiers, bits_per_token
+from mea.records import read_json
 
 Ranks = tuple[int, int] | None
 CONTEXT = 8192  # tokens at which a packed cache keeps its promise of bytes
 FIRST, RECENT = 4, 64  # tokens of a packed cache that are exact
+LARGEST = 2**63  # tokens and bytes of a budget
 LEAST_BITS = 0.5  # a number, of codes: below, no model was of use
 
 
@@ -257,11 +258,11 @@ def parse_budget(text: str) -> tuple[int, int]:
     if not match:
         raise ValueError(f"a budget reads like '64k tokens in 2 GiB' or '8192 in 100 MB', not {text!r}")
     count, scale, amount, unit, binary = match.groups()
-    tokens = float(count) * {"": 1, "k": 1024, "m": 1024**2}[scale.lower()]
+    tokens = float(count) * {"": 1, "k": 1024, "m": 1024**2}[scale.lower()]  # infinite, of too many digits
     base = 1024 if binary else 1000
     size = float(amount) * base ** " kmgt".index((unit or " ").lower())
-    if tokens < 1 or size < 1:
-        raise ValueError(f"a budget needs at least one token and one byte, not {text!r}")
+    if not (1 <= tokens <= LARGEST and 1 <= size <= LARGEST):
+        raise ValueError(f"a budget needs from 1 to 2^63 tokens and bytes, not {text!r}")
     return int(tokens), int(size)
 
 
@@ -355,7 +356,7 @@ def preset_layers(shape: CacheShape, name: str) -> range:
     # "half" was layers 12 to 35 of 48, counted from 1.
     layers = {
         "full": range(count),
-        "half": range(11 * count // 48, 35 * count // 48),
+        "half": range(11 * count // 48, max(1, 35 * count // 48)),
         "deep": range(min(3, count - 1), count),
     }
     return layers[name]
@@ -370,11 +371,9 @@ def read_layout(path: Path, shape: CacheShape, step: Step) -> Layout:
         The file is not such a list, or a rank is impossible for the model or the method.
     """
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
+        entries = read_json(path)
     except FileNotFoundError:
         raise ValueError(f"no layout {str(path)!r}: give {', '.join(PRESETS)} or a JSON file of ranks") from None
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} is not a readable JSON file: {error}") from None
     count = len(shape.windows)
     if not isinstance(entries, list) or len(entries) != count:
         raise ValueError(f"{path} must hold a list of {count} entries, [r_k, r_v] or null for each layer")

@@ -13,7 +13,7 @@ from torch import Tensor
 from mea.compression.methods.factors import Factors, LayerFactors
 from mea.models.saving import not_written
 from mea.ops.cache_forms import FORMS
-from mea.records import write_atomically
+from mea.records import read_json, write_atomically
 
 SETTINGS = "run.json"
 MARK = "mark"  # in the metadata of every file
@@ -137,8 +137,8 @@ class FactorStore:
 
 def _read(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
+        return read_json(path)
+    except ValueError:
         return None
 
 

@@ -27,6 +27,7 @@ from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
 from mea.models.processes import join, place, wait
 from mea.models.saving import check_output, save_folder, writing
+from mea.names import escaped
 from mea.records import Progress, make_record, mean_bits
 from mea.text import encode_text, load_text
 
@@ -217,7 +218,7 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
     method = ", ".join(f"{name} `{config[name]}`" for name in ("method", "weighting") if name in config)
     summary = (
         f"Compressed with mea {record['versions'].get('mea', '')}: {method}, calibrated on "
-        f"{config['calibration_tokens']:,} tokens of `{config['calibration_text']}`"
+        f"{config['calibration_tokens']:,} tokens of {escaped(config['calibration_text'])}"
         f"{f', {fraction:.0%} of the windows with repeated spans' if fraction else ''}, no training."
     )
     rows = [(f"cache bytes per token ({config['dtype']})", f"{before:,.0f}", f"{after:,.0f}")]

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from mea.records import parse_json
+
 Answer = tuple[float, bool] | float | str
 
 
@@ -36,7 +38,7 @@ class Journal:
             return
         for line in lines[1:]:
             try:
-                key, value = json.loads(line)
+                key, value = parse_json(line)
             except ValueError:  # cut short by the interruption
                 continue
             self.answers[key] = tuple(value) if isinstance(value, list) else value

@@ -9,6 +9,7 @@ from yaml import YAMLError
 
 from mea.models.gguf_file import read_header
 from mea.models.loading import locate
+from mea.names import escaped
 
 USAGE = """```python
 import mea  # or trust_remote_code=True below
@@ -57,7 +58,7 @@ def model_card(
     Parameters
     ----------
     title, summary
-        One line, and one paragraph.
+        One line of text, and one paragraph of Markdown.
     header, rows
         Of the table of measurements.
     record
@@ -75,8 +76,17 @@ def model_card(
         library_name="transformers", pipeline_tag="text-generation", tags=["mea", "kv-cache-compression"],
         model_name=title, eval_results=results, **fields,
     )  # fmt: skip
-    table = [f"| {' | '.join(cells)} |" for cells in (header, ["---"] * len(header), *rows)]
+    shown = [[escaped(" ".join(cell.split())).replace("|", "\\|") for cell in cells] for cells in (header, *rows)]
+    table = [f"| {' | '.join(cells)} |" for cells in (shown[0], ["---"] * len(header), *shown[1:])]
     licence = "The licence of the original model holds for this one."
     kept = f"`{record}` holds the record: every choice, every measurement, machine and versions."
-    parts = (f"---\n{data.to_yaml()}\n---", f"# {title}", summary, "\n".join(table), licence, USAGE, kept)
+    parts = (
+        f"---\n{data.to_yaml()}\n---",
+        f"# {escaped(' '.join(title.split()))}",
+        summary,
+        "\n".join(table),
+        licence,
+        USAGE,
+        kept,
+    )
     return "\n\n".join(parts) + "\n"

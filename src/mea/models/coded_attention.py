@@ -63,6 +63,8 @@ class CodedAttention(_Stock):
             if positions is None:
                 raise ValueError("a packed cache needs the new tokens' position_ids: it rotates keys when it reads")
             layer = self.packed(past_key_values)
+            # No gradient passes through stored codes: a text that is read at once is read without them.
+            trained = layer.total == 0 and q > 1 and torch.is_grad_enabled() and keys.requires_grad
             slots, hidden = layer.get_mask_sizes(q)
             seen = _visible(attention_mask, len(queries), q, slots)
             held = self._push(layer, keys, values, seen)
@@ -71,7 +73,10 @@ class CodedAttention(_Stock):
                 held = layer.append(keys, values, self.code.encode, padding)
             if q == 1 and not dropout:
                 output = self._read_one(queries, position_embeddings, held, seen, past_key_values, positions)
-            turn = self._turns(held, seen, positions) if output is None else None
+            if trained:
+                held, turn = self._whole(keys, values, seen), position_embeddings
+            else:
+                turn = self._turns(held, seen, positions) if output is None else None
         if output is None:
             output = self._read_many(
                 self._turned(queries, position_embeddings), keys, values, held, seen, turn, dropout

@@ -4,7 +4,6 @@ transformers trusts the files of a folder: an index may name files elsewhere, a 
 billion layers, integers may stand where weights belong. Nothing here reads weights.
 """
 
-import json
 import math
 import struct
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -15,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from mea.models.gguf_file import NUMBERS, GgufHeader, config_fields, read_header
 from mea.names import listed
+from mea.records import parse_json
 
 INDEX = "model.safetensors.index.json"
 AGAIN = "copy or download it again"
@@ -33,6 +33,17 @@ POSITIVE = ("rms_norm_eps", "rope_theta", "initializer_range")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 FLOATS = ("F64", "F32", "F16", "BF16")  # in safetensors
 WEIGHTS = ("weight", "_proj.bias", "encoder", "decoder", "mean")  # ends of the names of tensors that are no integers
+GENERATION = "generation_config.json"
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+SEVERAL = ("eos_token_id", "suppress_tokens", "begin_suppress_tokens")  # one token or a list of them
+COUNTS = (  # of a generation configuration, whole; a token's number is one too
+    *("bos_token_id", "pad_token_id", "forced_bos_token_id", "max_length", "max_new_tokens", "min_length"),
+    *("min_new_tokens", "top_k", "num_beams", "num_return_sequences", "no_repeat_ngram_size", "prefill_chunk_size"),
+)
+SIZES = (
+    *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
+    *("length_penalty", "guidance_scale", "max_time"),
+)
 ELSEWHERE = {"transformers_weights": "names another file of weights"}
 
 
@@ -51,6 +62,8 @@ def check_folder(folder: Path) -> None:
     if (folder / "adapter_config.json").is_file():
         raise ValueError(f"{folder} holds an adapter (adapter_config.json): merge it into its model first")
     check_tokenizer(folder)
+    if (folder / GENERATION).is_file():
+        _check_generation(read_json(folder / GENERATION), str(folder / GENERATION))
     shards = sorted(folder.glob("*.safetensors"))
     if not shards:
         raise ValueError(f"{folder} holds no .safetensors weights; other formats can run code and are not read")
@@ -95,6 +108,8 @@ def check_config(config: dict[str, Any], where: str) -> None:
         A value is absurd or of the wrong type, or the model needs code or files from elsewhere.
     """
     kind = config.get("model_type")
+    if not isinstance(kind, str | None):
+        raise ValueError(f"{where}: model_type is a name, not {kind!r}")
     if config.get("auto_map") and kind not in CONFIG_MAPPING:
         raise ValueError(
             f"{where}: the model {kind!r} needs code that comes with it (auto_map); such code is never run: give a "
@@ -115,6 +130,7 @@ def check_config(config: dict[str, Any], where: str) -> None:
                 _check_positive(part[name], name, where)
         for name in ("rope_parameters", "rope_scaling"):
             _check_rope(part.get(name), name, where)
+        _check_generation({name: part.get(name) for name in TOKENS}, where)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -126,9 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
         It is damaged, nested too deep, or holds something else.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise ValueError(f"{path} is damaged (nested too deep); {AGAIN}") from None
+        value = parse_json(path.read_bytes())
     except ValueError as error:  # of JSON and of Unicode
         raise ValueError(f"{path} is damaged ({error}); {AGAIN}") from None
     if not isinstance(value, dict):
@@ -159,24 +173,35 @@ def _check_numbers(values: dict[str, Any], names: dict[str, str], where: str) ->
         raise ValueError(f"{where}: {first} = {heads} is no multiple of {second} = {shared}")
 
 
+def _check_generation(config: dict[str, Any], where: str) -> None:
+    """Refuse values on which generating would fail half-way."""
+    for name, value in config.items():
+        values = value if name in SEVERAL and isinstance(value, list) else [value]
+        kind = int if name in (*COUNTS, *SEVERAL) else int | float
+        known = name in (*COUNTS, *SEVERAL, *SIZES) and value is not None
+        if known and not all(isinstance(x, kind) and not isinstance(x, bool) and abs(x) < 2**63 for x in values):
+            what = "a whole number" if kind is int else "a number"
+            raise ValueError(f"{where}: {name} is {what}{' or several' if name in SEVERAL else ''}, not {value!r}")
+
+
 def _check_positive(value: Any, name: str, where: str) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ValueError(f"{where}: {name} is a positive number, not {value!r}")
 
 
-def _check_rope(rope: Any, name: str, where: str) -> None:
-    """Parameters of RoPE, or of RoPE in each type of layers."""
+def _check_rope(rope: Any, name: str, where: str, of_layers: bool = True) -> None:
+    """Parameters of RoPE, or of RoPE in each type of layers if they may be `of_layers`."""
     if rope is None:
         return
     if not isinstance(rope, dict):
         raise ValueError(f"{where}: {name} is an object, not {rope!r}")
-    if rope and all(isinstance(part, dict) for part in rope.values()):
+    if of_layers and rope and all(isinstance(part, dict) for part in rope.values()):
         for kind, part in rope.items():
-            _check_rope(part, f"{name}.{kind}", where)
+            _check_rope(part, f"{name}.{kind}", where, of_layers=False)
         return
     known = {"default", "none", *ROPE_INIT_FUNCTIONS, *(("su",) if name == "rope_scaling" else ())}
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in known:
+    if not isinstance(kind, str) or kind not in known:
         raise ValueError(f"{where}: {name} has the type {kind!r}, and RoPE is {listed(sorted(known))}")
     for field in ("rope_theta", "factor", "original_max_position_embeddings", "low_freq_factor", "high_freq_factor"):
         if rope.get(field) is not None:
@@ -208,14 +233,12 @@ def _check_shard(path: Path, quantised: bool) -> None:
             (length,) = struct.unpack("<Q", file.read(8))
             if length > size:
                 raise ValueError("the header is cut short")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         tensors = {name: entry for name, entry in header.items() if name != "__metadata__"}
         promised = 8 + length + max((entry["data_offsets"][1] for entry in tensors.values()), default=0)
         if promised != size:
             raise ValueError(f"{size} bytes where its header promises {promised}")
         kinds = {name: entry["dtype"] for name, entry in tensors.items()}
-    except RecursionError:
-        raise ValueError(f"{path} is damaged (its header is nested too deep); {AGAIN}") from None
     except (struct.error, ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise ValueError(f"{path} is damaged or incomplete ({error}); {AGAIN}") from None
     for name, kind in kinds.items():

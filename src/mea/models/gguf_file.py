@@ -24,12 +24,18 @@ NUMBERS = {  # key -> its name in a configuration; all are needed
     "attention.head_count": "num_attention_heads",
     "attention.head_count_kv": "num_key_value_heads",
 }
+FLOATS = {
+    *("attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa", "rope.scale_linear"),
+    *("rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+}
+POSITIVE = {"attention.layer_norm_rms_epsilon", "rope.freq_base", "rope.freq_base_swa"}
+NO_NUMBERS = {"rope.scaling.type": str, "rope.scaling.finetuned": bool}
 KEYS = {
     *NUMBERS,
-    *("attention.layer_norm_rms_epsilon", "attention.key_length", "attention.value_length", "vocab_size"),
-    *("rope.freq_base", "rope.dimension_count", "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor"),
-    *("rope.scaling.original_context_length", "rope.scaling.finetuned", "rope.scaling.attn_factor"),
-    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
+    *(FLOATS - {"rope.freq_base_swa"}),
+    *NO_NUMBERS,
+    *("attention.key_length", "attention.value_length", "vocab_size"),
+    *("rope.dimension_count", "rope.scaling.original_context_length"),
 }
 BLOCK = {f"{part}.weight" for part in (
     "attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down"
@@ -133,6 +139,8 @@ def _check_known(header: GgufHeader) -> None:
         own = key.removeprefix(f"{name}.")
         if own != key and own not in KEYS | keys:
             raise ValueError(f"{path} has the key {key}, which cannot be read: give the model as a folder")
+        if own != key:
+            _check_type(path, own, header.metadata[key], key)
     for tensor in header.tensors:
         block = re.fullmatch(r"blk\.(\d+)\.(.+)", tensor)
         if not (int(block[1]) < header.get("block_count") and block[2] in BLOCK | of_block if block
@@ -144,6 +152,17 @@ def _check_known(header: GgufHeader) -> None:
                 f"{path} has {name}.{key} = {header.get(key)} where heads are {_head_dim(header)} wide: give the model "
                 "as a folder"
             )
+
+
+def _check_type(path: Path, own: str, value: Any, key: str) -> None:
+    """A number that is finite and not negative, whole unless it is one of `FLOATS`; or as `NO_NUMBERS` says."""
+    if own in NO_NUMBERS:
+        good = isinstance(value, NO_NUMBERS[own])
+    else:
+        number = isinstance(value, int | float if own in FLOATS else int) and not isinstance(value, bool)
+        good = number and 0 <= value < math.inf
+    if not good or (own in POSITIVE and not value):
+        raise ValueError(f"{path} has {key} = {value!r}, which cannot be: copy or download it again")
 
 
 def _head_dim(header: GgufHeader) -> int:
@@ -161,8 +180,6 @@ def _rope_parameters(header: GgufHeader) -> dict[str, Any]:
         raise ValueError(
             f"{path} has {name}.rope.scaling.attn_factor, which cannot be read: give the model as a folder"
         )
-    if not (math.isfinite(factor) and factor > 0 and math.isfinite(plain["rope_theta"]) and plain["rope_theta"] > 0):
-        raise ValueError(f"{path} has a RoPE factor of {factor} and a base of {plain['rope_theta']}; both are positive")
     scaled = kind != "none" and factor != 1
     if "rope_freqs.weight" in header.tensors:
         return plain | _llama3(header, plain["rope_theta"], scaled)
@@ -189,10 +206,12 @@ def _llama3(header: GgufHeader, theta: float, scaled: bool) -> dict[str, Any]:
             file.seek(place)
             content = file.read(2 * width)
         factors = struct.unpack(f"<{width // 2}f", content) if len(content) == 2 * width else ()
-        if all(abs(factor - 1) < NEAR for factor in factors):
+        if factors and all(abs(factor - 1) < NEAR for factor in factors):
             return {}
+        if not all(NEAR < factor < math.inf for factor in factors):
+            factors = ()
         original = 1
-        while original < header.get("context_length"):
+        while factors and original < header.get("context_length"):
             original *= 2
             found = {"factor": float(round(max(factors), 4)), "original_max_position_embeddings": original}
             if all(abs(a / b - 1) < NEAR for a, b in zip(factors, _factors(theta, width, **found), strict=True)):
@@ -237,7 +256,9 @@ class _Cursor:
                 raise ValueError(f"the tensor {name} with {dimensions} dimensions")
             tensors[name] = self.numbers(f"{dimensions}Q"), *self.numbers("IQ")
         alignment = metadata.get("general.alignment", 32)
-        start = -(-self.at // alignment) * alignment if alignment else self.at
+        if type(alignment) is not int or alignment < 1:
+            raise ValueError(f"general.alignment is a positive number, not {alignment!r}")
+        start = -(-self.at // alignment) * alignment
         placed = {name: (shape, kind, start + offset) for name, (shape, kind, offset) in tensors.items()}
         for name, (_, _, place) in placed.items():
             if place > len(self.content):

@@ -31,9 +31,14 @@ class _Code(nn.Module):
         mark = [(x._version, x.data_ptr(), x.device, x.dtype) for x in parameters]
         kept = self.__dict__.setdefault("_kept", {})
         if name not in kept or kept[name][0] != mark:
-            with torch.inference_mode(False):  # what is kept may be used where gradients are wanted
+            # What is kept may be used where gradients are wanted; leaving inference mode turns them on.
+            with torch.inference_mode(False), torch.no_grad():
                 kept[name] = mark, make()
         return kept[name][1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: what is kept is made again there."""
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
 
     def reader(self, make: Callable[..., Any]) -> Any:
         """A kernel's reader, a `PackedReader` of `mea.ops`, of these maps; kept until they change."""

@@ -44,7 +44,7 @@ def load_config(source: str) -> Any:
         config = _read(AutoConfig, folder, gguf)
         if gguf is None:
             return config
-        return type(config).from_dict(config.to_dict() | check_gguf(Path(folder, gguf))[1])
+        return type(config).from_dict(config.to_dict() | _gguf_fields(Path(folder, gguf)))
     except Exception as error:  # GGUF and JSON parsers raise many kinds of errors on damaged files
         raise ValueError(f"cannot read the configuration of {source}: {_explain(error, folder, gguf)}") from error
 
@@ -252,7 +252,7 @@ def locate(source: str) -> tuple[str, str | None]:
         with path.open("rb") as file:
             if file.read(4) != b"GGUF":
                 raise ValueError(f"{source} is not a GGUF file: it does not begin with 'GGUF'")
-        check_gguf(path)
+        _gguf_fields(path)
         return str(path.parent), path.name
     if path.is_dir():
         check_folder(path)
@@ -274,6 +274,17 @@ def _read(kind: Any, folder: str, gguf: str | None) -> Any:
 @functools.lru_cache(maxsize=8)
 def _parse_gguf(kind: Any, folder: str, gguf: str, _size: int, _changed: int) -> Any:
     return kind.from_pretrained(folder, gguf_file=gguf, trust_remote_code=False)
+
+
+def _gguf_fields(path: Path) -> dict[str, Any]:
+    """Fields of a configuration from a GGUF file; its header is read once until the file changes."""
+    status = path.stat()
+    return copy.deepcopy(_read_gguf_fields(path.absolute(), status.st_size, status.st_mtime_ns))
+
+
+@functools.lru_cache(maxsize=8)
+def _read_gguf_fields(path: Path, _size: int, _changed: int) -> dict[str, Any]:
+    return check_gguf(path)[1]
 
 
 def weight_bytes(folder: str) -> int:

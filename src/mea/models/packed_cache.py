@@ -256,9 +256,10 @@ class PackedLayer(TensorsByBatch, DynamicLayer):
         if tokens_to_remove > 0 or -tokens_to_remove > self.total:
             raise ValueError(f"give minus the number of tokens to remove, at most {self.total}, not {tokens_to_remove}")
         if self.is_initialized and tokens_to_remove:
-            if self.begin and not self.record_past:
+            if self.begin > max(0, self.total + tokens_to_remove + 1 - (self.sliding_window or 0)):
                 raise RuntimeError(
-                    "a full sliding window can be cropped only after activate_past_recording(), which keeps old tokens"
+                    "a full sliding window can be cropped only back to where activate_past_recording() was called: "
+                    "older tokens are gone"
                 )
             self.total += tokens_to_remove
             self.keys, self.values = self.keys[:, :, :tokens_to_remove], self.values[:, :, :tokens_to_remove]

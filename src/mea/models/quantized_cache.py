@@ -25,6 +25,7 @@ from mea.ops import cpu
 from mea.ops.codes import pack, unpack
 
 ALONG = ("channel", "token")
+NO_CROP = "a quantised cache cannot remove tokens from quantised blocks: use an ordinary cache"
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,12 @@ class QuantisedLayer(TensorsByBatch, DynamicLayer):
     def reset(self) -> None:
         self.__init__(self.form)
 
+    def activate_past_recording(self) -> None:
+        """Refused, as `crop`: assisted decoding asks for it before it reads the prompt."""
+        raise NotImplementedError(NO_CROP)
+
     def crop(self, tokens_to_remove: int) -> None:
-        raise NotImplementedError("a quantised cache cannot remove tokens from quantised blocks: use an ordinary cache")
+        raise NotImplementedError(NO_CROP)
 
     def _change(self, function: Callable[[Tensor], Tensor]) -> None:
         for store in self.stores:

@@ -4,16 +4,10 @@ import re
 from collections.abc import Sequence
 
 ABSENT = "–"
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all control characters but tab and line feed
-
-
-def printable(text: str) -> str:
-    """Text without control characters: records may come from anywhere, and a terminal obeys escape sequences."""
-    return CONTROL.sub("", text)
 
 
 def with_interval(
-    value: float | int | None, interval: Sequence[float] | None, digits: int = 3, sign: str = "", unit: str = ""
+    value: float | int | None, interval: Sequence[float | int] | None, digits: int = 3, sign: str = "", unit: str = ""
 ) -> str:
     """``3.412 (3.401 to 3.423)``; without an interval only the value.
 

@@ -3,9 +3,9 @@
 A pair is a type and a default: such a field may be missing. Fields that are not listed here are free.
 """
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, create_model
 
 from mea.records import Record
 
@@ -22,6 +22,21 @@ def _same_length(samples: Any) -> Any:
     if samples.largest_logit and not (samples.head_rms and samples.head_rms[-1]):
         raise ValueError("largest_logit is there and head_rms is not")
     return samples
+
+
+def _cells_of_samples(record: Any) -> Any:
+    cells = {(cell.task, str(cell.tokens)) for cell in record.results.cells}
+    for task, lengths in (record.samples.__pydantic_extra__ or {}).items():
+        for tokens in lengths:
+            if (task, tokens) not in cells:
+                raise ValueError(f"samples.{task}.{tokens} has no cell in results.cells")
+    return record
+
+
+def _main_is_measured(results: Any) -> Any:
+    if results.main not in results.metrics:
+        raise ValueError(f"main names {results.main!r}, which is no metric")
+    return results
 
 
 Interval = Annotated[list[float], AfterValidator(_two_ends)]  # empty where there is none
@@ -99,9 +114,12 @@ def _fits() -> Any:
 
 
 def _comparisons() -> Any:
-    scored = dict[str, fields(perplexity=number, standard_error=number, ratio=number, ratio_standard_error=number)]
+    counts = dict.fromkeys(("tokens", "window", "context"), (int, 0))
+    errors = {"standard_error": number, "ratio_standard_error": number}
+    scored = dict[str, fields(perplexity=number, ratio=number, **errors, **counts)]
     stretch = fields(start=int, stop=int, ratio=number, ratio_standard_error=number)
-    decode = fields(seconds=number, ratio=number, ratio_low=(float, 0.0), ratio_high=(float, 0.0), context=(int, 0))
+    ends = dict.fromkeys(("ratio_low", "ratio_high"), (float, 0.0))
+    decode = fields(seconds=number, ratio=number, context=(int, 0), dtype=text, **ends)
     results = fields(
         texts=(scored, {}),
         continuations=(scored, {}),
@@ -114,7 +132,9 @@ def _comparisons() -> Any:
     )
     tiers = (list[list[list[int]] | None] | None, None)
     return record(
-        {"keep": number, "label": text, "series": text, "tiers": tiers, "numbers": (int | None, None)}, results
+        {"keep": number, "label": text, "series": text, "tiers": tiers, "numbers": (int | None, None)},
+        results,
+        fields(decode_seconds=(dict[str, Scores] | None, None)),
     )
 
 
@@ -126,9 +146,8 @@ def _profiles() -> Any:
 
 def _tasks() -> Any:
     config = {"label": str, "task": str, "suite": text, "parameters": int, "dtype": str, "limit": int | None}
-    return record(
-        config, fields(items=int, metrics=dict[str, fields(mean=float, standard_error=float | None)], main=str)
-    )
+    results = fields(items=int, metrics=dict[str, fields(mean=float, standard_error=float | None)], main=str)
+    return record(config, Annotated[results, AfterValidator(_main_is_measured)])
 
 
 GAP = {"difference": float, "interval": Interval}
@@ -156,24 +175,29 @@ def _long_context() -> Any:
         __pydantic_extra__: dict[str, by_length]  # pyright: ignore[reportInvalidTypeForm]
         position: Any = None
 
-    return record({"cache_bits": (int | None, None)}, results, Samples)
+    whole = record({"cache_bits": (int | None, None)}, results, Samples)
+    return Annotated[whole, AfterValidator(_cells_of_samples)]
 
 
 def _paired_long_context() -> Any:
-    length, stretch = fields(task=str, score=str, tokens=int, **ITEM_GAP), fields(stop=int, items=int, **GAP)
-    results = fields(lengths=list[length], tasks=dict[str, dict[str, fields(**GAP)]], positions=list[stretch])
+    score = Literal["exact", "choice", "logprob"]
+    length, stretch = fields(task=str, score=score, tokens=int, **ITEM_GAP), fields(stop=int, items=int, **GAP)
+    results = fields(lengths=list[length], tasks=dict[str, dict[score, fields(**GAP)]], positions=list[stretch])
     return record({"first": str, "second": str}, results)
 
 
-SCHEMAS = {
-    "pretraining": _runs(),
-    "fit": _fits(),
-    "comparison": _comparisons(),
-    "profile": _profiles(),
-    "task": _tasks(),
-    "paired tasks": _paired_tasks(),
-    "long context": _long_context(),
-    "paired long context": _paired_long_context(),
+SCHEMAS: dict[str, TypeAdapter[Any]] = {
+    kind: TypeAdapter(schema)
+    for kind, schema in {
+        "pretraining": _runs(),
+        "fit": _fits(),
+        "comparison": _comparisons(),
+        "profile": _profiles(),
+        "task": _tasks(),
+        "paired tasks": _paired_tasks(),
+        "long context": _long_context(),
+        "paired long context": _paired_long_context(),
+    }.items()
 }
 
 
@@ -188,7 +212,7 @@ def check_fields(record: Record, where: str) -> None:
     if record["kind"] not in SCHEMAS:
         return
     try:
-        SCHEMAS[record["kind"]].model_validate(record)
+        SCHEMAS[record["kind"]].validate_python(record)
     except ValidationError as error:
         first, *others = error.errors(include_url=False, include_input=False)
         field, message = ".".join(map(str, first["loc"])), first["msg"]

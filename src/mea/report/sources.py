@@ -1,10 +1,9 @@
 """Where records come from: files, and folders searched all the way down."""
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from mea.records import Record, read_record
+from mea.records import Record, read_json, read_record
 from mea.report.schema import check_fields
 
 
@@ -73,8 +72,8 @@ def _record_files(folder: Path) -> Iterable[Path]:
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
             continue
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
+            data = read_json(path)
+        except ValueError:
             yield path
             continue
         if isinstance(data, dict) and "kind" in data and "samples" in data:

@@ -6,7 +6,7 @@ import shutil
 import zlib
 from pathlib import Path
 
-from mea.records import write_atomically
+from mea.records import read_json, write_atomically
 
 MARK = "complete.json"
 
@@ -24,7 +24,7 @@ def mark_complete(folder: Path) -> None:
 def is_complete(folder: Path) -> bool:
     """Whether every file is there as it was written; a mark that names files elsewhere is none."""
     try:
-        content = json.loads((folder / MARK).read_text(encoding="utf-8"))
+        content = read_json(folder / MARK)
         return bool(content) and all(
             (folder / name).resolve().is_relative_to(folder.resolve())
             and (folder / name).stat().st_size == size

@@ -1,10 +1,12 @@
 """A run with decay that goes on from a run at a constant rate is the run that decays, trained from the beginning."""
 
+import shutil
 from pathlib import Path
 
 import pytest
 
 from mea.records import read_record
+from mea.train.pretraining.dataset import TokenStream
 from mea.train.pretraining.run import pretrain
 from mea.train.pretraining.sweep import STEPS, sweep, work
 from mea.train.pretraining.sweep_file import SweepRun
@@ -47,6 +49,25 @@ def test_what_is_no_branch_of_a_run_is_refused(constant, settings, cache, tmp_pa
     with pytest.raises(ValueError, match=message):
         pretrain(settings(**merged(DECAY, changes)), tmp_path, cache=cache, start_from=constant[1] / checkpoint)
     assert not list(tmp_path.glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"optim": 7}', '{"optim": {"learning_rate": []}}', "[" * 2000])
+def test_damaged_settings_are_named(settings, cache, tmp_path, content):
+    (tmp_path / "settings.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"settings\.json is (not JSON|damaged)|other settings \(.*optim.learning_rate"
+    ):
+        pretrain(settings(), tmp_path, cache=cache)
+
+
+@pytest.mark.parametrize("content", ["{", "7", "{}", '{"shards": {"training": [{"tokens": 1}]}}'])
+def test_a_damaged_manifest_is_named(constant, cache, tmp_path, content):
+    copied = tmp_path / "cache"
+    shutil.copytree(cache, copied)
+    manifest = next(copied.glob("*/manifest.json"))
+    manifest.write_text(content)
+    with pytest.raises(ValueError, match=r"manifest\.json is (not JSON|damaged)"):
+        TokenStream(manifest.parent, "training")
 
 
 def test_a_sweep_keeps_checkpoints_and_branches_from_them(tables, tmp_path):

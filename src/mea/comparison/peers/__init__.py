@@ -16,6 +16,8 @@ from jaxtyping import Int
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mea.records import read_json
+
 SCRIPTS = {name: Path(__file__).with_name(f"{name}_run.py") for name in ("kvpress", "cacheshrink")}
 CHECK_SECONDS = 300
 
@@ -83,7 +85,7 @@ def _read(folder: Path, number: int, words: str) -> PeerResult:
     path = folder / f"{number}.json"
     if not path.is_file():
         return PeerResult(None, error=f"the peer's script failed: {words}")
-    result = json.loads(path.read_text(encoding="utf-8"))
+    result = read_json(path)
     if "error" in result:
         return PeerResult(None, error=result["error"])
     losses = load_file(folder / f"{number}.safetensors")["losses"]

@@ -7,7 +7,6 @@ formats are read: the fields of the data sets as published, and for ARC and Open
 
 import gzip
 import hashlib
-import json
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mea.evaluate.suites import ZERO_SHOT
+from mea.records import parse_json
 
 NAMES = ("test.jsonl.gz", "test.jsonl", "validation.jsonl.gz", "validation.jsonl")
 Row = dict[str, Any]
@@ -78,7 +78,7 @@ def _find(folder: Path, task: str) -> Path:
 
 def _object(line: str) -> Row:
     try:
-        row = json.loads(line)
+        row = parse_json(line)
     except ValueError as error:
         raise ValueError(f"not JSON ({error})") from None
     if not isinstance(row, dict):

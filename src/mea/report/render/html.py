@@ -4,8 +4,8 @@ from collections.abc import Iterable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
+from mea.names import printable
 from mea.records import Record
-from mea.report.formatting import printable
 from mea.report.parts import Section
 from mea.report.registry import make_sections, not_shown
 from mea.report.render.markdown import write_text

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from zlib import crc32
 
+from mea.names import escaped, printable
 from mea.records import write_atomically
-from mea.report.formatting import printable
 from mea.report.parts import Part, Section, Table
 from mea.report.render.svg import standalone
 
@@ -16,7 +16,6 @@ START = "<!-- begin: written by mea report from records; edit outside of these m
 END = "<!-- end: written by mea report -->"
 FIGURES = "figures"  # folder beside the Markdown
 LONGEST_NAME = 100  # letters of a figure's file name, which may have 255 bytes
-SPECIAL = re.compile(r"[\\`*]|(?<!\w)_|_(?!\w)|(?<=\])(?=[(\[:])")  # what Markdown would read as marks
 NUMBER = r"[+-]?\d[\d,]*(\.\d+)?(e-?\d+)?"
 PLAIN_NUMBER = re.compile(rf"{NUMBER}( ± {NUMBER}| %)?( \({NUMBER} to {NUMBER}\)| to {NUMBER})?")
 
@@ -111,7 +110,7 @@ def _part(part: Part) -> list[str]:
         alternative = caption.replace("[", "(").replace("]", ")")
         blocks += [f"![{alternative}]({FIGURES}/{_file_name(figure.name)})\n\n{caption}\n"]
     for name, said in part.quotes:
-        blocks += [f"**{_line(name)}**\n\n" + "".join(f"> {_escaped(line)}\n" for line in said.splitlines())]
+        blocks += [f"**{_line(name)}**\n\n" + "".join(f"> {escaped(line)}\n" for line in said.splitlines())]
     return blocks
 
 
@@ -120,12 +119,7 @@ def _cell(text: str) -> str:
 
 
 def _line(text: str) -> str:
-    return _escaped(" ".join(text.split()))
-
-
-def _escaped(text: str) -> str:
-    """Text that stays text: a record may hold anything, the marks of this module too."""
-    return SPECIAL.sub(r"\\\g<0>", printable(text)).replace("&", "&amp;").replace("<", "&lt;")
+    return escaped(" ".join(text.split()))
 
 
 def _csv_cell(text: str) -> str:

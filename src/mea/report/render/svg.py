@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
-from mea.report.formatting import learning_rate, printable
+from mea.names import printable
+from mea.report.formatting import learning_rate
 
 INK = "#010203"  # stands for the page's text colour, which differs between light and dark
 COLOURS = ("#2f86d6", "#e0662b", "#22a06b", "#a66be0", "#c99a06", "#d6479a")
@@ -97,6 +98,8 @@ def legend(figure: Any, axes: Any) -> None:
     """Below the axes, where it hides nothing, with as many columns as the names allow; to be read line by line."""
     handles, labels = axes.get_legend_handles_labels()
     labels = list(map(short, labels))
+    if not labels:
+        return
     columns = max(1, min(len(labels), 64 // (max(map(len, labels)) + 6)))
     rows = -(-len(labels) // columns)
     figure.set_figheight(figure.get_figheight() + 0.25 * rows)

@@ -9,7 +9,7 @@ from rich.console import Console, ConsoleOptions
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from mea.report.formatting import printable
+from mea.names import printable
 from mea.report.parts import Part
 
 BREAK = r"(?<=\w{9}_)(?=[^_\s])|(?<=[^\W\d_]{5}-)(?=\w)"  # in a long name, after an underscore or a hyphen

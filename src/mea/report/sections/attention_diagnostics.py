@@ -182,7 +182,7 @@ def _table(runs: Sequence[Record]) -> Table:
     return Table(header, lines, note)
 
 
-def _shown(value: float) -> str:
+def _shown(value: float | int) -> str:
     return ABSENT if np.isnan(value) else f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -204,7 +204,7 @@ def _rms(values: Sequence[float | None]) -> float:
     return float(np.sqrt(np.mean(np.square(_numbers(values)))))
 
 
-def _condition(layers: Iterable[Sequence[float]]) -> float:
+def _condition(layers: Iterable[Sequence[float | int]]) -> float:
     """Largest value over the smallest within a layer, the largest of these ratios."""
     ratios = [max(values) / min(values) for values in layers if values and None not in values and min(values) > 0]
     return max(ratios, default=np.nan)

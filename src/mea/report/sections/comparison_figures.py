@@ -177,7 +177,7 @@ def _plot_sizes(
     axes.errorbar(sizes, values, yerr=errors, label=group[0].series, **look)
 
 
-def _near(methods: Sequence[Row], values: dict[str, list[float]], unit: str) -> tuple[list[Row], str]:
+def _near(methods: Sequence[Row], values: dict[str, list[float | int]], unit: str) -> tuple[list[Row], str]:
     """The rows whose highest value is within `FAR` times the lowest such one, and a note that names the others."""
     limit = FAR * min(max(value) for value in values.values())
     near = [row for row in methods if max(values[row.name]) <= limit]

@@ -252,5 +252,7 @@ def _time_ratio(row: Row, decode: dict[str, Any], brief: bool) -> str:
         return ABSENT
     text = f"{decode['ratio']:.2f}"
     return (
-        text if brief or "ratio_low" not in decode else f"{text} ({decode['ratio_low']:.2f}-{decode['ratio_high']:.2f})"
+        text
+        if brief or not {"ratio_low", "ratio_high"} <= decode.keys()
+        else f"{text} ({decode['ratio_low']:.2f}-{decode['ratio_high']:.2f})"
     )

@@ -215,7 +215,9 @@ def after_decay(groups: dict[str, Any], schedule: str) -> Figure | None:
         return Figure(f"decay-{schedule}", svg(figure), text)
 
 
-def _forest(name: str, entries: Sequence[tuple[str, float, Sequence[float]]], label: str, text: str) -> Figure:
+def _forest(
+    name: str, entries: Sequence[tuple[str, float | int, Sequence[float | int]]], label: str, text: str
+) -> Figure:
     """Values with their intervals, one below the other."""
     with style(name):
         figure, axes = axes_of_a_figure(label)
@@ -241,7 +243,8 @@ def _limits(runs: Sequence[Record]) -> tuple[float, float] | None:
     best = min(low, default=None)
     if best is None:
         return None
-    return best - 0.05 * best, min(max(high), 1.6 * best)
+    lowest, highest = best - 0.05 * best, min(max(high), 1.6 * best)
+    return (lowest, highest) if lowest < highest else None
 
 
 def _training(record: Record) -> tuple[NDArray, NDArray]:

@@ -142,7 +142,7 @@ def _cells(group: dict[str, Any], config: dict[str, Any]) -> Part:
             line.append(_percent(score["score"], score["interval"]) if score else ABSENT)
         lines.append(line)
     best = {arm["arm"]: arm["best_lr"] for arm in group["arms"]}
-    rows = tuple(i for i, cell in enumerate(group["cells"]) if best[cell["arm"]] == cell["lr"])
+    rows = tuple(i for i, cell in enumerate(group["cells"]) if best.get(cell["arm"]) == cell["lr"])
     note = (
         "Spike score (arXiv 2501.00656): share of steps seven or more standard deviations from the rolling mean, in "
         "the training loss and in the gradient norm. A diverged run counts with its loss before training."
@@ -259,7 +259,7 @@ def _any_alone(group: dict[str, Any]) -> bool:
     return any(_rates_tried(group, arm["arm"]) == 1 for arm in group["arms"])
 
 
-def _chosen(value: float | None, rule: dict[str, Any] | None) -> str:
+def _chosen(value: float | int | None, rule: dict[str, Any] | None) -> str:
     """A learning rate and the range of those that the rule takes in the replicates."""
     span = (rule or {}).get("lrs")
     if value is None or not span or span[0] == span[1] == value:
@@ -267,11 +267,11 @@ def _chosen(value: float | None, rule: dict[str, Any] | None) -> str:
     return f"{learning_rate(value)} ({learning_rate(span[0])} to {learning_rate(span[1])})"
 
 
-def _percent(value: float, interval: Sequence[float], sign: str = "") -> str:
+def _percent(value: float | int, interval: Sequence[float | int], sign: str = "") -> str:
     return with_interval(100 * value, [100 * x for x in interval], 2, sign, " %")
 
 
-def _only_interval(interval: Sequence[float]) -> str:
+def _only_interval(interval: Sequence[float | int]) -> str:
     return f"{interval[0]:+z.4f} to {interval[1]:+z.4f}" if interval else ABSENT
 
 

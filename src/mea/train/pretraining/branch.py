@@ -6,7 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from mea.records import write_atomically
+from mea.records import read_json, write_atomically
 from mea.train.checkpoints import is_complete
 from mea.train.pretraining.settings import DataSettings, PretrainSettings
 
@@ -45,7 +45,7 @@ def check_same_run(settings: PretrainSettings, out: Path) -> None:
         The folder holds a run with other settings.
     """
     path = out / SETTINGS
-    if path.is_file() and (changed := differing(stored(settings), json.loads(path.read_text(encoding="utf-8")))):
+    if path.is_file() and (changed := differing(stored(settings), _tables(path))):
         raise ValueError(f"{out} holds a run with other settings ({', '.join(changed)}): choose another folder")
 
 
@@ -66,7 +66,7 @@ def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
     """
     if not is_complete(checkpoint):
         raise ValueError(f"{checkpoint} is no complete checkpoint: give a folder checkpoint-STEP of a run")
-    base = json.loads((checkpoint.parent / SETTINGS).read_text(encoding="utf-8"))
+    base = _tables(checkpoint.parent / SETTINGS)
     changed = [name for name in differing(stored(settings), base) if name not in FREE and name[:7] != "labels."]
     if changed:
         raise ValueError(f"a run cannot go on from {checkpoint} with another {', '.join(changed)}")
@@ -74,7 +74,7 @@ def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
     before_decay = optim.steps - optim.decay_steps
     # Only wsd begins like a constant schedule, and with another end it would warm up from another learning rate.
     same = optim.schedule == "constant" or (optim.schedule == "wsd" and optim.final_fraction == 0)
-    if base["optim"]["schedule"] != "constant" or not same or step > before_decay:
+    if base.get("optim", {}).get("schedule") != "constant" or not same or step > before_decay:
         raise ValueError(
             f"a run that goes on from {checkpoint} needs its learning rate up to step {step}: go on from a run with "
             f"schedule = 'constant', with 'wsd', final_fraction = 0 and at least as many steps before the decay "
@@ -89,6 +89,34 @@ def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
 
 
 def branched_at(out: Path) -> int | None:
-    """The step from which a run went on from another one."""
+    """The step from which a run went on from another one.
+
+    Raises
+    ------
+    ValueError
+        The file that says so is damaged.
+    """
     path = out / BRANCH
-    return int(json.loads(path.read_text(encoding="utf-8"))["step"]) if path.is_file() else None
+    if not path.is_file():
+        return None
+    content = read_json(path)
+    step = content.get("step") if isinstance(content, dict) else None
+    if type(step) is not int:
+        raise ValueError(f"{path} is damaged (it has no step); remove the run's folder to begin again")
+    return step
+
+
+def _tables(path: Path) -> dict[str, dict[str, Any]]:
+    """The settings that a run stored.
+
+    Raises
+    ------
+    ValueError
+        The file is damaged.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(table, dict) for table in content.values()):
+        raise ValueError(
+            f"{path} is damaged (it does not hold tables of settings); remove the run's folder to begin again"
+        )
+    return content

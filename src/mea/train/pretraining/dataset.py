@@ -1,6 +1,5 @@
 """Rows of tokens for training and validation, cut from memory-mapped shards."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from mea.models.lm_head import IGNORED
+from mea.records import read_json
 from mea.train.checkpoints import checksum_of
 
 CHECKED_BYTES = 2 << 30  # up to here checksums are compared on opening; above, sizes alone
@@ -26,16 +26,21 @@ class TokenStream:
 
     def __init__(self, folder: str | Path, split: str) -> None:
         folder = Path(folder)
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        shards = manifest["shards"][split]
-        total = sum(entry["tokens"]["bytes"] for entry in shards)
+        manifest = read_json(folder / "manifest.json")
         self.tokens, self.starts = [], []
-        for entry in shards:
-            for what, dtype in (("tokens", manifest["dtype"]), ("starts", "int64")):
-                path = folder / Path(entry[what]["file"]).name  # in this folder, whatever a manifest says
-                _check(path, entry[what], total <= CHECKED_BYTES)
-                getattr(self, what).append(np.memmap(path, dtype=dtype, mode="r"))
-        self.offsets = np.concatenate([[0], np.cumsum([entry["length"] for entry in shards])])
+        try:
+            shards = manifest["shards"][split]
+            total = sum(entry["tokens"]["bytes"] for entry in shards)
+            for entry in shards:
+                for what, dtype in (("tokens", manifest["dtype"]), ("starts", "int64")):
+                    path = folder / Path(entry[what]["file"]).name  # in this folder, whatever a manifest says
+                    _check(path, entry[what], total <= CHECKED_BYTES)
+                    getattr(self, what).append(np.memmap(path, dtype=dtype, mode="r"))
+            self.offsets = np.concatenate([[0], np.cumsum([entry["length"] for entry in shards])])
+        except (KeyError, TypeError, AttributeError):
+            raise ValueError(
+                f"{folder / 'manifest.json'} is damaged: delete the folder {folder} to have it made again"
+            ) from None
 
     def __len__(self) -> int:
         return int(self.offsets[-1])

@@ -292,6 +292,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         return tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not TOML: {error}") from error
+    except RecursionError:
+        raise ValueError(f"{path} is not TOML: it is nested too deep") from None
 
 
 def settings_from(tables: dict[str, Any]) -> PretrainSettings:

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from mea.models.loading import load_tokenizer_alone
-from mea.records import Progress, write_atomically
+from mea.records import Progress, read_json, write_atomically
 from mea.train.pretraining.documents import documents, is_validation, source_files
 from mea.train.pretraining.settings import DataSettings
 
@@ -138,7 +138,11 @@ def _tokenise(data: DataSettings, tokenizer: Any, folder: Path, progress: Progre
     path = folder / "progress.json"
     state: dict[str, Any] = {"documents": 0, "shards": {split: [] for split in SPLITS}}
     if path.is_file():
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = read_json(path)
+        if not (
+            isinstance(state, dict) and type(state.get("documents")) is int and isinstance(state.get("shards"), dict)
+        ):
+            raise ValueError(f"{path} is damaged: delete the folder {folder} to begin again")
     dtype = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     open_tokens: dict[str, list[np.ndarray]] = {split: [] for split in SPLITS}
     done, waiting = state["documents"], 0

@@ -17,6 +17,7 @@ from mea.evaluate.perplexity import perplexity, ratio, text_losses
 from mea.models.card import model_card, origin
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
 from mea.models.saving import check_output, save_folder, writing
+from mea.names import escaped
 from mea.ops.precision import peak_flops
 from mea.records import Progress, Record, make_record, write_atomically
 from mea.text import encode_text, load_text
@@ -252,9 +253,10 @@ def _card(record: Record, fields: dict[str, Any]) -> str:
     config, results = record["config"], record["results"]
     tokens = sum(stage["tokens"] for stage in config["stages"])
     start, end = results["held_out_start"], results["held_out"]
+    texts = ", ".join(map(escaped, config["texts"]))
     summary = (
-        f"A model with a compressed KV cache, trained for {tokens:,} tokens of {', '.join(config['texts'])}; its state "
-        "was chosen by text held out from these."
+        f"A model with a compressed KV cache, trained for {tokens:,} tokens of {texts}; its state was chosen by text "
+        "held out from these."
     )
     rows = [("cross-entropy of held-out text, nats per token", f"{start['ce']:.4f}", f"{end['ce']:.4f}")]
     if "perplexity" in results:
