@@ -147,7 +147,9 @@ class PagedAttention(CodedAttention, nn.Module):
         codes, exact = (steps[cache.name] for cache in self.caches)
         end = max(request.stop for request in codes.requests)
         output[end:].zero_()
-        query, key, value = (x[:end].unflatten(1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (query, key, value))
+        query, key, value = (
+            x[:end].unflatten(1, (-1, self.head_dim)).transpose(0, 1)[None] for x in (query, key, value)
+        )
         parts = self._parts(key.dtype)
         self._write(parts, codes, exact, key, value)
         for index, request in enumerate(codes.requests):
@@ -234,6 +236,4 @@ def _no_output(query: Tensor, key: Tensor, value: Tensor, output: Tensor, name: 
 
 
 # An operation of its own hides the loop over requests from torch.compile.
-direct_register_custom_op(
-    "mea_packed_attention", packed_attention, mutates_args=["output"], fake_impl=_no_output
-)
+direct_register_custom_op("mea_packed_attention", packed_attention, mutates_args=["output"], fake_impl=_no_output)

@@ -138,7 +138,8 @@ class ExactTokensManager(SlidingWindowManager):
         num_local_computed_tokens: int,
         num_external_computed_tokens: int,
     ) -> None:
-        assert num_external_computed_tokens == 0 and not self.req_to_blocks[request_id]
+        assert not num_external_computed_tokens
+        assert not self.req_to_blocks[request_id]
         self.block_pool.touch([block for block in new_computed_blocks if not block.is_null])
         self.req_to_blocks[request_id].extend(new_computed_blocks)
         self.num_cached_block[request_id] = len(new_computed_blocks)
@@ -241,9 +242,7 @@ def caches(
     multiple = 64 if vllm_config.device_config.device_type == "cuda" else 4  # the kernels read 64 tokens at a time
     blocks = choose_blocks(code_bytes, exact_bytes, first, recent, length, batches, multiple)
     common: dict[str, Any] = {"num_kv_heads": 1, "dtype": torch.uint8, "page_size_padded": blocks.page}
-    codes = FullAttentionSpec(
-        block_size=blocks.codes, head_size=code_bytes, state_content_bytes=code_bytes, **common
-    )
+    codes = FullAttentionSpec(block_size=blocks.codes, head_size=code_bytes, state_content_bytes=code_bytes, **common)
     exact = ExactTokensSpec(
         block_size=blocks.exact, head_size=exact_bytes, state_content_bytes=exact_bytes, sliding_window=recent,
         first=first, alignment=blocks.alignment(), held=held_blocks(blocks, first, recent, batches), **common,

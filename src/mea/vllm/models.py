@@ -77,7 +77,7 @@ class PackedModel:
 
 
 def _rotary(config: Any) -> nn.Module:
-    """transformers' rotary embedding, by which the model was compressed."""
+    """The rotary embedding of transformers, by which the model was compressed."""
     name = type(config).__name__.removeprefix("Mea").removesuffix("Config").removesuffix("Text")
     modelling = sys.modules[getattr(transformers, f"{name}ForCausalLM").__module__]
     return getattr(modelling, f"{name}RotaryEmbedding")(config)
