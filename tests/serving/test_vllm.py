@@ -61,9 +61,7 @@ def engine():
 
     def start(path: str, **options: Any) -> LLM:
         options = {"kv_cache_memory_bytes": 2**24, "max_model_len": 1024, **options}
-        made.append(
-            LLM(path, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, seed=0, **options)
-        )
+        made.append(LLM(path, dtype="float32", skip_tokenizer_init=True, enforce_eager=True, seed=0, **options))
         return made[-1]
 
     yield start
@@ -82,7 +80,11 @@ def generated(model: Any, prompts: list[list[int]]) -> list[tuple[list[int], tor
     found = []
     for prompt in prompts:
         output = model.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False, output_logits=True, return_dict_in_generate=True
+            torch.tensor([prompt]),
+            max_new_tokens=NEW,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
         )
         tokens = output.sequences[0, len(prompt) :]
         logs = torch.stack(output.logits, 1)[0].log_softmax(-1)
