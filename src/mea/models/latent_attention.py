@@ -256,7 +256,7 @@ class LatentCausalLM(_Mixin):
     heads with separate latents. With ``config.head_norm_eps`` every layer has a `NormedProjection`.
     """
 
-    _supports_attention_backend = False  # engines with their own attention and cache must refuse the model
+    _supports_attention_backend = False  # see `is_backend_compatible`
     _tp_plan: dict[str, str] = {}  # noqa: RUF012 (mixing spans all heads, or those of a group: a split by heads would be wrong)
 
     def __init__(self, config: Any):
@@ -317,6 +317,14 @@ class LatentCausalLM(_Mixin):
             missing = sorted(info["missing_keys"])
             raise ValueError(f"the checkpoint {args[0]} lacks {len(missing)} weights, such as {missing[0]}")
         return (model, info) if output_loading_info else model
+
+    @classmethod
+    def is_backend_compatible(cls) -> bool:
+        """Refuse engines that would read the cache with their own attention; they ask before they load a model."""
+        raise NotImplementedError(
+            "this model has a KV cache of its own, which an engine's attention cannot read: for vLLM, install the "
+            "plugin into its environment with pip install 'mea[vllm]', or use generate()"
+        )
 
     def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
         """Refuse before the first request: the engine would turn a later error into an empty answer."""
