@@ -73,7 +73,7 @@ ROWS: dict[str, tuple[dict[str, Any] | str, *tuple[Recovery, ...]]] = {
     "mean-million": ("mean", like_default(LONG)),
     "joint-million": ("joint", stage("distill", LONG, **NEAR)),
     "predictive": (packed("predictive", 0.2), near_default(PACKED)),
-    "predictive-14": (packed("predictive", 0.14), near_default(PACKED)),
+    "predictive-14": (packed("predictive", 0.14), near_default(PACKED // 2)),
     "whole": (RANKED | {"keep": 1.0}, like_default(SHORT)),
     "default": (RANKED, like_default(SHORT)),
 }

@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 import mea
-from mea.cli import compare, compress, demo, eval, fit, generate, perplexity, pretrain, profile, recover, report, sweep
+from mea.cli import (
+    compare,
+    compress,
+    demo,
+    eval,
+    export,
+    fit,
+    generate,
+    perplexity,
+    pretrain,
+    profile,
+    recover,
+    report,
+    sweep,
+)
 from mea.cli.command import Command, epilog
 from mea.cli.console import friendly
 
@@ -24,6 +38,7 @@ COMMANDS = {
         "compress": (compress.compress, compress.EXAMPLES),
         "recover": (recover.recover, recover.EXAMPLES),
         "generate": (generate.generate, generate.EXAMPLES),
+        "export": (export.export, export.EXAMPLES),
         "profile": (profile.profile, profile.EXAMPLES),
     },
     "Measure": {

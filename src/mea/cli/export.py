@@ -1,0 +1,25 @@
+"""``mea export``."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mea.cli import options as shared
+from mea.cli.console import output
+
+EXAMPLES = (
+    "mea compress MODEL OUT --method gqa-mean --keep 0.34",
+    "mea export OUT STOCK",
+)
+
+
+def export(
+    model: shared.Model,
+    out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
+) -> None:
+    """Write a model compressed to whole heads as a stock checkpoint, which any engine loads."""
+    from mea.models.export import export as run
+
+    run(model, out)
+    output.print(f"{out}: a stock checkpoint")
