@@ -13,6 +13,11 @@ def test_tables_and_figure_are_what_the_records_say():
     assert run.returncode == 0, run.stderr
 
 
+def test_drawings_are_up_to_date():
+    run = subprocess.run([sys.executable, "scripts/drawings.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_times_of_the_experiment_are_those_of_the_benchmarks():
     results = json.loads((ROOT / "benchmarks/results/decode_model.json").read_text())["results"]
     one, four = (
