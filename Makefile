@@ -40,7 +40,7 @@ bench: $(READY) ## Measure decoding and the command line's start on this machine
 	@benchmarks/gpu.sh build/gpu $(BIN)/python
 
 docs: .venv-docs/.stamp ## Build the guides as a site in build/site
-	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "build/site/index.html"
 
 test: $(READY) lint ## Lint, types, layers and the tests (at most 10 minutes on 2 quiet cores)
