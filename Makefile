@@ -27,7 +27,7 @@ VLLM_READY := $(VLLM)/.stamp
 # No test reaches a model hub; an attempt fails at once instead of hanging.
 test test-full test-vllm fuzz: export HF_HUB_OFFLINE = 1
 
-.PHONY: help setup demo bench test test-full test-vllm fuzz lint pytest-compile eval-smoke format clean
+.PHONY: help setup demo bench docs test test-full test-vllm fuzz lint pytest-compile eval-smoke format clean
 
 help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
@@ -41,6 +41,10 @@ bench: $(READY) ## Measure decoding and the command line's start on this machine
 	@$(BIN)/python benchmarks/run.py
 	@$(BIN)/python benchmarks/start.py
 	@benchmarks/gpu.sh build/gpu $(BIN)/python
+
+docs: .venv-docs/.stamp ## Build the guides as a site in build/site
+	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
+	@echo "build/site/index.html"
 
 test: $(READY) lint ## Lint, types, layers and the tests (at most 10 minutes on 2 quiet cores)
 	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j 2 pytest-compile eval-smoke
@@ -103,6 +107,16 @@ clean: ## Remove build products and caches (the environment stays: delete .venv 
 $(BIN)/python:
 	@if [ -z "$(PYTHON)" ]; then echo "mea needs Python 3.11 or newer; none was found on the path (make PYTHON=/path/to/python)" >&2; exit 1; fi
 	@$(PYTHON) -m venv $(VENV)
+
+# The tools that build the site, without the package and torch: the API is read from the source.
+DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"])
+.venv-docs/.stamp: pyproject.toml constraints.txt
+	@if [ -z "$(PYTHON)" ]; then echo "mea needs Python 3.11 or newer; none was found on the path (make PYTHON=/path/to/python)" >&2; exit 1; fi
+	@echo "Installing the tools for the site into .venv-docs"
+	@$(PYTHON) -m venv .venv-docs
+	@.venv-docs/bin/python -m pip --disable-pip-version-check --no-input install -qq -c constraints.txt \
+		$$($(PYTHON) -c '$(DOCS)')
+	@touch $@
 
 # torch goes first and alone: another package that asks for "some torch" may otherwise choose a build of several GB.
 $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python

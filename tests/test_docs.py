@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ def anchors(file: Path) -> list[str]:
 def test_links_and_paths_exist(name: str):
     text = FENCE.sub("", (ROOT / name).read_text(encoding="utf-8"))
     broken = [path for path in PATH.findall(text) if not (ROOT / path).exists()]
-    if name != "docs/LOG.md":  # its entries name the source files of their day
+    if not name.startswith("docs/log/"):  # its entries name the source files of their day
         broken += [path for path in SOURCE.findall(text) if not (ROOT / path).exists()]
     for link in LINK.findall(text):
         path, _, heading = link.partition("#")
@@ -48,3 +49,20 @@ def test_an_experiment_holds_what_runs_it_and_its_records(folder: Path):
     assert not list(folder.glob("*.json")), "records belong into records/"
     index = (ROOT / "experiments/README.md").read_text(encoding="utf-8")
     assert f"({folder.name}/README.md)" in index
+
+
+def test_the_log_lists_its_entries():
+    run = subprocess.run([sys.executable, "scripts/log.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("month", sorted((ROOT / "docs/log").glob("*.md")), ids=lambda month: month.name)
+def test_entries_of_the_log_are_short(month: Path):
+    entries = re.split(r"^## ", month.read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert [date for date, *_ in (entry.split(":") for entry in entries)] == sorted(
+        (entry.split(":")[0] for entry in entries), reverse=True
+    )
+    for title, *lines in (entry.splitlines() for entry in entries):
+        prose = [line for line in lines if line and not line.startswith("|")]
+        assert len(prose) <= 10, title
+        assert max(map(len, prose)) <= 100, title

@@ -32,6 +32,7 @@ class KVCache:
         self.layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Append the new tokens' keys and values to layer `layer_idx`, and return those of all tokens."""
         if layer_idx in self.layers:
             keys, values = self.layers[layer_idx]
             key_states = torch.cat([keys, key_states], dim=2)
@@ -40,6 +41,7 @@ class KVCache:
         return key_states, value_states
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Number of tokens in layer `layer_idx`."""
         return self.layers[layer_idx][0].shape[2] if layer_idx in self.layers else 0
 
 

@@ -46,8 +46,9 @@ def compress(
 
     Returns
     -------
-    The compressed model: an ordinary transformers model to generate with, train, save, and load with
-    ``AutoModelForCausalLM``.
+    PreTrainedModel
+        The compressed model, an ordinary transformers model: generate, train and save with it, and load it with
+        ``AutoModelForCausalLM``.
 
     Raises
     ------

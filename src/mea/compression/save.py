@@ -66,7 +66,8 @@ def compress_to_folder(
 
     Returns
     -------
-    The record that is saved beside the weights.
+    dict
+        The record that is saved beside the weights.
 
     Raises
     ------

@@ -11,7 +11,9 @@ from mea.ops.rope import RopeConfig
 class MeaConfig(PreTrainedConfig):
     """Shape of a decoder, and the method of its attention.
 
-    Parameters
+    Fields that are not listed are those of ``transformers.LlamaConfig``.
+
+    Attributes
     ----------
     attention
         Name of the method: a key of `mea.attention.METHODS`.
@@ -24,8 +26,6 @@ class MeaConfig(PreTrainedConfig):
         ``"linear"`` or ``"llama3"`` with their parameters, or ``"none"`` for no position embedding.
     sliding_window
         Tokens in sight in every layer, the query's own included; None for all.
-
-    All other parameters are those of ``transformers.LlamaConfig``.
     """
 
     # The constructor takes fields that it does not declare (Hugging Face wraps it), which a type checker at run time
