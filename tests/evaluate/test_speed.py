@@ -1,11 +1,14 @@
 """The size of real caches against the product of their dimensions, and decoding that takes turns."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import transformers
+from torch.testing._internal.two_tensor import TwoTensor
 
 from mea.evaluate import speed
-from mea.evaluate.speed import cache_size, decode_seconds, speed_ratio
+from mea.evaluate.speed import cache_size, decode_seconds, held_bytes, speed_ratio
 from mea.models.quantized_cache import QuantisedCache
 
 
@@ -80,3 +83,8 @@ def test_decoding_over_another_cache(tiny):
     caches = {"b": lambda config: QuantisedCache(config, 8)}
     samples = decode_seconds({"a": tiny(), "b": tiny()}, 70, steps=3, warmup=1, caches=caches)
     assert [len(x) for x in samples.values()] == [3, 3]
+
+
+def test_a_tensor_made_of_others_counts_as_those():
+    layer = SimpleNamespace(keys=TwoTensor(torch.zeros(2, 3), torch.zeros(2, 3)), values=[torch.zeros(4, 5)])
+    assert held_bytes(SimpleNamespace(layers=[layer])) == (2 * 24 + 80,)

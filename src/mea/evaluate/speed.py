@@ -209,11 +209,16 @@ def _tensors(layer: Any) -> list[Tensor]:
 
 
 def _within(item: Any) -> list[Tensor]:
-    """Tensors in nested lists: transformers' quantised layers keep codes with a dictionary of scales."""
+    """Tensors in nested lists: transformers' quantised layers keep codes with a dictionary of scales.
+
+    Of a tensor made of others (quanto's) those, not the numbers that it stands for.
+    """
     if isinstance(item, dict):
         item = [value for name, value in item.items() if name != "_buffers"]
     if isinstance(item, list | tuple):
         return [tensor for part in item for tensor in _within(part)]
+    if hasattr(item, "__tensor_flatten__"):
+        return [tensor for name in item.__tensor_flatten__()[0] for tensor in _within(getattr(item, name))]
     return [item] if isinstance(item, Tensor) else []
 
 
