@@ -8,7 +8,7 @@ from rich.console import Console
 from mea.records import make_record
 from mea.report import rows, terminal_table
 from mea.report.sections.comparison_figures import figures
-from mea.report.sections.comparison_rows import cells, with_error
+from mea.report.sections.comparison_rows import cells, lowest, with_error
 
 
 def printed(records, width):
@@ -127,3 +127,12 @@ def test_the_bits_of_each_series_are_drawn_once_at_the_size_nearest_to_a_fifth(r
     chosen = next(row.name for row in rows(records) if row.record["config"]["keep"] == 0.2)
     names = [figure.name for figure in figures(rows(records))]
     assert [name for name in names if name.startswith("bits-")] == [f"bits-{chosen}"]
+
+
+def test_ratios_of_continuations_alone_share_no_first_place(run):
+    """A press is scored on continuations alone: its large error made it tie with whatever was best."""
+    records = run()
+    score = {"perplexity": 30.0, "standard_error": 1.0, "ratio": 1.5, "ratio_standard_error": 9.0}
+    records[1]["results"] = {"continuations": {"wikitext-2-test": score}, "cache": {"bytes_per_token": 9.0}}
+    records[1]["config"] |= {"label": "kvpress X", "method": "kvpress X"}
+    assert "kvpress X" not in [row.name for row in lowest(rows(records))]

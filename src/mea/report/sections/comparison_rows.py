@@ -148,8 +148,12 @@ def terminal_table(records: Sequence[Record]) -> TerminalTable:
 
 
 def lowest(methods: Sequence[Row]) -> list[Row]:
-    """The compressed model with the lowest ratio, and those within two standard errors of the difference from it."""
+    """The compressed model with the lowest ratio, and those within two standard errors of the difference from it.
+
+    Ratios of whole windows and of continuations are not compared: where there are some of both, the former count.
+    """
     scored = [row for row in methods if row.compressed and row.main_ratio < math.inf]
+    scored = [row for row in scored if row.measured("texts")] or scored
     best = min(scored, key=lambda row: row.main_ratio, default=None)
     if best is None:
         return []
@@ -197,7 +201,7 @@ def _row(record: Record, sizes: int) -> Row:
     method, keep = str(config.get("method", "?")), config.get("keep")
     compressed = method != UNCOMPRESSED
     series = str(config.get("label") or (method if compressed else "uncompressed"))
-    name = f"{series}, {100 * keep:.3g} %" if compressed and keep and sizes > 1 else series
+    name = f"{series}, {100 * keep:.3g} %" if compressed and keep and keep < 1 and sizes > 1 else series
     if config.get("series"):  # the label says the size
         series, name = config["series"], series
     return Row(name, series, str(config.get("model", "?")), compressed, record["results"], record)
