@@ -197,6 +197,7 @@ def test_a_gguf_file_is_parsed_once_while_it_lasts(tmp_path: Path) -> None:
 
 def test_bars_of_other_packages_do_not_fill_a_log(saved, capfd):
     """They are back afterwards: they belong to whoever uses transformers besides."""
+    logging.enable_progress_bar()  # other tests may have left them off
     load(str(saved))
     assert "it/s" not in capfd.readouterr().err
     assert logging.is_progress_bar_enabled()

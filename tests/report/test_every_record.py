@@ -106,7 +106,9 @@ def test_a_record_that_no_section_shows_is_of_a_known_kind(records):
         "reference",
         "token counts",
         "decode_attention",
+        "decode_gpu",
         "decode_model",
+        "serving_capacity",
         "training_step",
         "start",
     }

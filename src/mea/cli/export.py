@@ -9,8 +9,8 @@ from mea.cli import options as shared
 from mea.cli.console import output
 
 EXAMPLES = (
-    "mea compress MODEL OUT --method gqa-mean --keep 0.34",
     "mea export OUT STOCK",
+    "mea export gqa-mean-folder stock-folder",
 )
 
 
