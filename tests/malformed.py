@@ -101,25 +101,21 @@ class Cases:
             ["compress", model, out, "--keep", "0.9", "--calibration-text", self.text, *CALIBRATED],
         ])  # fmt: skip
 
-    def _damage_json(self, path: Path, chance: random.Random) -> None:
+    def _damaged_json(self, source: Path, name: str, chance: random.Random) -> list[Any]:
         from fuzz.mutations import mutated_text
 
+        path = self._copy(source) / name
         path.write_bytes(mutated_text(json.loads(path.read_text(encoding="utf-8")), chance))
+        return self._command(path.parent, chance)
 
     def of_config(self, chance: random.Random) -> list[Any]:
-        model = self._copy(self.model)
-        self._damage_json(model / "config.json", chance)
-        return self._command(model, chance)
+        return self._damaged_json(self.model, "config.json", chance)
 
     def of_generation_config(self, chance: random.Random) -> list[Any]:
-        model = self._copy(self.model)
-        self._damage_json(model / "generation_config.json", chance)
-        return self._command(model, chance)
+        return self._damaged_json(self.model, "generation_config.json", chance)
 
     def of_index(self, chance: random.Random) -> list[Any]:
-        model = self._copy(self.sharded)
-        self._damage_json(model / "model.safetensors.index.json", chance)
-        return self._command(model, chance)
+        return self._damaged_json(self.sharded, "model.safetensors.index.json", chance)
 
     def of_weights(self, chance: random.Random) -> list[Any]:
         from fuzz.mutations import header_bytes, mutated_bytes, mutated_text
@@ -149,9 +145,7 @@ class Cases:
         return self._command(path, chance)
 
     def of_tokenizer(self, chance: random.Random) -> list[Any]:
-        model = self._copy(self.model)
-        self._damage_json(model / chance.choice(["tokenizer.json", "tokenizer_config.json"]), chance)
-        return self._command(model, chance)
+        return self._damaged_json(self.model, chance.choice(["tokenizer.json", "tokenizer_config.json"]), chance)
 
     def of_template(self, chance: random.Random) -> list[Any]:
         from fuzz.mutations import mutated_bytes

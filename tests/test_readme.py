@@ -33,3 +33,14 @@ def test_times_of_the_experiment_are_those_of_the_benchmarks():
     }
     assert "{} times as long with one query for each kv head, {} with eight".format(*times["predictive"]) in experiment
     assert "`joint` {} and {}. `predictive` reads".format(*times["joint"]) in experiment
+
+
+def test_figures_in_sentences_are_those_of_the_records():
+    readme, serving = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/serving.md"))
+    recovery = json.loads((ROOT / "experiments/recovery/records/predictive.json").read_text())["results"]
+    assert f"from {recovery['ratio_start']:.3f} to {recovery['ratio']:.3f}" in readme
+    capacity = json.loads((ROOT / "benchmarks/results/serving_capacity.json").read_text())["results"]
+    before, after = (capacity[side]["tokens"] for side in ("original", "compressed"))
+    assert f"{after / before:.2f} times as many tokens in one GiB" in readme
+    assert f"| {before:,} |" in serving
+    assert f"| {after:,} ({after / before:.2f} times as many) |" in serving

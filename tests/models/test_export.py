@@ -50,5 +50,19 @@ def test_a_folder_loads_with_transformers_alone(saved, tokenizer, calibration, t
     said = subprocess.run([sys.executable, "-c", code, tmp_path / "stock"], capture_output=True, text=True, check=True)
     assert said.stdout.split() == ["LlamaForCausalLM", "2"]
     assert not (tmp_path / "stock.partial").exists()
+    card = (tmp_path / "stock" / "README.md").read_text(encoding="utf-8")
+    assert "| key/value heads | 4 | 2 |" in card
+    assert "import mea" not in card
+    assert (tmp_path / "stock" / "compression.json").is_file()
     with pytest.raises(ValueError, match="not an empty folder"):
         export(str(tmp_path / "small"), tmp_path / "stock")
+
+
+def test_what_cannot_be_exported_is_refused_before_the_model_loads(
+    saved, tokenizer, calibration, tmp_path, monkeypatch
+):
+    options = {"method": "predictive", "keep": 0.9, "calibration": calibration, "measure_tokens": 0}
+    compress_to_folder(str(saved), tmp_path / "packed", **options)
+    monkeypatch.setattr("mea.models.export.load", lambda _: pytest.fail("the model was loaded"))
+    with pytest.raises(ValueError, match="the cache is packed"):
+        export(str(tmp_path / "packed"), tmp_path / "stock")

@@ -11,12 +11,10 @@ from mea.ops.cache_forms import FORMS
 from mea.records import Progress
 from mea.train.recovery.api import describe, recover
 from mea.train.recovery.data import windows
-from mea.train.recovery.settings import Recovery, recovery
+from mea.train.recovery.settings import NEAR_RATES, Recovery, recovery
 
 # Relative to the stages' own learning rates, whose steps read four windows: few tokens are spent best one by one.
 SCALE = 0.5
-# Shared latents and packed caches begin nearer to the original, and at other forms' learning rates move away from it.
-NEAR = {"lr": 1.5e-4, "base_lr": 1.5e-4}
 
 
 def one_by_one(stage: str = "distill", **changes: Any) -> Recovery:
@@ -63,8 +61,8 @@ def same_recovery(
 
     def run(student: Any, original: Any, name: str) -> Any:
         near = student.config.cache_code is not None or FORMS[student.config.latent_form].shared
-        own = replace(settings, **NEAR) if near else settings
+        own = replace(settings, **NEAR_RATES) if near else settings
         model = copy.deepcopy(student).float()
         return recover(model, original, rows, held_out, own, folder / name, progress=progress).model
 
-    return Training(run, {**describe(settings), "near": NEAR, "texts": [Path(text).name for text in texts]})
+    return Training(run, {**describe(settings), "near": NEAR_RATES, "texts": [Path(text).name for text in texts]})

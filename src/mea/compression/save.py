@@ -241,9 +241,8 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
     ):  # fmt: skip
         rows.append((f"largest relative {check}, fp32", "", f"{results['self_check'][name]:.1e}"))
     title = f"{config['model']} with {after / before:.0%} of its KV cache"
-    scored = (MEASURED_TEXT, config["measured_tokens"], results["perplexity"]) if "perplexity" in results else None
     header = ("measured", "original", "compressed")
-    return model_card(title, summary, header, rows, "compression.json", fields, scored)
+    return model_card(title, summary, header, rows, "compression.json", fields, record)
 
 
 def _refinement_results(refined: Refined | None) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from mea.models.gguf_file import read_header
 from mea.models.loading import locate
 from mea.names import escaped
 
+IMPORT = "import mea  # or trust_remote_code=True below\n"
 USAGE = """```python
-import mea  # or trust_remote_code=True below
-from transformers import AutoModelForCausalLM
+{imported}from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("this folder")
 ```"""
@@ -51,7 +51,9 @@ def model_card(
     rows: Sequence[Sequence[str]],
     record: str,
     fields: Mapping[str, Any],
-    perplexity: tuple[str, int, float] | None = None,
+    measured: Mapping[str, Any] | None = None,
+    *,
+    stock: bool = False,
 ) -> str:
     """A card in Markdown.
 
@@ -65,12 +67,15 @@ def model_card(
         The file beside the card that holds the record.
     fields
         Of `origin`.
-    perplexity
-        The text that was scored, how many of its tokens, and the result, for the card's ``model-index``.
+    measured
+        A record: its perplexity, if it has one, goes into the card's ``model-index``.
+    stock
+        Whether the model loads without this package.
     """
     results = None
-    if perplexity:
-        text, tokens, value = perplexity
+    if measured and "perplexity" in measured["results"]:
+        text, tokens = (measured["config"][f"measured_{name}"] for name in ("text", "tokens"))
+        value = measured["results"]["perplexity"]
         results = [EvalResult("text-generation", text, f"{text}, first {tokens:,} tokens", "perplexity", value)]
     data = ModelCardData(
         library_name="transformers", pipeline_tag="text-generation", tags=["mea", "kv-cache-compression"],
@@ -86,7 +91,7 @@ def model_card(
         summary,
         "\n".join(table),
         licence,
-        USAGE,
+        USAGE.format(imported="" if stock else IMPORT),
         kept,
     )
     return "\n\n".join(parts) + "\n"

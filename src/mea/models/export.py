@@ -4,6 +4,7 @@ Encoders and decoders go into the projections where every kv head reads one comp
 commute with RoPE: one complex number per rotary frequency. Query heads are put in the order of their components.
 """
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,11 @@ import torch
 import transformers
 from torch import Tensor
 
+from mea.models.card import MADE_HERE, model_card, origin
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
-from mea.models.loading import load, no_bars_in_logs
+from mea.models.loading import load, load_config, no_bars_in_logs
 from mea.models.saving import SHARD_SIZE, check_output, complete_folder, writing
+from mea.names import escaped
 
 ZERO = 1e-6  # of a matrix's largest number: what rounding leaves
 INSTEAD = "serve it with mea's plugin for vLLM, or compress again with --method gqa-mean"
@@ -38,12 +41,65 @@ def export(source: str, out: str | Path) -> None:
     """
     out = Path(out)
     check_output(out)
+    config = load_config(source)
+    stock_config(config)
     work = out.with_name(out.name + ".partial")
     model, tokenizer = load(source)
     stock = stock_heads(model)
     with writing(out, work, "*"), complete_folder(out, work) as folder, no_bars_in_logs():
         stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
+        (folder / "README.md").write_text(_card(source, config, stock), encoding="utf-8")
+        for record in (Path(source, name) for name in MADE_HERE):
+            if record.is_file():
+                shutil.copy(record, folder)
+
+
+def stock_config(config: Any) -> Any:
+    """The stock configuration with fewer kv heads for a compressed model's, without its weights.
+
+    Raises
+    ------
+    ValueError
+        As `export`, for what does not depend on weights.
+    """
+    kind = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
+    if kind == config.model_type:
+        raise ValueError(f"this {kind} model is not compressed: engines load it as it is")
+    if config.cache_code is not None or config.latent_form != "post_rope" or config.latent_groups != 1:
+        form = "packed" if config.cache_code is not None else f"of {config.latent_form} latents"
+        raise ValueError(f"the cache is {form}, which no stock architecture has: {INSTEAD}")
+    ranks = {tuple(pair) if pair else None for pair in config.latent_ranks}
+    kept = {name: value for name, value in config.to_dict().items() if name not in (*OWN, "model_type")}
+    stock = getattr(transformers, SUPPORTED[kind][0])(**kept)
+    with torch.device("meta"):
+        attention = _stock_class(stock)(stock).model.layers[0].self_attn
+    if config.head_norm_eps is not None or hasattr(attention, "q_norm"):
+        raise ValueError(f"norms of heads stand between the projections and RoPE: {INSTEAD}")
+    pair, width = next(iter(ranks)), attention.head_dim
+    if len(ranks) > 1 or pair is None or pair[0] != pair[1] or pair[0] % width:
+        raise ValueError(f"layers need equally many whole kv heads of keys and of values, not {ranks}: {INSTEAD}")
+    stock.num_key_value_heads = pair[0] // width
+    stock.architectures = [_stock_class(stock).__name__]
+    return stock
+
+
+def _stock_class(config: Any) -> Any:
+    return getattr(transformers, f"{SUPPORTED[config.model_type][1]}ForCausalLM")
+
+
+def _card(source: str, config: Any, stock: Any) -> str:
+    heads, name = stock.config.num_key_value_heads, Path(source).name
+    size = 2 * stock.config.num_hidden_layers * stock.model.layers[0].self_attn.head_dim * stock.dtype.itemsize
+    rows = [("key/value heads", str(config.num_key_value_heads), str(heads))]
+    kind = str(stock.dtype).removeprefix("torch.")
+    rows.append((f"cache bytes per token ({kind})", f"{size * config.num_key_value_heads:,}", f"{size * heads:,}"))
+    summary = (
+        f"{escaped(name)}, compressed by mea to whole heads and written as a stock {stock.config.model_type} "
+        "checkpoint: it computes the same and needs no code of mea."
+    )
+    title, header = f"{name} with {heads} key/value heads", ("", "original", "here")
+    return model_card(title, summary, header, rows, MADE_HERE[0], origin(source), stock=True)
 
 
 @torch.no_grad()
@@ -55,38 +111,18 @@ def stock_heads(model: Any) -> Any:
     ValueError
         As `export`.
     """
-    config = model.config
-    kind = config.model_type.removeprefix(MODEL_TYPE_PREFIX)
-    if kind == config.model_type:
-        raise ValueError(f"this {kind} model is not compressed: engines load it as it is")
-    if config.cache_code is not None or config.latent_form != "post_rope" or config.latent_groups != 1:
-        form = "packed" if config.cache_code is not None else f"of {config.latent_form} latents"
-        raise ValueError(f"the cache is {form}, which no stock architecture has: {INSTEAD}")
-    ranks = {tuple(pair) if pair else None for pair in config.latent_ranks}
-    pair, width = next(iter(ranks)), _head_dim(model)
-    if len(ranks) > 1 or pair is None or pair[0] != pair[1] or pair[0] % width:
-        raise ValueError(f"layers need equally many whole kv heads of keys and of values, not {ranks}: {INSTEAD}")
-    if config.head_norm_eps is not None or hasattr(model.model.layers[0].self_attn, "q_norm"):
-        raise ValueError(f"norms of heads stand between the projections and RoPE: {INSTEAD}")
-    kept = {name: value for name, value in config.to_dict().items() if name not in (*OWN, "model_type")}
-    names = SUPPORTED[kind]
-    heads = pair[0] // width
-    kept |= {"num_key_value_heads": heads, "architectures": [f"{names[1]}ForCausalLM"]}
-    made = getattr(transformers, f"{names[1]}ForCausalLM")(getattr(transformers, names[0])(**kept)).to(model.dtype)
+    config = stock_config(model.config)
+    made = _stock_class(config)(config).to(model.dtype)
     state = {name: value for name, value in model.state_dict().items() if ".head_mixing." not in name}
     for index, layer in enumerate(model.model.layers):
         try:
-            changed = _projections(layer.self_attn, heads)
+            changed = _projections(layer.self_attn, config.num_key_value_heads)
         except ValueError as error:
             raise ValueError(f"layer {index}: {error}: {INSTEAD}") from None
         state |= {f"model.layers.{index}.self_attn.{name}": value.to(model.dtype) for name, value in changed.items()}
     made.load_state_dict(state)
     made.generation_config = model.generation_config
     return made.eval()
-
-
-def _head_dim(model: Any) -> int:
-    return model.model.layers[0].self_attn.head_dim
 
 
 def _projections(attention: Any, heads: int) -> dict[str, Tensor]:

@@ -265,7 +265,4 @@ def _card(record: Record, fields: dict[str, Any]) -> str:
     if "ratio" in results:
         rows.append(("relative to the original", f"{results['ratio_start']:.3f}", f"{results['ratio']:.3f}"))
     header = ("measured", "before training", "now")
-    scored = None
-    if "perplexity" in results:
-        scored = (config["measured_text"], config["measured_tokens"], results["perplexity"])
-    return model_card(f"{config['model']}, recovered", summary, header, rows, "recovery.json", fields, scored)
+    return model_card(f"{config['model']}, recovered", summary, header, rows, "recovery.json", fields, record)

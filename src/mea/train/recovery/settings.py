@@ -119,8 +119,8 @@ STAGES: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # Of `distill` for packed caches, which begin near the original: on 16 thousand tokens 1e-4 took the divergence from
-# 0.0097 to 0.0093, and 3e-4 raised it (experiments/recovery).
-PACKED_RATES = {"lr": 1e-4, "base_lr": 1e-4}
+# 0.0097 to 0.0093, and 3e-4 raised it (experiments/recovery). Comparisons train shared latents at these rates too.
+NEAR_RATES = {"lr": 1e-4, "base_lr": 1e-4}
 OLD_STAGES = {
     "distil": "is called distill now",
     "near": "was distill at other learning rates: use --stage distill --lr 3e-4 --base-lr 3e-4",
@@ -140,7 +140,7 @@ def recovery(stage: str = "distill", *, packed: bool = False, **changes: Any) ->
         raise ValueError(f"the stage {stage!r} {OLD_STAGES[stage]}")
     if stage not in STAGES:
         raise ValueError(f"the stage must be {' or '.join(STAGES)}, not {stage!r}{did_you_mean(stage, STAGES)}")
-    rates = PACKED_RATES if packed and stage == "distill" else {}
+    rates = NEAR_RATES if packed and stage == "distill" else {}
     return build(
         Recovery, STAGES[stage] | rates | {name: value for name, value in changes.items() if value is not None}
     )
