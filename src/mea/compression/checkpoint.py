@@ -96,6 +96,21 @@ class FactorStore:
         """Keep tensors of a layer under a name."""
         self._put(kind, index, tensors, {})
 
+    def get_state(self, kind: str) -> tuple[int, dict[str, Tensor]]:
+        """The newest state that `put_state` kept under this name and its number; 0 and nothing without one."""
+        for path in sorted(self.folder.glob(f"{kind}-*.safetensors"), reverse=True):
+            index = int(path.stem.rpartition("-")[2])
+            if (tensors := self.get_tensors(kind, index)) is not None:
+                return index, tensors
+        return 0, {}
+
+    def put_state(self, kind: str, index: int, tensors: dict[str, Tensor]) -> None:
+        """Keep a state under a name, instead of those with lower numbers."""
+        self.put_tensors(kind, index, tensors)
+        for path in self.folder.glob(f"{kind}-*.safetensors"):
+            if path != self._path(kind, index):
+                path.unlink(missing_ok=True)
+
     def _get(self, kind: str, index: int) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         tensors, metadata = self._open(self._path(kind, index))
         same = tensors is not None and metadata[MARK] == self._mark(kind, index, tensors)

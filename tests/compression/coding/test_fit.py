@@ -10,6 +10,8 @@ from torch import Tensor
 from coded_models import original
 from compression.small import tiny
 from mea.compression.calibrate.layerwise import LayerWalk
+from mea.compression.checkpoint import FactorStore
+from mea.compression.coding import moments
 from mea.compression.coding.convert import assemble_coded, check_codes, coded_config
 from mea.compression.coding.fit import READINGS, Joint, LayerCode, Predictive, fit_codes, full_code, per_frequency
 from mea.compression.coding.klt import transform
@@ -294,6 +296,31 @@ def test_the_metric_predicts_the_divergence_of_small_errors(measured, layer, par
             found += float((expected.exp() * (expected - logits)).sum()) / rounds / (ids.shape[0] * 60)
     predicted = float(moments[layer].cost.diagonal()[chosen].sum() * size**2 / 2)
     assert 0.7 <= found / predicted <= 1.3
+
+
+def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
+    """Sums of three of six parts are kept; the rest gives the same moments bit by bit, and a damaged file none."""
+    monkeypatch.setattr(moments, "PART", 1)  # one window at a time
+    monkeypatch.setattr(moments, "KEPT_EVERY", 0.0)
+    walk, ids = LayerWalk(tiny("llama")), torch.randint(0, 256, (6, 64), generator=torch.Generator().manual_seed(1))
+    expected = layer_moments(walk, ids, 4, seed=0)
+    begun: list[int] = []
+
+    def interrupt(_what: str, done: int, steps: int) -> None:
+        begun.append(done)
+        if done == steps // 2 + 1 and len(begun) == done:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        layer_moments(walk, ids, 4, seed=0, progress=interrupt, store=FactorStore(tmp_path, "run"))
+    again = layer_moments(walk, ids, 4, seed=0, progress=interrupt, store=FactorStore(tmp_path, "run"))
+    parts = 2 * len(walk.layers)
+    assert begun[3 * parts :] == [3 * parts + 1, *range(3 * parts + 1, 6 * parts + 1)]
+    for first, second in zip(expected, again, strict=True):
+        assert all(torch.equal(x, second.tensors()[name]) for name, x in first.tensors().items())
+    (kept,) = tmp_path.glob("sums-*")
+    kept.write_bytes(kept.read_bytes()[:-1])
+    assert FactorStore(tmp_path, "run").get_state("sums-0-of-1") == (0, {})
 
 
 def test_text_without_variety_is_refused():

@@ -10,7 +10,8 @@ Layers run one at a time, forwards and then backwards, so that only one layer's 
 ``torchrun`` each process reads some of the windows (`mea.models.processes`), and all get the moments of all windows.
 """
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,11 +21,13 @@ from torch import Tensor
 
 from mea.compression.calibrate.layerwise import LayerInputs, LayerWalk, check_activations, check_finite
 from mea.compression.calibrate.offload import resident
+from mea.compression.checkpoint import FactorStore
 from mea.models.processes import interleaved, place, summed
 from mea.records import Progress
 
 PART = 2**30  # bytes of hidden states that are kept between the two passes
 SAMPLE = 2**30  # bytes of keys and values that are kept for fits with rounding
+KEPT_EVERY = 120.0  # seconds between the states from which an interrupted calibration continues
 RANK = 1e-10  # eigenvalues below this part of the largest are zero
 GAIN = 1e-3  # directions with less than this part of the weights' largest gain may vanish in fp32 products
 
@@ -65,6 +68,8 @@ class _Sum:
         self.samples: list[Tensor] = []
 
     def add(self, z: Float[Tensor, "t two_n"], gradient: Float[Tensor, "t two_n"], kept: int) -> None:
+        if self.count and self.shift.device != z.device:  # read from a file
+            self.load({name: tensor.to(z.device) for name, tensor in self.state().items()})
         if not self.count:
             self.shift, width = z.mean(0), z.shape[1]
             self.tensors = {"sum": z.new_zeros(width, dtype=torch.float64)}
@@ -77,6 +82,17 @@ class _Sum:
         self.tensors["cost"] += (unit.T @ unit).double() * scale.double() ** 2
         self.count += len(z)
         self.samples.append(z[torch.linspace(0, len(z) - 1, min(kept, len(z)), device=z.device).long()])
+
+    def state(self) -> dict[str, Tensor]:
+        """All that has been added up, by name."""
+        counted = {"count": torch.tensor(self.count), "samples": torch.stack(self.samples)}
+        return {"shift": self.shift, **counted, **self.tensors}
+
+    def load(self, state: dict[str, Tensor]) -> None:
+        """Go on from a `state`."""
+        state = dict(state)
+        self.shift, self.count = state.pop("shift"), int(state.pop("count"))
+        self.samples, self.tensors = list(state.pop("samples")), state
 
     def result(self, head_dim: int) -> LayerMoments:
         """Moments of the tokens of all processes; their covariances are about means of their own."""
@@ -91,7 +107,12 @@ class _Sum:
 
 
 def layer_moments(
-    walk: LayerWalk, tokens: Int[Tensor, "n t"], first: int, seed: int, progress: Progress | None = None
+    walk: LayerWalk,
+    tokens: Int[Tensor, "n t"],
+    first: int,
+    seed: int,
+    progress: Progress | None = None,
+    store: FactorStore | None = None,
 ) -> list[LayerMoments]:
     """Moments of every layer over the calibration windows.
 
@@ -103,6 +124,8 @@ def layer_moments(
         Tokens at the beginning of each window that are left out.
     seed
         Of the drawn labels.
+    store
+        Holds the sums every `KEPT_EVERY` seconds; an interrupted calibration goes on from them.
 
     Raises
     ------
@@ -124,7 +147,9 @@ def layer_moments(
     width = 2 * attention.k_proj.out_features
     kept = max(16, SAMPLE // (4 * width * len(layers) * count))
     inputs = walk.inputs(length)
-    done, steps = 0, 2 * len(layers) * -(-len(own) // windows)
+    shares, kind = own.split(windows), f"sums-{rank}-of-{processes}"
+    begun, kept_at = _continue(store, kind, sums, generator), time.monotonic()
+    done, steps = 2 * len(layers) * begun, 2 * len(layers) * len(shares)
 
     def advance() -> None:
         nonlocal done
@@ -132,7 +157,8 @@ def layer_moments(
         if progress:
             progress("calibrating", done, steps)
 
-    for rows in own.split(windows):
+    del skips[: windows * begun]
+    for number, rows in enumerate(shares[begun:], start=begun + 1):
         with torch.no_grad():
             hidden = [walk.embed(rows).float()]
             for index, layer in enumerate(layers):
@@ -154,6 +180,9 @@ def layer_moments(
             gradient = torch.cat(before)
             check_finite(gradient, index, "gradients", loaded)
             advance()
+        if store and number < len(shares) and time.monotonic() - kept_at >= KEPT_EVERY:
+            store.put_state(kind, number, _state(sums, generator))
+            kept_at = time.monotonic()
     moments = [total.result(attention.head_dim) for total in sums]
     for index, found in enumerate(moments):
         layer = resident(layers[index])
@@ -161,6 +190,21 @@ def layer_moments(
             check_finite(moment, index, f"moments of keys and values ({name})", layer)
         check_variety(found, layer, index)
     return moments
+
+
+def _state(sums: Sequence[_Sum], generator: torch.Generator) -> dict[str, Tensor]:
+    tensors = {f"{i}.{name}": tensor for i, total in enumerate(sums) for name, tensor in total.state().items()}
+    return tensors | {"generator": generator.get_state()}
+
+
+def _continue(store: FactorStore | None, kind: str, sums: Sequence[_Sum], generator: torch.Generator) -> int:
+    """Read the sums that were kept, if any; how many shares of the text are in them."""
+    begun, tensors = store.get_state(kind) if store else (0, {})
+    if begun:
+        generator.set_state(tensors["generator"])
+        for i, total in enumerate(sums):
+            total.load({key.split(".")[1]: x for key, x in tensors.items() if key.startswith(f"{i}.")})
+    return begun
 
 
 def check_variety(moments: LayerMoments, layer: Any, index: int) -> None:

@@ -29,7 +29,7 @@ def code_plans(
 ) -> list[Compressed]:
     """Carry out plans of coded methods, each with its self-checks.
 
-    A `store` holds the moments of a finished calibration, from which an interrupted run continues.
+    A `store` holds the sums of a calibration and its moments when it is finished: an interrupted run continues there.
 
     Raises
     ------
@@ -70,7 +70,7 @@ def _moments(
         return [LayerMoments(**tensors, head_dim=head_dim) for tensors in known if tensors]
     layout = plan.layout
     assert isinstance(layout, CodedLayout)
-    moments = layer_moments(walk, tokens, layout.first, plan.calibration.seed, progress)
+    moments = layer_moments(walk, tokens, layout.first, plan.calibration.seed, progress, store)
     for index, found in enumerate(moments):
         if store:
             store.put_tensors("moments", index, found.tensors())
