@@ -72,6 +72,7 @@ def test_nested_headers_and_tokenizers(saved: Path) -> None:
         *[("rope_parameters", 7), ("rope_parameters", {"rope_type": "other", "rope_theta": 1e4})],
         ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": "two"}),
         ("rope_scaling", {"type": "linear", "factor": float("inf")}),
+        *[("output_hidden_states", ["a"]), ("return_dict", 3), ("eos_token_id", "end")],
     ],
 )
 def test_absurd_configurations(name: str, value: Any, saved: Path) -> None:

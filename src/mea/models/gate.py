@@ -44,6 +44,7 @@ SIZES = (
     *("temperature", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty"),
     *("length_penalty", "guidance_scale", "max_time"),
 )
+SHOWN = ("output_hidden_states", "output_attentions", "return_dict")  # what a call gives back
 ELSEWHERE = {"transformers_weights": "names another file of weights"}
 
 
@@ -130,7 +131,7 @@ def check_config(config: dict[str, Any], where: str) -> None:
                 _check_positive(part[name], name, where)
         for name in ("rope_parameters", "rope_scaling"):
             _check_rope(part.get(name), name, where)
-        _check_generation({name: part.get(name) for name in TOKENS}, where)
+        _check_generation({name: part.get(name) for name in (*TOKENS, *SHOWN)}, where)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -182,6 +183,8 @@ def _check_generation(config: dict[str, Any], where: str) -> None:
         if known and not all(isinstance(x, kind) and not isinstance(x, bool) and abs(x) < 2**63 for x in values):
             what = "a whole number" if kind is int else "a number"
             raise ValueError(f"{where}: {name} is {what}{' or several' if name in SEVERAL else ''}, not {value!r}")
+        if name in SHOWN and not isinstance(value, bool | None):
+            raise ValueError(f"{where}: {name} is true or false, not {value!r}")
 
 
 def _check_positive(value: Any, name: str, where: str) -> None:
