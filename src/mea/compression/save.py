@@ -20,7 +20,7 @@ from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
 from mea.compression.refine import Refined
 from mea.compression.result import Compressed
-from mea.evaluate.perplexity import perplexity, ratio, text_losses
+from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ratio, text_losses
 from mea.evaluate.speed import cache_size
 from mea.models.card import model_card, origin
 from mea.models.fold import stock_config
@@ -29,9 +29,7 @@ from mea.models.processes import join, place, wait
 from mea.models.saving import check_output, save_folder, writing
 from mea.names import escaped
 from mea.records import Progress, make_record, mean_bits
-from mea.text import encode_text, load_text
 
-MEASURED_TEXT = "wikitext-2-test"
 CACHE_TOKENS = 256
 
 
@@ -101,8 +99,7 @@ def _compress_to_folder(
     plan = make_plan(source_config, resolve_dtype(source_config, dtype).itemsize, options)
     tokenizer = load_tokenizer(source)
     tokens = calibration_tokens(tokenizer, plan.calibration)
-    # Before the work: an error if the text has fewer tokens.
-    measured = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
+    measured = measured_text(tokenizer, measure_tokens)
     weights = f"{resolve_dtype(source_config, dtype)} {weights_fingerprint(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     # A model that is folded first must be in memory.
@@ -185,7 +182,7 @@ def _measure(
         "seconds": result.seconds,
     }
     if measured is not None:
-        window = min(plan.calibration.window, model.config.max_position_embeddings)
+        window = min(plan.calibration.window, model.config.max_position_embeddings, len(measured))
         original, compressed = (
             text_losses(scored, tokenizer, measured, window, what=what, progress=progress, shared=True)
             for scored, what in ((model, "measuring the original"), (result.model, "measuring the result"))

@@ -20,7 +20,10 @@ from torch.nn import functional
 from mea.models.lm_head import ROWS, InseparableHeadError, head_logits, last_hidden_states
 from mea.models.processes import interleaved, place
 from mea.records import Progress
-from mea.text import start_token, windows
+from mea.text import encode_text, load_text, start_token, windows
+
+MEASURED_TEXT = "wikitext-2-test"
+FEWEST = 16  # tokens that are measured
 
 Read = Callable[[Any, Tensor], Tensor]  # model and the tokens of a window -> losses of all but the first
 BLOCK = 128  # tokens whose losses are averaged before the standard error: neighbours are not independent
@@ -125,6 +128,21 @@ def text_losses(
     """`token_losses` of a text in windows that open with the tokenizer's own first token."""
     start = start_token(tokenizer)
     return token_losses(model, tokens, window, start=start, read=read, what=what, progress=progress, shared=shared)
+
+
+def measured_text(tokenizer: Any, count: int) -> Int[Tensor, " n"] | None:
+    """The first `count` tokens of `MEASURED_TEXT`, for a result's card; None for 0.
+
+    Raises
+    ------
+    ValueError
+        There are not so many, or too few to score.
+    """
+    if not count:
+        return None
+    if count < FEWEST:
+        raise ValueError(f"give 0 tokens of {MEASURED_TEXT} to measure on, or at least {FEWEST}, not {count}")
+    return encode_text(tokenizer, load_text(MEASURED_TEXT), count)
 
 
 def perplexity(losses: Float[Tensor, "windows scored"]) -> Estimate:

@@ -3,11 +3,7 @@
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -72,38 +68,6 @@ def test_resuming_from_any_checkpoint_gives_the_same_losses(alone, settings, cac
         again = pretrain(settings(), tmp_path, cache=cache)
     assert losses(again) == losses(record)
     assert again["results"]["incomplete_checkpoints"] == 1
-
-
-def test_killed_at_a_random_moment_it_ends_the_same(alone, tables, cache, tmp_path):
-    kill_and_compare(alone[0], tables, cache, tmp_path, kills=1)
-
-
-@pytest.mark.slow
-def test_killed_ten_times_it_ends_the_same(alone, tables, cache, tmp_path):
-    kill_and_compare(alone[0], tables, cache, tmp_path, kills=10)
-
-
-def kill_and_compare(record, tables, cache, tmp_path: Path, kills: int) -> None:
-    """Kill the run between the first sign of training and its end, `kills` times in all, then let it finish."""
-    command = [sys.executable, "-c", "from mea.train.pretraining.sweep import work; import sys; work(*sys.argv[1:])"]
-    out, target = tmp_path / "run", tmp_path / "record.json"
-    command += [json.dumps(tables), str(out), str(cache), str(target)]
-    environment = {**os.environ, "JAXTYPING_DISABLE": "1"}
-    generator = torch.Generator().manual_seed(kills)
-    for _ in range(kills):
-        process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        before = {p: p.stat().st_mtime_ns for p in out.rglob("*")} if out.exists() else {}
-        while (
-            process.poll() is None
-            and ({p: p.stat().st_mtime_ns for p in list(out.rglob("*")) if p.exists()} if out.exists() else {})
-            == before
-        ):
-            time.sleep(0.01)
-        time.sleep(0.3 * torch.rand(1, generator=generator).item())
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    subprocess.run(command, env=environment, check=True)
-    assert losses(read_record(target)) == losses(record)
 
 
 def test_gradient_accumulation_changes_nothing_but_rounding(alone, settings, cache, tmp_path):

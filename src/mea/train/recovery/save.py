@@ -13,21 +13,20 @@ from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from mea.evaluate.perplexity import perplexity, ratio, text_losses
+from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ratio, text_losses
 from mea.models.card import model_card, origin
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
 from mea.models.saving import check_output, save_folder, writing
 from mea.names import escaped
 from mea.ops.precision import peak_flops
 from mea.records import Progress, Record, make_record, write_atomically
-from mea.text import encode_text, load_text
 from mea.train.recovery.api import Recovered, check_pair, describe, recover
 from mea.train.recovery.data import overlaps, windows
 from mea.train.recovery.settings import Recovery
 
 KIND = "recovery"
 TESTED = ("wikitext-2-test", "wikitext-2-valid", "technical")
-MEASURED_TEXT, MEASURED_WINDOW = "wikitext-2-test", 1024
+MEASURED_WINDOW = 1024
 OF_PEAK = 0.4  # speed of a training step of a small model relative to one large matrix product
 
 
@@ -91,8 +90,7 @@ def _recover_to_folder(
     config = _checked_config(source, out, original, stages, texts, sharded)
     first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
     tokenizer = load_tokenizer(source)
-    # Before the work: an error if the text has fewer tokens.
-    scored = encode_text(tokenizer, load_text(MEASURED_TEXT), measure_tokens) if measure_tokens else None
+    scored = measured_text(tokenizer, measure_tokens)
     drawn = _drawn(tokenizer, texts, stages)
     _check_same_run(work, source, original, stages, drawn)
     shared = overlaps(texts, TESTED)
@@ -198,7 +196,7 @@ def _measured(
 ) -> dict[str, float]:
     if tokens is None:
         return {}
-    window = min(MEASURED_WINDOW, model.config.max_position_embeddings)
+    window = min(MEASURED_WINDOW, model.config.max_position_embeddings, len(tokens))
 
     def losses(model: Any, what: str) -> Tensor:
         return text_losses(model, tokenizer, tokens, window, what=f"measuring {what}", progress=progress)
