@@ -11,6 +11,7 @@ from mea.attention import (
     Attention,
     DifferentialAttention,
     DifferentialAttentionV2,
+    GatedAttention,
     GroupedQueryAttention,
     ModifiedTalkingHeadsAttention,
     MultiheadExplicitAttention,
@@ -74,6 +75,8 @@ CASES = {
     "differential_v2": Case(DifferentialAttentionV2),
     "talking_heads": Case(TalkingHeadsAttention, options={"init": "orthogonal"}),
     "modified_talking_heads": Case(ModifiedTalkingHeadsAttention, options={"init": "orthogonal"}),
+    "gated": Case(GatedAttention),
+    "gated-bias-qk_norm": Case(GatedAttention, options={"bias": True, "qk_norm": True}),
 }
 
 
@@ -120,6 +123,9 @@ def by_reference(m: Attention, x: Tensor, mask: Tensor) -> Tensor:
             out = reference.differential_v2(q, k, v, m.lambda_proj(x).sigmoid(), mask)
         case TalkingHeadsAttention():
             out = reference.talking_heads(q, k, v, m.score_mixing.weight.mT, m.map_mixing.weight.mT, mask)
+        case GatedAttention():
+            logits = m.gate_proj(x).unflatten(-1, (-1, m.head_dim))
+            out = reference.gated(reference.attend(q, k, v, mask), logits)
         case GroupedQueryAttention():
             out = rms(m.head_norm, reference.attend(q, k, v, mask))
         case _:

@@ -104,7 +104,7 @@ def test_lambda_init_grows_with_depth():
 
 def test_the_graph_of_names_is_complete():
     assert by_name("mea") is MultiheadExplicitAttention
-    assert len(set(METHODS.values())) == len(METHODS) == 6
+    assert len(set(METHODS.values())) == len(METHODS) == 7
     with pytest.raises(ValueError, match=r"no attention method is called 'differntial_v1'.*mean 'differential_v1'"):
         by_name("differntial_v1")
 

@@ -10,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mea.attention import ModifiedTalkingHeadsAttention, MultiheadExplicitAttention
+from mea.attention import (
+    GatedAttention,
+    GroupedQueryAttention,
+    ModifiedTalkingHeadsAttention,
+    MultiheadExplicitAttention,
+)
 from mea.attention.mixing import FrequencyMixing, HeadMixing
 from mea.ops import reference as ref
 from mea.ops.masks import attention_mask
@@ -240,3 +245,18 @@ def test_second_differential_attention_with_closed_gates_is_gqa(shape, agree):
     closed = torch.zeros(shape.b, shape.t, shape.h, dtype=torch.float64)
     expected = ref.attend(q[:, :, 0::2], k, v, shape.mask)
     agree(ref.differential_v2(q, k, v, closed, shape.mask), expected, shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_a_gate_of_zeros_halves_grouped_attention_and_an_open_one_leaves_it(shape, agree):
+    """At ``W_gate = 0`` sigma is 1/2, so that twice the output projection makes it grouped attention."""
+    module = GatedAttention(shape.width, shape.h, shape.h_kv).double()
+    plain = GroupedQueryAttention(shape.width, shape.h, shape.h_kv).double()
+    plain.load_state_dict(module.state_dict(), strict=False)
+    module.gate_proj.weight.data.zero_()
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    agree(2 * module(x), plain(x), shape.terms)
+
+    heads = shape.heads(shape.h)
+    agree(ref.gated(heads, torch.full_like(heads, 50.0)), heads, terms=1)  # 1 - sigma(50) is below eps

@@ -42,6 +42,7 @@ KINDS = {
     "differential_v2": {"attention": "differential_v2"},
     "talking_heads": {"attention": "talking_heads", "attention_options": {"init": "orthogonal"}},
     "modified_talking_heads": {"attention": "modified_talking_heads", "attention_options": {"init": "orthogonal"}},
+    "gated": {"attention": "gated"},
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 # Logits are sums over two layers of projections, scores and reads; rounding of all of them, see the fixture `agree`.

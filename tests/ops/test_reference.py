@@ -99,6 +99,12 @@ def test_differential_v2_subtracts_neighbours_of_one_group(agree):
     agree(reference.differential_v2(q, k, v, gate), expected, TERMS + 2)
 
 
+def test_a_gate_is_a_factor_of_every_channel(agree):
+    out, logits = heads(4), heads(4)
+    for i in range(4):
+        agree(reference.gated(out, logits)[:, :, i], out[:, :, i] / (1 + torch.exp(-logits[:, :, i])), terms=4)
+
+
 def test_differential_lambda_starts_at_its_initial_value(agree):
     zero = torch.zeros(8, dtype=torch.float64)
     lam = reference.differential_lambda(zero, zero, zero, zero, layer=3)

@@ -2,6 +2,7 @@
 
 from mea.attention.base import Attention, KVCache
 from mea.attention.differential import DifferentialAttention, DifferentialAttentionV2
+from mea.attention.gated import GatedAttention
 from mea.attention.gqa import GroupedQueryAttention
 from mea.attention.mea import MultiheadExplicitAttention
 from mea.attention.talking_heads import ModifiedTalkingHeadsAttention, TalkingHeadsAttention
@@ -12,6 +13,7 @@ __all__ = [
     "Attention",
     "DifferentialAttention",
     "DifferentialAttentionV2",
+    "GatedAttention",
     "GroupedQueryAttention",
     "KVCache",
     "ModifiedTalkingHeadsAttention",
@@ -27,6 +29,7 @@ METHODS: dict[str, type[Attention]] = {
     "differential_v2": DifferentialAttentionV2,
     "talking_heads": TalkingHeadsAttention,
     "modified_talking_heads": ModifiedTalkingHeadsAttention,
+    "gated": GatedAttention,
 }
 
 

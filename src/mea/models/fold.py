@@ -63,8 +63,8 @@ def stock_config(config: Any) -> Any:
         return config
     if config.attention not in FOLDING:
         raise ValueError(
-            f"the cache of {config.attention!r} attention cannot be compressed: it combines the scores of several "
-            f"heads; supported are {', '.join(FOLDING)}"
+            f"the cache of {config.attention!r} attention cannot be compressed: its weights do not fold into grouped "
+            f"attention; supported are {', '.join(FOLDING)}"
         )
     options = config.attention_options or {}
     components = options.get("num_component_heads") or config.num_key_value_heads

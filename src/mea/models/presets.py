@@ -2,8 +2,7 @@
 
 A preset is the shape of a plain Transformer. A variant is an attention method with its options. `preset` puts them
 together; where a method needs more or fewer attention parameters than the plain one, the feed-forward layer gives or
-takes the difference, so that every variant of a shape has the same number of parameters within 1 %. Only
-``differential_v2`` (twice the query heads) and ``mea_half`` (half the key and value components) need that.
+takes the difference, so that every variant of a shape has the same number of parameters within 1 %.
 """
 
 from typing import Any
@@ -100,6 +99,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "differential_v1": {"attention": "differential_v1"},
     "differential_v2": {"attention": "differential_v2"},
     "talking_heads": {"attention": "talking_heads"},
+    "gated": {"attention": "gated"},
 }
 FFN_STEP = 8  # widths of feed-forward layers stay multiples of this
 

@@ -165,3 +165,8 @@ def differential_v2(
     """
     heads = attend(q, k, v, mask)
     return heads[:, :, 0::2] - gate[..., None] * heads[:, :, 1::2]
+
+
+def gated(heads: Float[Tensor, "b t h e"], logits: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
+    """Gated attention (arXiv 2505.06708): the output of attention, scaled channel by channel; ``logits = x W_gate``."""
+    return heads * logits.sigmoid()
