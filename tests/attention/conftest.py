@@ -13,11 +13,12 @@ from mea.attention import (
     DifferentialAttentionV2,
     GatedAttention,
     GroupedQueryAttention,
+    KnockingHeadsAttention,
     ModifiedTalkingHeadsAttention,
     MultiheadExplicitAttention,
     TalkingHeadsAttention,
 )
-from mea.attention.mixing import FrequencyMixing, HeadMixing, HeadNorm
+from mea.attention.mixing import FeatureMixing, FrequencyMixing, HeadMixing, HeadNorm
 from mea.ops import reference
 from mea.ops.rope import RopeConfig, frequencies, rotary, rotate
 
@@ -77,6 +78,9 @@ CASES = {
     "modified_talking_heads": Case(ModifiedTalkingHeadsAttention, options={"init": "orthogonal"}),
     "gated": Case(GatedAttention),
     "gated-bias-qk_norm": Case(GatedAttention, options={"bias": True, "qk_norm": True}),
+    "knocking_heads": Case(KnockingHeadsAttention),
+    "knocking_heads-values-bias": Case(KnockingHeadsAttention, options={"on": "v", "bias": True}),
+    "knocking_heads-scores-qk_norm": Case(KnockingHeadsAttention, options={"on": "qk", "qk_norm": True}),
 }
 
 
@@ -99,6 +103,8 @@ def mix(mixing: nn.Module | None, x: Tensor) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)  # there is no complex bf16
         weight = torch.view_as_complex(mixing.weight.to(wide))
         return reference.frequency_hlc(x.to(wide), weight, mixing.rotary_dim).to(x.dtype)
+    if isinstance(mixing, FeatureMixing):
+        return reference.knock(x, mixing.weight)
     return reference.hlc(x, mixing.weight) if isinstance(mixing, HeadMixing) else x
 
 
@@ -107,6 +113,8 @@ def by_reference(m: Attention, x: Tensor, mask: Tensor) -> Tensor:
     q, k, v = (proj(x).unflatten(-1, (-1, m.head_dim)) for proj in (m.q_proj, m.k_proj, m.v_proj))
     if isinstance(m, MultiheadExplicitAttention):
         k = mix(m.key_mixing, rms(m.k_norm, k)) if m.compressed else rms(m.k_norm, mix(m.key_mixing, k))
+    elif isinstance(m, KnockingHeadsAttention):
+        q, k, v = mix(m.query_mixing, q), rms(m.k_norm, mix(m.key_mixing, k)), mix(m.value_mixing, v)
     else:
         k = rms(m.k_norm, k)
     q = rms(m.q_norm, q)
@@ -126,6 +134,8 @@ def by_reference(m: Attention, x: Tensor, mask: Tensor) -> Tensor:
         case GatedAttention():
             logits = m.gate_proj(x).unflatten(-1, (-1, m.head_dim))
             out = reference.gated(reference.attend(q, k, v, mask), logits)
+        case KnockingHeadsAttention():
+            out = reference.attend(q, k, v, mask)
         case GroupedQueryAttention():
             out = rms(m.head_norm, reference.attend(q, k, v, mask))
         case _:

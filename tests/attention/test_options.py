@@ -7,6 +7,7 @@ from mea.attention import (
     METHODS,
     DifferentialAttention,
     GroupedQueryAttention,
+    KnockingHeadsAttention,
     KVCache,
     ModifiedTalkingHeadsAttention,
     MultiheadExplicitAttention,
@@ -23,6 +24,13 @@ def test_identity_starts_as_the_plain_attention(agree):
     module.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 11, 48)
     agree(module(x), plain(x), terms=2 * 48 + 2 * 11 + 2 * 12)
+
+
+def test_knocking_heads_start_as_the_plain_attention():
+    plain, module = GroupedQueryAttention(48, 4, 2), KnockingHeadsAttention(48, 4, 2)
+    module.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 11, 48)
+    assert torch.equal(module(x), plain(x))
 
 
 def test_fewer_components_start_as_block_copies():
@@ -96,6 +104,19 @@ def test_folded_keeps_every_option(mix, gain, agree):
     agree(plain(x), module(x), terms=4 * 48 + 22 + 2)
 
 
+@pytest.mark.parametrize("on", ["qkv", "v", "kq"])
+def test_knocking_heads_fold_with_every_option(on, agree):
+    options = {"qk_norm": True, "bias": True, "window": 5, "layer_index": 3, "eps": 1e-3}
+    module = KnockingHeadsAttention(48, 4, 2, on=on, **options).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    plain = module.folded()
+    assert (type(plain), plain.window, plain.layer_index, plain.eps) == (GroupedQueryAttention, 5, 3, 1e-3)
+    x = torch.randn(2, 11, 48, dtype=torch.float64)
+    agree(plain(x), module(x), terms=4 * 48 + 3 * 12 + 22 + 2)
+
+
 def test_lambda_init_grows_with_depth():
     first, last = DifferentialAttention(48, 4, layer_index=0), DifferentialAttention(48, 4, layer_index=30)
     assert first.lambda_init == pytest.approx(0.2)
@@ -104,7 +125,7 @@ def test_lambda_init_grows_with_depth():
 
 def test_the_graph_of_names_is_complete():
     assert by_name("mea") is MultiheadExplicitAttention
-    assert len(set(METHODS.values())) == len(METHODS) == 7
+    assert len(set(METHODS.values())) == len(METHODS) == 8
     with pytest.raises(ValueError, match=r"no attention method is called 'differntial_v1'.*mean 'differential_v1'"):
         by_name("differntial_v1")
 
@@ -119,6 +140,9 @@ def test_the_graph_of_names_is_complete():
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1, mix="neither"), "need a mixing"),
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1).folded(), "only a square mixing folds"),
         (lambda: DifferentialAttention(48, 4, 1), "must be even"),
+        (lambda: KnockingHeadsAttention(48, 4, on="vo"), "letters of 'qkv', each at most once, not 'vo'"),
+        (lambda: KnockingHeadsAttention(48, 4, on="vv"), "not 'vv'"),
+        (lambda: KnockingHeadsAttention(48, 4, on=""), "not ''"),
         (lambda: TalkingHeadsAttention(48, 4, backend="sdpa"), "one of 'eager', not 'sdpa'"),
     ],
 )

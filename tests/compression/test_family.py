@@ -48,6 +48,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "mea-fewer_components": {"attention": "mea", "attention_options": {"num_component_heads": 2}},
     "gqa-window": {"attention": "gqa", "sliding_window": 24},
     "gqa-norm": {"attention": "gqa", "attention_options": {"head_norm": "shared_gain"}},
+    "knocking_heads-qk_norm": {"attention": "knocking_heads", "attention_options": {"qk_norm": True}},
 }
 
 

@@ -260,3 +260,36 @@ def test_a_gate_of_zeros_halves_grouped_attention_and_an_open_one_leaves_it(shap
 
     heads = shape.heads(shape.h)
     agree(ref.gated(heads, torch.full_like(heads, 50.0)), heads, terms=1)  # 1 - sigma(50) is below eps
+
+
+@example
+@given(shape=shapes())
+def test_mea_and_knocking_heads_are_blocks_of_one_matrix_over_all_heads(shape, agree):
+    """Over concatenated heads HLC is ``W kron I_d``, knocking ``I_h kron T``, and both in either order ``W kron T``.
+
+    So MEA mixes heads by scalars, which are the same for all channels, and knocking mixes channels, the same for all
+    heads: all that both can do are multiples of the identity.
+    """
+    x, w, t = shape.heads(shape.h_c), matrix(shape.h_c, shape.h_kv), matrix(shape.d, shape.d)
+    eye = torch.eye(shape.h_c, dtype=torch.float64), torch.eye(shape.d, dtype=torch.float64)
+    agree(ref.hlc(x, w).flatten(2), x.flatten(2) @ torch.kron(w, eye[1]), shape.terms)
+    agree(ref.knock(x, t).flatten(2), x.flatten(2) @ torch.kron(eye[0], t), shape.terms)
+    both = x.flatten(2) @ torch.kron(w, t)
+    agree(ref.knock(ref.hlc(x, w), t).flatten(2), both, shape.terms)
+    agree(ref.hlc(ref.knock(x, t), w).flatten(2), both, shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_knocking_of_values_may_follow_attention(shape, agree):
+    """So that it folds into the output projection as well as into ``W_V``."""
+    q, k, v = shape.qkv(shape.h_kv)
+    t = matrix(shape.d, shape.d)
+    agree(ref.attend(q, k, ref.knock(v, t), shape.mask), ref.knock(ref.attend(q, k, v, shape.mask), t), shape.terms)
+
+
+def test_knocking_does_not_commute_with_rope():
+    """Unlike scalar mixing of heads: it stands before RoPE, where it folds into the projections."""
+    x, t = torch.randn(1, 5, 2, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    turn = rotary(torch.arange(5)[None], torch.rand(2, dtype=torch.float64))
+    assert not torch.allclose(rotate(ref.knock(x, t), turn), ref.knock(rotate(x, turn), t))

@@ -43,6 +43,7 @@ KINDS = {
     "talking_heads": {"attention": "talking_heads", "attention_options": {"init": "orthogonal"}},
     "modified_talking_heads": {"attention": "modified_talking_heads", "attention_options": {"init": "orthogonal"}},
     "gated": {"attention": "gated"},
+    "knocking_heads": {"attention": "knocking_heads"},
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 # Logits are sums over two layers of projections, scores and reads; rounding of all of them, see the fixture `agree`.
@@ -154,6 +155,8 @@ def test_initial_values_survive_the_construction_by_hugging_face():
     assert torch.equal(attention.key_mixing.weight, torch.eye(4))
     assert torch.equal(attention.head_norm.weight, torch.ones(12))
     assert abs(attention.q_proj.weight.std().item() / 0.02 - 1) < 0.1
+    knocking = MeaForCausalLM(MeaConfig(**TINY, attention="knocking_heads")).model.layers[0].self_attn
+    assert torch.equal(knocking.query_mixing.weight, torch.eye(12))
     differential = MeaForCausalLM(MeaConfig(**TINY, attention="differential_v1")).model.layers[1].self_attn
     assert 0 < differential.lambda_q1.abs().max() < 0.5
 

@@ -99,6 +99,12 @@ def test_differential_v2_subtracts_neighbours_of_one_group(agree):
     agree(reference.differential_v2(q, k, v, gate), expected, TERMS + 2)
 
 
+def test_knocking_multiplies_every_head_by_the_same_matrix(agree):
+    x, w = heads(3), torch.randn(D, D, dtype=torch.float64)
+    for i in range(3):
+        agree(reference.knock(x, w)[:, :, i], x[:, :, i] @ w, terms=D)
+
+
 def test_a_gate_is_a_factor_of_every_channel(agree):
     out, logits = heads(4), heads(4)
     for i in range(4):

@@ -4,6 +4,7 @@ from mea.attention.base import Attention, KVCache
 from mea.attention.differential import DifferentialAttention, DifferentialAttentionV2
 from mea.attention.gated import GatedAttention
 from mea.attention.gqa import GroupedQueryAttention
+from mea.attention.knocking_heads import KnockingHeadsAttention
 from mea.attention.mea import MultiheadExplicitAttention
 from mea.attention.talking_heads import ModifiedTalkingHeadsAttention, TalkingHeadsAttention
 from mea.names import did_you_mean
@@ -16,6 +17,7 @@ __all__ = [
     "GatedAttention",
     "GroupedQueryAttention",
     "KVCache",
+    "KnockingHeadsAttention",
     "ModifiedTalkingHeadsAttention",
     "MultiheadExplicitAttention",
     "TalkingHeadsAttention",
@@ -30,6 +32,7 @@ METHODS: dict[str, type[Attention]] = {
     "talking_heads": TalkingHeadsAttention,
     "modified_talking_heads": ModifiedTalkingHeadsAttention,
     "gated": GatedAttention,
+    "knocking_heads": KnockingHeadsAttention,
 }
 
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from mea.attention.backends import AttentionMask
 from mea.attention.base import Attention, AttentionOptions, Cache
 from mea.attention.gqa import GroupedQueryAttention
-from mea.attention.mixing import FrequencyMixing, HeadMixing, HeadNormGain, MixingInit, check_name, make_head_norm
+from mea.attention.mixing import (
+    FrequencyMixing,
+    HeadMixing,
+    HeadNormGain,
+    MixingInit,
+    check_name,
+    fold_projection,
+    make_head_norm,
+)
 from mea.ops.rope import Rotary
 
 Mix = Literal["both", "keys", "values", "neither"]
@@ -167,27 +175,10 @@ class MultiheadExplicitAttention(Attention):
                 "grouped attention without losing the smaller cache; only a square mixing folds"
             )
         gain: HeadNormGain = getattr(self.head_norm, "gain", "off")
-        plain = GroupedQueryAttention(
-            self.hidden_size,
-            self.num_heads,
-            self.num_kv_heads,
-            head_norm=gain,
-            head_dim=self.head_dim,
-            rope=self.rope,
-            qk_norm=not isinstance(self.q_norm, nn.Identity),
-            causal=self.causal,
-            window=self.window,
-            bias=self.q_proj.bias is not None,
-            backend=self.backend,
-            eps=self.eps,
-            layer_index=self.layer_index,
-        )
-        plain = plain.to(self.q_proj.weight.device, self.q_proj.weight.dtype).train(self.training)
+        plain = GroupedQueryAttention.like(self, head_norm=gain)
         state = {name: x for name, x in self.state_dict().items() if "_mixing." not in name}
         for name, mixing in (("k_proj", self.key_mixing), ("v_proj", self.value_mixing)):
             if mixing is not None:
-                state[f"{name}.weight"] = mixing.fold(state[f"{name}.weight"])
-                if f"{name}.bias" in state:
-                    state[f"{name}.bias"] = mixing.fold(state[f"{name}.bias"][:, None])[:, 0]
+                fold_projection(state, name, mixing)
         plain.load_state_dict(state)
         return plain

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mea.attention.mea import folding_is_cheaper
-from mea.attention.mixing import FrequencyMixing
+from mea.attention.mixing import FeatureMixing, FrequencyMixing, HeadMixing
 from mea.models.config import MeaConfig
 from mea.models.decoder import build_attention
 
@@ -27,6 +27,7 @@ class _Heads:
     mixed_keys: bool
     mixed_values: bool
     frequency: bool
+    knocked: int  # of queries, keys and values together, those whose channels a shared matrix mixes
     gate: int  # outputs of projections of the hidden states besides q, k, v and output
     parameters: int  # of the whole layer's attention
 
@@ -39,14 +40,17 @@ def _heads(config: MeaConfig) -> _Heads:
     width = config.hidden_size * attention.head_dim
     query, key, value, _ = (projection.weight.numel() // width for projection in usual)
     others = [module for module in attention.modules() if isinstance(module, nn.Linear) and module not in usual]
-    key_mixing = getattr(attention, "key_mixing", None)
+    mixings = [getattr(attention, f"{name}_mixing", None) for name in ("query", "key", "value")]
+    knocked = sum(heads for heads, x in zip((query, key, value), mixings, strict=True) if isinstance(x, FeatureMixing))
+    _, key_mixing, value_mixing = mixings
     return _Heads(
         query,
         key,
         value,
-        mixed_keys=key_mixing is not None,
-        mixed_values=getattr(attention, "value_mixing", None) is not None,
+        mixed_keys=isinstance(key_mixing, HeadMixing | FrequencyMixing),
+        mixed_values=isinstance(value_mixing, HeadMixing),
         frequency=isinstance(key_mixing, FrequencyMixing),
+        knocked=knocked,
         gate=sum(projection.out_features for projection in others),
         parameters=sum(parameter.numel() for parameter in attention.parameters()),
     )
@@ -98,9 +102,10 @@ def decode_flops(config: MeaConfig, context: int) -> int:
 
 
 def _dense(config: MeaConfig, n: int) -> int:
-    """The projections of queries and output, the feed-forward layer, and further projections of the method."""
+    """The projections of queries and output, the feed-forward layer, and further products of the method per token."""
     heads, d, h = _heads(config), config.head_dim or 0, config.num_attention_heads
-    return 2 * n * config.hidden_size * ((heads.query + h) * d + 3 * config.intermediate_size + heads.gate)
+    projections = config.hidden_size * ((heads.query + h) * d + 3 * config.intermediate_size + heads.gate)
+    return 2 * n * (projections + heads.knocked * d * d)
 
 
 def _keys_values(config: MeaConfig, n: int) -> int:

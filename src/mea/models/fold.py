@@ -16,12 +16,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mea.attention import MultiheadExplicitAttention
+from mea.attention import KnockingHeadsAttention, MultiheadExplicitAttention
 from mea.models.config import MeaConfig
 from mea.models.decoder import MeaForCausalLM
 from mea.models.latent_attention import add_head_norm
 
-FOLDING = ("gqa", "mea", "modified_talking_heads")
+FOLDING = ("gqa", "mea", "modified_talking_heads", "knocking_heads")
 STOCK_MODELS = {LlamaConfig: LlamaForCausalLM, MistralConfig: MistralForCausalLM, Qwen3Config: Qwen3ForCausalLM}
 
 
@@ -35,7 +35,7 @@ def fold(model: MeaForCausalLM) -> Any:
     Parameters
     ----------
     model
-        With ``"mea"``, ``"modified_talking_heads"`` or ``"gqa"`` as its attention. It is not changed.
+        With an attention of `FOLDING`. It is not changed.
 
     Raises
     ------
@@ -130,7 +130,7 @@ def _folded_state(model: MeaForCausalLM, *, expand: bool = False) -> dict[str, T
     state = model.state_dict()
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
-        if isinstance(attention, MultiheadExplicitAttention):
+        if isinstance(attention, MultiheadExplicitAttention | KnockingHeadsAttention):
             prefix = f"model.layers.{i}.self_attn."
             state = {name: x for name, x in state.items() if not name.startswith(prefix)}
             state.update({prefix + name: x for name, x in attention.folded(expand=expand).state_dict().items()})

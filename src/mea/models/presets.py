@@ -100,6 +100,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "differential_v2": {"attention": "differential_v2"},
     "talking_heads": {"attention": "talking_heads"},
     "gated": {"attention": "gated"},
+    "knocking_heads": {"attention": "knocking_heads"},
 }
 FFN_STEP = 8  # widths of feed-forward layers stay multiples of this
 

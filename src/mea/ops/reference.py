@@ -95,6 +95,11 @@ def mea(
     return head_norm(attend(q, hlc(k, w_k), hlc(v, w_v), mask), gain, eps)
 
 
+def knock(x: Float[Tensor, "b t h d"], w: Float[Tensor, "d d"]) -> Float[Tensor, "b t h d"]:
+    """Knocking-heads attention (arXiv 2510.23052): the paper's ``T``, one matrix for the channels of every head."""
+    return torch.einsum("bthd,de->bthe", x, w)
+
+
 def talking_heads(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b s h_kv d"],
