@@ -13,6 +13,7 @@ from mea.attention import (
     DifferentialAttentionV2,
     GatedAttention,
     GroupedQueryAttention,
+    InterleavedHeadAttention,
     KnockingHeadsAttention,
     ModifiedTalkingHeadsAttention,
     MultiheadExplicitAttention,
@@ -20,6 +21,7 @@ from mea.attention import (
 )
 from mea.attention.mixing import FeatureMixing, FrequencyMixing, HeadMixing, HeadNorm
 from mea.ops import reference
+from mea.ops.masks import attention_mask
 from mea.ops.rope import RopeConfig, frequencies, rotary, rotate
 
 HIDDEN = 48
@@ -78,6 +80,13 @@ CASES = {
     "modified_talking_heads": Case(ModifiedTalkingHeadsAttention, options={"init": "orthogonal"}),
     "gated": Case(GatedAttention),
     "gated-bias-qk_norm": Case(GatedAttention, options={"bias": True, "qk_norm": True}),
+    "interleaved_heads": Case(InterleavedHeadAttention),
+    "interleaved_heads-mha-partial": Case(
+        InterleavedHeadAttention, (3, 3), {"num_pseudo_heads": 3, "rope": RopeConfig(fraction=0.5), "bias": True}
+    ),
+    "interleaved_heads-nope-qk_norm": Case(
+        InterleavedHeadAttention, options={"rope": None, "qk_norm": True, "init": "orthogonal"}
+    ),
     "knocking_heads": Case(KnockingHeadsAttention),
     "knocking_heads-values-bias": Case(KnockingHeadsAttention, options={"on": "v", "bias": True}),
     "knocking_heads-scores-qk_norm": Case(KnockingHeadsAttention, options={"on": "qk", "qk_norm": True}),
@@ -118,10 +127,21 @@ def by_reference(m: Attention, x: Tensor, mask: Tensor) -> Tensor:
     else:
         k = rms(m.k_norm, k)
     q = rms(m.q_norm, q)
+    n = 1
+    if isinstance(m, InterleavedHeadAttention):
+        n = m.num_pseudo_heads
+        q, k, v = (
+            reference.pseudo_heads(y, mixing.weight.unflatten(1, (-1, n))).flatten(1, 2)
+            for y, mixing in ((q, m.query_mixing), (k, m.key_mixing), (v, m.value_mixing))
+        )
+        mask = mask.repeat_interleave(n, -1).repeat_interleave(n, -2) & attention_mask(n * x.shape[1], causal=m.causal)
     if m.rope is not None:
-        turn = rotary(torch.arange(x.shape[1])[None], frequencies(m.head_dim, m.rope).to(x.dtype))
+        turn = rotary(torch.arange(n * x.shape[1])[None], frequencies(m.head_dim, m.rope).to(x.dtype))
         q, k = rotate(q, turn), rotate(k, turn)
     match m:
+        case InterleavedHeadAttention():
+            q, k, v = (y.unflatten(1, (-1, n)) for y in (q, k, v))
+            out = reference.interleaved(q, k, v, m.collapse.weight.unflatten(0, (-1, n)), mask)
         case MultiheadExplicitAttention():
             out = rms(m.head_norm, reference.attend(q, k, mix(m.value_mixing, v), mask))
         case DifferentialAttention():

@@ -7,6 +7,7 @@ from mea.attention import (
     METHODS,
     DifferentialAttention,
     GroupedQueryAttention,
+    InterleavedHeadAttention,
     KnockingHeadsAttention,
     KVCache,
     ModifiedTalkingHeadsAttention,
@@ -39,6 +40,16 @@ def test_fewer_components_start_as_block_copies():
     weight = FrequencyMixing(2, 4, head_dim=6, rotary_dim=6, init="identity").weight
     assert torch.equal(weight[..., 0], expected.expand(3, 2, 4))
     assert not weight[..., 1].any()
+
+
+def test_more_components_start_as_means_of_blocks():
+    assert torch.equal(HeadMixing(4, 2, "identity").weight, torch.tensor([[0.5, 0], [0.5, 0], [0, 0.5], [0, 0.5]]))
+
+
+def test_the_cache_of_interleaved_heads_holds_the_heads_before_they_are_combined():
+    module, cache = InterleavedHeadAttention(48, 4, 2, num_pseudo_heads=3), KVCache()
+    module(torch.randn(2, 5, 48), cache=cache)
+    assert [x.shape for x in cache.layers[0]] == [(2, 2, 5, 12)] * 2
 
 
 def test_noise_is_small_and_everywhere():
@@ -125,7 +136,7 @@ def test_lambda_init_grows_with_depth():
 
 def test_the_graph_of_names_is_complete():
     assert by_name("mea") is MultiheadExplicitAttention
-    assert len(set(METHODS.values())) == len(METHODS) == 8
+    assert len(set(METHODS.values())) == len(METHODS) == 9
     with pytest.raises(ValueError, match=r"no attention method is called 'differntial_v1'.*mean 'differential_v1'"):
         by_name("differntial_v1")
 
@@ -143,6 +154,8 @@ def test_the_graph_of_names_is_complete():
         (lambda: KnockingHeadsAttention(48, 4, on="vo"), "letters of 'qkv', each at most once, not 'vo'"),
         (lambda: KnockingHeadsAttention(48, 4, on="vv"), "not 'vv'"),
         (lambda: KnockingHeadsAttention(48, 4, on=""), "not ''"),
+        (lambda: InterleavedHeadAttention(48, 4, num_pseudo_heads=0), "at least 1, not 0"),
+        (lambda: InterleavedHeadAttention(48, 4, backend="flex"), "one of 'eager', 'sdpa', not 'flex'"),
         (lambda: TalkingHeadsAttention(48, 4, backend="sdpa"), "one of 'eager', not 'sdpa'"),
     ],
 )

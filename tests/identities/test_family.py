@@ -13,6 +13,7 @@ from torch import Tensor
 from mea.attention import (
     GatedAttention,
     GroupedQueryAttention,
+    InterleavedHeadAttention,
     ModifiedTalkingHeadsAttention,
     MultiheadExplicitAttention,
 )
@@ -293,3 +294,35 @@ def test_knocking_does_not_commute_with_rope():
     x, t = torch.randn(1, 5, 2, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
     turn = rotary(torch.arange(5)[None], torch.rand(2, dtype=torch.float64))
     assert not torch.allclose(rotate(ref.knock(x, t), turn), ref.knock(rotate(x, turn), t))
+
+
+@example
+@given(shape=shapes(), n=st.integers(1, 3))
+def test_copies_of_heads_collapsed_to_the_last_are_mha(shape, n, agree):
+    """The paper's proof that interleaved heads contain MHA, without positions: the last copy sees each key n times.
+
+    An earlier copy sees fewer of its own token, because the order of copies is causal: the paper's choice of the first
+    needs attention without that order.
+    """
+    q, k, v = shape.qkv(shape.h_kv)
+    pseudo = (x[:, :, None].expand(-1, -1, n, -1, -1) for x in (q, k, v))
+    last = torch.zeros(shape.h, n, shape.h, dtype=torch.float64)
+    last[:, -1] = torch.eye(shape.h)
+    out = ref.interleaved(*pseudo, last, attention_mask(n * shape.t))
+    agree(out, ref.attend(q, k, v, shape.mask), n * shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_interleaved_heads_with_one_pseudo_head_are_mea_with_mixed_queries_and_outputs(shape, agree):
+    """With the identity for queries and outputs it is MEA without its norm, RoPE included."""
+    module = InterleavedHeadAttention(
+        shape.width, shape.h, shape.h_kv, num_pseudo_heads=1, init="scaled_random"
+    ).double()
+    with torch.no_grad():
+        for mixing in (module.query_mixing, module.collapse):
+            mixing.weight.copy_(torch.eye(shape.h))
+    mea = ModifiedTalkingHeadsAttention(shape.width, shape.h, shape.h_kv).double()
+    mea.load_state_dict(module.state_dict(), strict=False)
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    agree(module(x), mea(x), shape.terms)

@@ -44,6 +44,7 @@ KINDS = {
     "modified_talking_heads": {"attention": "modified_talking_heads", "attention_options": {"init": "orthogonal"}},
     "gated": {"attention": "gated"},
     "knocking_heads": {"attention": "knocking_heads"},
+    "interleaved_heads": {"attention": "interleaved_heads", "attention_options": {"init": "orthogonal"}},
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 # Logits are sums over two layers of projections, scores and reads; rounding of all of them, see the fixture `agree`.

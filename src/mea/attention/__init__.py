@@ -4,6 +4,7 @@ from mea.attention.base import Attention, KVCache
 from mea.attention.differential import DifferentialAttention, DifferentialAttentionV2
 from mea.attention.gated import GatedAttention
 from mea.attention.gqa import GroupedQueryAttention
+from mea.attention.interleaved_heads import InterleavedHeadAttention
 from mea.attention.knocking_heads import KnockingHeadsAttention
 from mea.attention.mea import MultiheadExplicitAttention
 from mea.attention.talking_heads import ModifiedTalkingHeadsAttention, TalkingHeadsAttention
@@ -16,6 +17,7 @@ __all__ = [
     "DifferentialAttentionV2",
     "GatedAttention",
     "GroupedQueryAttention",
+    "InterleavedHeadAttention",
     "KVCache",
     "KnockingHeadsAttention",
     "ModifiedTalkingHeadsAttention",
@@ -33,6 +35,7 @@ METHODS: dict[str, type[Attention]] = {
     "modified_talking_heads": ModifiedTalkingHeadsAttention,
     "gated": GatedAttention,
     "knocking_heads": KnockingHeadsAttention,
+    "interleaved_heads": InterleavedHeadAttention,
 }
 
 

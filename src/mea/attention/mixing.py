@@ -29,7 +29,10 @@ def check_name(kind: str, name: str, allowed: tuple[str, ...]) -> None:
 
 
 def block_copy(components: int, heads: int) -> Float[Tensor, "h_c h_kv"]:
-    """The identity if square; with fewer components, each is copied to a block of neighbouring heads."""
+    """The identity if square; fewer components are copied to blocks of neighbouring heads, more are averaged."""
+    if components > heads:
+        blocks = block_copy(heads, components).mT
+        return blocks / blocks.sum(0)
     source = torch.arange(heads) * components // heads
     return F.one_hot(source, components).mT.float()
 
@@ -42,7 +45,8 @@ class HeadMixing(nn.Module):
     components, heads
         ``h_c`` and ``h_kv``.
     init
-        ``"identity"`` (a block copy when components are fewer: training starts from plain grouped attention),
+        ``"identity"`` (a block copy when components are fewer: training starts from plain grouped attention; means of
+        blocks when they are more),
         ``"identity_noise"`` (the same plus normal noise of 0.02), ``"orthogonal"``, or ``"scaled_random"`` (normal, of
         variance ``1 / h_c``, which keeps the variance of a head).
     """

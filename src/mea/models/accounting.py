@@ -27,6 +27,7 @@ class _Heads:
     mixed_keys: bool
     mixed_values: bool
     frequency: bool
+    pseudo: int  # pseudo-heads per head of interleaved-head attention, which combines heads in every pass; else 0
     knocked: int  # of queries, keys and values together, those whose channels a shared matrix mixes
     gate: int  # outputs of projections of the hidden states besides q, k, v and output
     parameters: int  # of the whole layer's attention
@@ -43,13 +44,15 @@ def _heads(config: MeaConfig) -> _Heads:
     mixings = [getattr(attention, f"{name}_mixing", None) for name in ("query", "key", "value")]
     knocked = sum(heads for heads, x in zip((query, key, value), mixings, strict=True) if isinstance(x, FeatureMixing))
     _, key_mixing, value_mixing = mixings
+    pseudo = getattr(attention, "num_pseudo_heads", 0)
     return _Heads(
         query,
         key,
         value,
-        mixed_keys=isinstance(key_mixing, HeadMixing | FrequencyMixing),
-        mixed_values=isinstance(value_mixing, HeadMixing),
+        mixed_keys=isinstance(key_mixing, HeadMixing | FrequencyMixing) and not pseudo,
+        mixed_values=isinstance(value_mixing, HeadMixing) and not pseudo,
         frequency=isinstance(key_mixing, FrequencyMixing),
+        pseudo=pseudo,
         knocked=knocked,
         gate=sum(projection.out_features for projection in others),
         parameters=sum(parameter.numel() for parameter in attention.parameters()),
@@ -132,13 +135,15 @@ def _attention(config: MeaConfig, t: int, s: int) -> int:
 
     Methods that do more than softmax attention per token pair are listed by name here.
     """
-    query, d, h = _heads(config).query, config.head_dim or 0, config.num_attention_heads
+    heads, d, h = _heads(config), config.head_dim or 0, config.num_attention_heads
     score = read = d
     if config.attention == "differential_v1":
         # Values have twice the dimension. A single query reads their halves in two calls, each with its own scores.
         score, read = (2 * d if t == 1 else d), 2 * d
     mixing = 2 * 2 * h * h if config.attention == "talking_heads" else 0
-    return t * s * (2 * query * (score + read) + mixing)
+    # Combinations of all heads: queries and outputs, and keys and values of every token, cached ones included.
+    combining = 2 * heads.pseudo * d * (2 * t * h * h + s * (heads.key**2 + heads.value**2))
+    return t * s * max(heads.pseudo, 1) ** 2 * (2 * heads.query * (score + read) + mixing) + combining
 
 
 @dataclass(frozen=True)

@@ -101,6 +101,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "talking_heads": {"attention": "talking_heads"},
     "gated": {"attention": "gated"},
     "knocking_heads": {"attention": "knocking_heads"},
+    "interleaved_heads": {"attention": "interleaved_heads"},
 }
 FFN_STEP = 8  # widths of feed-forward layers stay multiples of this
 
