@@ -73,6 +73,14 @@ CASES = {
     "mea-fewer-frequency": Case(
         MEA, (6, 3), options={"num_component_heads": 2, "key_mixing": "frequency", "init": "orthogonal"}
     ),
+    "mea-shared": Case(MEA, options={"share_components": True, "init": "orthogonal"}),
+    "mea-shared-fewer-bias-qk_norm": Case(
+        MEA, (6, 3), options={"share_components": True, "num_component_heads": 2, "bias": True, "qk_norm": True}
+    ),
+    "mea-shared-frequency-partial": Case(
+        MEA, options={"share_components": True, "key_mixing": "frequency", "rope": RopeConfig(fraction=0.5)}
+    ),
+    "mea-shared-nope": Case(MEA, options={"share_components": True, "rope": None}),
     "differential_v1": Case(DifferentialAttention, (8, 4), options={"layer_index": 2}),
     "differential_v1-mha": Case(DifferentialAttention, (4, 4), options={"qk_norm": True}),
     "differential_v2": Case(DifferentialAttentionV2),
@@ -119,7 +127,8 @@ def mix(mixing: nn.Module | None, x: Tensor) -> Tensor:
 
 def by_reference(m: Attention, x: Tensor, mask: Tensor) -> Tensor:
     """What module `m` must compute, in the functions of `mea.ops.reference` and nothing fused, folded or cached."""
-    q, k, v = (proj(x).unflatten(-1, (-1, m.head_dim)) for proj in (m.q_proj, m.k_proj, m.v_proj))
+    projections = m.q_proj, m.k_proj, getattr(m, "v_proj", m.k_proj)
+    q, k, v = (proj(x).unflatten(-1, (-1, m.head_dim)) for proj in projections)
     if isinstance(m, MultiheadExplicitAttention):
         k = mix(m.key_mixing, rms(m.k_norm, k)) if m.compressed else rms(m.k_norm, mix(m.key_mixing, k))
     elif isinstance(m, KnockingHeadsAttention):

@@ -84,6 +84,8 @@ def test_scaled_random_keeps_the_variance_of_a_head():
         ({"num_component_heads": 2, "mix": "keys"}, (2 * 12, 4 * 12)),
         ({"num_component_heads": 1, "mix": "values"}, (4 * 12, 12)),
         ({"num_component_heads": 3, "key_mixing": "frequency"}, (3 * 12, 3 * 12)),
+        ({"share_components": True}, (2 * 12, 2 * 12)),
+        ({"share_components": True, "num_component_heads": 3}, (18, 18)),
     ],
 )
 def test_the_cache_holds_components_only(options, ranks):
@@ -128,6 +130,16 @@ def test_knocking_heads_fold_with_every_option(on, agree):
     agree(plain(x), module(x), terms=4 * 48 + 3 * 12 + 22 + 2)
 
 
+@pytest.mark.parametrize("components", [2, 1])
+@pytest.mark.parametrize("key_mixing", ["scalar", "frequency"])
+def test_shared_components_fold_into_a_larger_cache_if_that_is_allowed(components, key_mixing, agree):
+    options = {"num_component_heads": components, "key_mixing": key_mixing, "bias": True, "init": "scaled_random"}
+    module = MultiheadExplicitAttention(48, 4, 2, share_components=True, **options).double()
+    plain = module.folded(expand=True)
+    x = torch.randn(2, 11, 48, dtype=torch.float64)
+    agree(plain(x), module(x), terms=4 * 48 + 22 + 2)
+
+
 def test_lambda_init_grows_with_depth():
     first, last = DifferentialAttention(48, 4, layer_index=0), DifferentialAttention(48, 4, layer_index=30)
     assert first.lambda_init == pytest.approx(0.2)
@@ -150,6 +162,11 @@ def test_the_graph_of_names_is_complete():
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=3), "between 1 and num_kv_heads"),
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1, mix="neither"), "need a mixing"),
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1).folded(), "only a square mixing folds"),
+        (lambda: MultiheadExplicitAttention(48, 4, 2, share_components=True, mix="keys"), "both of them mixed.*'keys'"),
+        (
+            lambda: MultiheadExplicitAttention(48, 4, 2, share_components=True).folded(),
+            "2 shared component heads",
+        ),
         (lambda: DifferentialAttention(48, 4, 1), "must be even"),
         (lambda: KnockingHeadsAttention(48, 4, on="vo"), "letters of 'qkv', each at most once, not 'vo'"),
         (lambda: KnockingHeadsAttention(48, 4, on="vv"), "not 'vv'"),

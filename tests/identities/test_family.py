@@ -326,3 +326,32 @@ def test_interleaved_heads_with_one_pseudo_head_are_mea_with_mixed_queries_and_o
     mea.load_state_dict(module.state_dict(), strict=False)
     x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
     agree(module(x), mea(x), shape.terms)
+
+
+@example
+@given(shape=shapes(), frequency=st.booleans(), qk_norm=st.booleans())
+def test_shared_components_are_mea_with_equal_projections_of_keys_and_values(shape, frequency, qk_norm, agree):
+    """Fewer than key/value heads, so that the norm of keys stands before the mixing in both."""
+    options = {
+        "num_component_heads": min(shape.h_c, max(1, shape.h_kv - 1)),
+        "key_mixing": "frequency" if frequency else "scalar",
+        "init": "scaled_random",
+        "qk_norm": qk_norm and shape.h_kv > 1,
+    }
+    module = MultiheadExplicitAttention(shape.width, shape.h, shape.h_kv, share_components=True, **options).double()
+    twin = MultiheadExplicitAttention(shape.width, shape.h, shape.h_kv, **options).double()
+    twin.load_state_dict({**module.state_dict(), "v_proj.weight": module.k_proj.weight})
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    agree(module(x), twin(x), shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_attention_to_components_themselves_is_the_oracle_with_one_tensor_for_both(shape, agree):
+    """Identity mixings without norm: grouped attention whose values are its keys before RoPE."""
+    module = MultiheadExplicitAttention(
+        shape.width, shape.h, shape.h_kv, share_components=True, head_norm="off", rope=None
+    ).double()
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    q, c = (proj(x).unflatten(-1, (-1, shape.d)) for proj in (module.q_proj, module.k_proj))
+    agree(module(x), module.o_proj(ref.attend(q, c, c, shape.mask).flatten(2)), shape.terms)

@@ -38,6 +38,11 @@ KINDS = {
         "attention": "mea",
         "attention_options": {"key_mixing": "frequency", "num_component_heads": 3, "init": "orthogonal"},
     },
+    "mea-shared": {"attention": "mea", "attention_options": {"share_components": True, "init": "scaled_random"}},
+    "mea-shared-fewer-qk_norm": {
+        "attention": "mea",
+        "attention_options": {"share_components": True, "num_component_heads": 3, "qk_norm": True},
+    },
     "differential_v1": {"attention": "differential_v1"},
     "differential_v2": {"attention": "differential_v2"},
     "talking_heads": {"attention": "talking_heads", "attention_options": {"init": "orthogonal"}},
@@ -279,7 +284,9 @@ def test_a_training_step_compiles_to_one_graph(name):
 
 @pytest.mark.compile
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mea", "mea-fewer", "differential_v1", "talking_heads"])
+@pytest.mark.parametrize(
+    "name", ["mea", "mea-fewer", "mea-shared", "differential_v1", "talking_heads", "interleaved_heads"]
+)
 def test_decoding_on_a_static_cache_compiles_to_one_graph(name, agree):
     model, ids = build(KINDS[name]), tokens(length=11)
     torch.compiler.reset()

@@ -82,3 +82,5 @@ def test_what_does_not_fold_is_refused():
         fold(build(attention="differential_v1"))
     with pytest.raises(ValueError, match="only a square mixing folds"):
         fold(build(attention="mea", attention_options={"num_component_heads": 2}))
+    with pytest.raises(ValueError, match="4 shared component heads for 4 key/value heads do not fold"):
+        fold(build(attention="mea", attention_options={"share_components": True}))

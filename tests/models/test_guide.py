@@ -16,7 +16,7 @@ def test_the_code_of_the_guide_runs(monkeypatch):
     for module, table in ((attention, "METHODS"), (presets, "VARIANTS")):
         monkeypatch.setattr(module, table, getattr(module, table).copy())
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for block in blocks:
         exec(compile(block, "docs/attention.md", "exec"), names)

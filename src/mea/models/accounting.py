@@ -27,6 +27,7 @@ class _Heads:
     mixed_keys: bool
     mixed_values: bool
     frequency: bool
+    shared: bool  # values are mixed from the components of keys, and have no projection
     pseudo: int  # pseudo-heads per head of interleaved-head attention, which combines heads in every pass; else 0
     knocked: int  # of queries, keys and values together, those whose channels a shared matrix mixes
     gate: int  # outputs of projections of the hidden states besides q, k, v and output
@@ -37,9 +38,9 @@ def _heads(config: MeaConfig) -> _Heads:
     """Counts from one layer's attention on the meta device: a new method needs no entry here."""
     with torch.device("meta"):
         attention = build_attention(config, 0)
-    usual = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    usual = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     width = config.hidden_size * attention.head_dim
-    query, key, value, _ = (projection.weight.numel() // width for projection in usual)
+    query, key, value, _ = (0 if projection is None else projection.weight.numel() // width for projection in usual)
     others = [module for module in attention.modules() if isinstance(module, nn.Linear) and module not in usual]
     mixings = [getattr(attention, f"{name}_mixing", None) for name in ("query", "key", "value")]
     knocked = sum(heads for heads, x in zip((query, key, value), mixings, strict=True) if isinstance(x, FeatureMixing))
@@ -52,6 +53,7 @@ def _heads(config: MeaConfig) -> _Heads:
         mixed_keys=isinstance(key_mixing, HeadMixing | FrequencyMixing) and not pseudo,
         mixed_values=isinstance(value_mixing, HeadMixing) and not pseudo,
         frequency=isinstance(key_mixing, FrequencyMixing),
+        shared=getattr(attention, "share_components", False),
         pseudo=pseudo,
         knocked=knocked,
         gate=sum(projection.out_features for projection in others),
@@ -92,9 +94,9 @@ def decode_flops(config: MeaConfig, context: int) -> int:
     """Operations of generating one token of one sequence when `context` tokens, itself included, are in the cache."""
     heads, d = _heads(config), config.head_dim or 0
     h, h_kv = config.num_attention_heads, config.num_key_value_heads or 1
-    h_c, read = min(heads.key, heads.value), _attention(config, 1, context)
+    h_c, read = heads.key if heads.shared else min(heads.key, heads.value), _attention(config, 1, context)
     components = 2 * config.hidden_size * (heads.key + heads.value) * d
-    if h_c == h_kv:
+    if h_c == h_kv and not heads.shared:
         attention = _keys_values(config, 1) + read
     elif heads.mixed_keys and heads.mixed_values:
         # Absorbed: queries and outputs have the dimension of all components together; the mixing follows.
@@ -115,6 +117,9 @@ def _keys_values(config: MeaConfig, n: int) -> int:
     """Projections of keys and values and their mixing, without a cache of components."""
     heads, d, h_kv, width = _heads(config), config.head_dim or 0, config.num_key_value_heads or 1, config.hidden_size
     options = config.attention_options or {}
+    if heads.shared:
+        mixing = (4 if heads.frequency else 2) + 2
+        return 2 * n * width * heads.key * d + mixing * n * heads.key * h_kv * d
     h_c, fold, total = min(heads.key, heads.value), options.get("fold", "auto"), 0
     cheaper = folding_is_cheaper(n, width, h_c, h_kv)
     # A norm between components and mixing, as there is for fewer key components, keeps the two apart.

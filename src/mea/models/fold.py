@@ -40,7 +40,8 @@ def fold(model: MeaForCausalLM) -> Any:
     Raises
     ------
     ValueError
-        The attention is another method, whose mixing cannot be folded, or has fewer component than key/value heads.
+        The attention is another method, whose mixing cannot be folded, or has fewer component than key/value heads, or
+        keys and values share them.
     """
     config = model.config
     if config.attention not in FOLDING:
@@ -69,7 +70,8 @@ def stock_config(config: Any) -> Any:
     options = config.attention_options or {}
     components = options.get("num_component_heads") or config.num_key_value_heads
     mixed = config.attention == "mea" and options.get("mix", "both") in ("both", "keys")
-    if components < config.num_key_value_heads and mixed and options.get("qk_norm"):
+    smaller = components < config.num_key_value_heads or options.get("share_components")
+    if smaller and mixed and options.get("qk_norm"):
         raise ValueError(
             f"this model caches {components} component heads for {config.num_key_value_heads} key/value heads "
             "and normalises them, so that they do not fold into the key projection; train one without qk_norm"
