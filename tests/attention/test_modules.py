@@ -92,6 +92,15 @@ def test_packed_documents_are_strangers(case, agree):
     agree(packed, alone, terms(module, 40))
 
 
+def test_no_token_sees_a_later_one(case):
+    module = case.build()
+    x = torch.randn(1, 12, module.hidden_size, dtype=torch.float64)
+    changed = torch.cat([x[:, :7], torch.randn(1, 5, module.hidden_size, dtype=torch.float64)], dim=1)
+    out, other = module(x), module(changed)
+    assert torch.equal(out[:, :7], other[:, :7])
+    assert not (out == other)[:, 7:].any()
+
+
 @pytest.mark.parametrize("window", [None, 6])
 def test_cached_decoding_is_the_full_pass(case, window, agree):
     module = case.build(window=window)
@@ -100,6 +109,20 @@ def test_cached_decoding_is_the_full_pass(case, window, agree):
     parts = [module(part, cache=cache) for part in x.split((7, 1, 3, 1, 1, 6), dim=1)]
     assert cache.get_seq_length(layer) == 19
     agree(torch.cat(parts, dim=1), module(x), terms(module, 19))
+
+
+def test_padded_rows_decode_as_in_the_full_pass(case, agree):
+    """The padding is on the left, so that the rows' first tokens are at different places in the cache."""
+    module = case.build()
+    x = torch.randn(2, 19, module.hidden_size, dtype=torch.float64)
+    padding = torch.arange(19) >= torch.tensor([[5], [0]])
+    cache, seen, parts = KVCache(), 0, []
+    for part in x.split((9, 1, 1, 3, 1, 4), dim=1):
+        seen += part.shape[1]
+        mask = attention_mask(part.shape[1], seen, padding=padding[:, :seen])
+        parts.append(module(part, mask=mask, cache=cache))
+    full = module(x, mask=attention_mask(19, padding=padding))
+    agree(torch.cat(parts, dim=1), full, terms(module, 19))
 
 
 def test_positions_may_be_given_as_angles(case):

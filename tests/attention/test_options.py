@@ -7,6 +7,8 @@ from mea.attention import (
     METHODS,
     DifferentialAttention,
     GroupedQueryAttention,
+    InterleavedHeadAttention,
+    KnockingHeadsAttention,
     KVCache,
     ModifiedTalkingHeadsAttention,
     MultiheadExplicitAttention,
@@ -25,12 +27,29 @@ def test_identity_starts_as_the_plain_attention(agree):
     agree(module(x), plain(x), terms=2 * 48 + 2 * 11 + 2 * 12)
 
 
+def test_knocking_heads_start_as_the_plain_attention():
+    plain, module = GroupedQueryAttention(48, 4, 2), KnockingHeadsAttention(48, 4, 2)
+    module.load_state_dict(plain.state_dict(), strict=False)
+    x = torch.randn(2, 11, 48)
+    assert torch.equal(module(x), plain(x))
+
+
 def test_fewer_components_start_as_block_copies():
     expected = torch.tensor([[1, 1, 0, 0.0], [0, 0, 1, 1]])
     assert torch.equal(HeadMixing(2, 4, "identity").weight, expected)
     weight = FrequencyMixing(2, 4, head_dim=6, rotary_dim=6, init="identity").weight
     assert torch.equal(weight[..., 0], expected.expand(3, 2, 4))
     assert not weight[..., 1].any()
+
+
+def test_more_components_start_as_means_of_blocks():
+    assert torch.equal(HeadMixing(4, 2, "identity").weight, torch.tensor([[0.5, 0], [0.5, 0], [0, 0.5], [0, 0.5]]))
+
+
+def test_the_cache_of_interleaved_heads_holds_the_heads_before_they_are_combined():
+    module, cache = InterleavedHeadAttention(48, 4, 2, num_pseudo_heads=3), KVCache()
+    module(torch.randn(2, 5, 48), cache=cache)
+    assert [x.shape for x in cache.layers[0]] == [(2, 2, 5, 12)] * 2
 
 
 def test_noise_is_small_and_everywhere():
@@ -65,6 +84,8 @@ def test_scaled_random_keeps_the_variance_of_a_head():
         ({"num_component_heads": 2, "mix": "keys"}, (2 * 12, 4 * 12)),
         ({"num_component_heads": 1, "mix": "values"}, (4 * 12, 12)),
         ({"num_component_heads": 3, "key_mixing": "frequency"}, (3 * 12, 3 * 12)),
+        ({"share_components": True}, (2 * 12, 2 * 12)),
+        ({"share_components": True, "num_component_heads": 3}, (18, 18)),
     ],
 )
 def test_the_cache_holds_components_only(options, ranks):
@@ -96,6 +117,29 @@ def test_folded_keeps_every_option(mix, gain, agree):
     agree(plain(x), module(x), terms=4 * 48 + 22 + 2)
 
 
+@pytest.mark.parametrize("on", ["qkv", "v", "kq"])
+def test_knocking_heads_fold_with_every_option(on, agree):
+    options = {"qk_norm": True, "bias": True, "window": 5, "layer_index": 3, "eps": 1e-3}
+    module = KnockingHeadsAttention(48, 4, 2, on=on, **options).double()
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    plain = module.folded()
+    assert (type(plain), plain.window, plain.layer_index, plain.eps) == (GroupedQueryAttention, 5, 3, 1e-3)
+    x = torch.randn(2, 11, 48, dtype=torch.float64)
+    agree(plain(x), module(x), terms=4 * 48 + 3 * 12 + 22 + 2)
+
+
+@pytest.mark.parametrize("components", [2, 1])
+@pytest.mark.parametrize("key_mixing", ["scalar", "frequency"])
+def test_shared_components_fold_into_a_larger_cache_if_that_is_allowed(components, key_mixing, agree):
+    options = {"num_component_heads": components, "key_mixing": key_mixing, "bias": True, "init": "scaled_random"}
+    module = MultiheadExplicitAttention(48, 4, 2, share_components=True, **options).double()
+    plain = module.folded(expand=True)
+    x = torch.randn(2, 11, 48, dtype=torch.float64)
+    agree(plain(x), module(x), terms=4 * 48 + 22 + 2)
+
+
 def test_lambda_init_grows_with_depth():
     first, last = DifferentialAttention(48, 4, layer_index=0), DifferentialAttention(48, 4, layer_index=30)
     assert first.lambda_init == pytest.approx(0.2)
@@ -104,7 +148,7 @@ def test_lambda_init_grows_with_depth():
 
 def test_the_graph_of_names_is_complete():
     assert by_name("mea") is MultiheadExplicitAttention
-    assert len(set(METHODS.values())) == len(METHODS) == 6
+    assert len(set(METHODS.values())) == len(METHODS) == 9
     with pytest.raises(ValueError, match=r"no attention method is called 'differntial_v1'.*mean 'differential_v1'"):
         by_name("differntial_v1")
 
@@ -118,7 +162,17 @@ def test_the_graph_of_names_is_complete():
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=3), "between 1 and num_kv_heads"),
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1, mix="neither"), "need a mixing"),
         (lambda: MultiheadExplicitAttention(48, 4, 2, num_component_heads=1).folded(), "only a square mixing folds"),
+        (lambda: MultiheadExplicitAttention(48, 4, 2, share_components=True, mix="keys"), "both of them mixed.*'keys'"),
+        (
+            lambda: MultiheadExplicitAttention(48, 4, 2, share_components=True).folded(),
+            "2 shared component heads",
+        ),
         (lambda: DifferentialAttention(48, 4, 1), "must be even"),
+        (lambda: KnockingHeadsAttention(48, 4, on="vo"), "letters of 'qkv', each at most once, not 'vo'"),
+        (lambda: KnockingHeadsAttention(48, 4, on="vv"), "not 'vv'"),
+        (lambda: KnockingHeadsAttention(48, 4, on=""), "not ''"),
+        (lambda: InterleavedHeadAttention(48, 4, num_pseudo_heads=0), "at least 1, not 0"),
+        (lambda: InterleavedHeadAttention(48, 4, backend="flex"), "one of 'eager', 'sdpa', not 'flex'"),
         (lambda: TalkingHeadsAttention(48, 4, backend="sdpa"), "one of 'eager', not 'sdpa'"),
     ],
 )

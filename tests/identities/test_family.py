@@ -10,7 +10,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mea.attention import ModifiedTalkingHeadsAttention, MultiheadExplicitAttention
+from mea.attention import (
+    GatedAttention,
+    GroupedQueryAttention,
+    InterleavedHeadAttention,
+    ModifiedTalkingHeadsAttention,
+    MultiheadExplicitAttention,
+)
 from mea.attention.mixing import FrequencyMixing, HeadMixing
 from mea.ops import reference as ref
 from mea.ops.masks import attention_mask
@@ -240,3 +246,112 @@ def test_second_differential_attention_with_closed_gates_is_gqa(shape, agree):
     closed = torch.zeros(shape.b, shape.t, shape.h, dtype=torch.float64)
     expected = ref.attend(q[:, :, 0::2], k, v, shape.mask)
     agree(ref.differential_v2(q, k, v, closed, shape.mask), expected, shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_a_gate_of_zeros_halves_grouped_attention_and_an_open_one_leaves_it(shape, agree):
+    """At ``W_gate = 0`` sigma is 1/2, so that twice the output projection makes it grouped attention."""
+    module = GatedAttention(shape.width, shape.h, shape.h_kv).double()
+    plain = GroupedQueryAttention(shape.width, shape.h, shape.h_kv).double()
+    plain.load_state_dict(module.state_dict(), strict=False)
+    module.gate_proj.weight.data.zero_()
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    agree(2 * module(x), plain(x), shape.terms)
+
+    heads = shape.heads(shape.h)
+    agree(ref.gated(heads, torch.full_like(heads, 50.0)), heads, terms=1)  # 1 - sigma(50) is below eps
+
+
+@example
+@given(shape=shapes())
+def test_mea_and_knocking_heads_are_blocks_of_one_matrix_over_all_heads(shape, agree):
+    """Over concatenated heads HLC is ``W kron I_d``, knocking ``I_h kron T``, and both in either order ``W kron T``.
+
+    So MEA mixes heads by scalars, which are the same for all channels, and knocking mixes channels, the same for all
+    heads: all that both can do are multiples of the identity.
+    """
+    x, w, t = shape.heads(shape.h_c), matrix(shape.h_c, shape.h_kv), matrix(shape.d, shape.d)
+    eye = torch.eye(shape.h_c, dtype=torch.float64), torch.eye(shape.d, dtype=torch.float64)
+    agree(ref.hlc(x, w).flatten(2), x.flatten(2) @ torch.kron(w, eye[1]), shape.terms)
+    agree(ref.knock(x, t).flatten(2), x.flatten(2) @ torch.kron(eye[0], t), shape.terms)
+    both = x.flatten(2) @ torch.kron(w, t)
+    agree(ref.knock(ref.hlc(x, w), t).flatten(2), both, shape.terms)
+    agree(ref.hlc(ref.knock(x, t), w).flatten(2), both, shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_knocking_of_values_may_follow_attention(shape, agree):
+    """So that it folds into the output projection as well as into ``W_V``."""
+    q, k, v = shape.qkv(shape.h_kv)
+    t = matrix(shape.d, shape.d)
+    agree(ref.attend(q, k, ref.knock(v, t), shape.mask), ref.knock(ref.attend(q, k, v, shape.mask), t), shape.terms)
+
+
+def test_knocking_does_not_commute_with_rope():
+    """Unlike scalar mixing of heads: it stands before RoPE, where it folds into the projections."""
+    x, t = torch.randn(1, 5, 2, 4, dtype=torch.float64), torch.randn(4, 4, dtype=torch.float64)
+    turn = rotary(torch.arange(5)[None], torch.rand(2, dtype=torch.float64))
+    assert not torch.allclose(rotate(ref.knock(x, t), turn), ref.knock(rotate(x, turn), t))
+
+
+@example
+@given(shape=shapes(), n=st.integers(1, 3))
+def test_copies_of_heads_collapsed_to_the_last_are_mha(shape, n, agree):
+    """The paper's proof that interleaved heads contain MHA, without positions: the last copy sees each key n times.
+
+    An earlier copy sees fewer of its own token, because the order of copies is causal: the paper's choice of the first
+    needs attention without that order.
+    """
+    q, k, v = shape.qkv(shape.h_kv)
+    pseudo = (x[:, :, None].expand(-1, -1, n, -1, -1) for x in (q, k, v))
+    last = torch.zeros(shape.h, n, shape.h, dtype=torch.float64)
+    last[:, -1] = torch.eye(shape.h)
+    out = ref.interleaved(*pseudo, last, attention_mask(n * shape.t))
+    agree(out, ref.attend(q, k, v, shape.mask), n * shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_interleaved_heads_with_one_pseudo_head_are_mea_with_mixed_queries_and_outputs(shape, agree):
+    """With the identity for queries and outputs it is MEA without its norm, RoPE included."""
+    module = InterleavedHeadAttention(
+        shape.width, shape.h, shape.h_kv, num_pseudo_heads=1, init="scaled_random"
+    ).double()
+    with torch.no_grad():
+        for mixing in (module.query_mixing, module.collapse):
+            mixing.weight.copy_(torch.eye(shape.h))
+    mea = ModifiedTalkingHeadsAttention(shape.width, shape.h, shape.h_kv).double()
+    mea.load_state_dict(module.state_dict(), strict=False)
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    agree(module(x), mea(x), shape.terms)
+
+
+@example
+@given(shape=shapes(), frequency=st.booleans(), qk_norm=st.booleans())
+def test_shared_components_are_mea_with_equal_projections_of_keys_and_values(shape, frequency, qk_norm, agree):
+    """Fewer than key/value heads, so that the norm of keys stands before the mixing in both."""
+    options = {
+        "num_component_heads": min(shape.h_c, max(1, shape.h_kv - 1)),
+        "key_mixing": "frequency" if frequency else "scalar",
+        "init": "scaled_random",
+        "qk_norm": qk_norm and shape.h_kv > 1,
+    }
+    module = MultiheadExplicitAttention(shape.width, shape.h, shape.h_kv, share_components=True, **options).double()
+    twin = MultiheadExplicitAttention(shape.width, shape.h, shape.h_kv, **options).double()
+    twin.load_state_dict({**module.state_dict(), "v_proj.weight": module.k_proj.weight})
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    agree(module(x), twin(x), shape.terms)
+
+
+@example
+@given(shape=shapes())
+def test_attention_to_components_themselves_is_the_oracle_with_one_tensor_for_both(shape, agree):
+    """Identity mixings without norm: grouped attention whose values are its keys before RoPE."""
+    module = MultiheadExplicitAttention(
+        shape.width, shape.h, shape.h_kv, share_components=True, head_norm="off", rope=None
+    ).double()
+    x = torch.randn(shape.b, shape.t, shape.width, dtype=torch.float64)
+    q, c = (proj(x).unflatten(-1, (-1, shape.d)) for proj in (module.q_proj, module.k_proj))
+    agree(module(x), module.o_proj(ref.attend(q, c, c, shape.mask).flatten(2)), shape.terms)

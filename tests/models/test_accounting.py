@@ -41,6 +41,11 @@ OTHERS = {
     "fewer-frequency": MeaConfig(
         attention="mea", attention_options={"key_mixing": "frequency", "num_component_heads": 2, "fold": "never"}
     ),
+    "shared-qk_norm": MeaConfig(attention="mea", attention_options={"qk_norm": True, "share_components": True}),
+    "shared-frequency-fewer": MeaConfig(
+        attention="mea",
+        attention_options={"key_mixing": "frequency", "num_component_heads": 3, "share_components": True},
+    ),
     "fewer-frequency-keys": MeaConfig(
         attention="mea", attention_options={"key_mixing": "frequency", "num_component_heads": 2, "mix": "keys"}
     ),
@@ -48,15 +53,16 @@ OTHERS = {
 SMALL = {"vocab_size": 97, "hidden_size": 96, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 12}
 
 
-def small(config: MeaConfig) -> MeaConfig:
-    fields = {**SMALL, "num_attention_heads": 8, "num_key_value_heads": 4, "tie_word_embeddings": False}
+def small(config: MeaConfig, kv_heads: int = 4) -> MeaConfig:
+    fields = {**SMALL, "num_attention_heads": 8, "num_key_value_heads": kv_heads, "tie_word_embeddings": False}
     for name, value in fields.items():
         setattr(config, name, value)
     return config
 
 
+PRESETS = {variant: preset("1m", variant) for variant in VARIANTS}
 CONFIGS = {
-    **{variant: small(preset("1m", variant)) for variant in VARIANTS},
+    **{variant: small(config, config.num_key_value_heads) for variant, config in PRESETS.items()},
     **{name: small(config) for name, config in OTHERS.items()},
 }
 
@@ -111,10 +117,15 @@ def test_the_papers_shape_is_llama_1b_with_both_embeddings():
     assert parameters(preset("paper")) == 1_235_814_400 + 128_256 * 2048
 
 
-def test_half_the_components_are_half_the_cache():
+def test_variants_with_smaller_caches():
+    """Each half has plain attention of the same bytes beside it, and a quarter too where there are four kv heads."""
     for shape in SHAPES:
-        half, full = (cache_bytes_per_token(preset(shape, variant)) for variant in ("mea_half", "mea"))
-        assert 2 * half == full
+        full = cache_bytes_per_token(preset(shape, "mea"))
+        half = {cache_bytes_per_token(preset(shape, variant)) for variant in ("mea_half", "mea_shared", "gqa_half")}
+        assert half == {full // 2}
+        assert 4 * cache_bytes_per_token(preset(shape, "mea_shared_half")) == full
+        mqa = preset(shape, "mqa")
+        assert cache_bytes_per_token(mqa) * preset(shape).num_key_value_heads == full
 
 
 def test_a_change_of_vocabulary_keeps_the_variants_together():

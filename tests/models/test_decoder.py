@@ -38,10 +38,18 @@ KINDS = {
         "attention": "mea",
         "attention_options": {"key_mixing": "frequency", "num_component_heads": 3, "init": "orthogonal"},
     },
+    "mea-shared": {"attention": "mea", "attention_options": {"share_components": True, "init": "scaled_random"}},
+    "mea-shared-fewer-qk_norm": {
+        "attention": "mea",
+        "attention_options": {"share_components": True, "num_component_heads": 3, "qk_norm": True},
+    },
     "differential_v1": {"attention": "differential_v1"},
     "differential_v2": {"attention": "differential_v2"},
     "talking_heads": {"attention": "talking_heads", "attention_options": {"init": "orthogonal"}},
     "modified_talking_heads": {"attention": "modified_talking_heads", "attention_options": {"init": "orthogonal"}},
+    "gated": {"attention": "gated"},
+    "knocking_heads": {"attention": "knocking_heads"},
+    "interleaved_heads": {"attention": "interleaved_heads", "attention_options": {"init": "orthogonal"}},
 }
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16}
 # Logits are sums over two layers of projections, scores and reads; rounding of all of them, see the fixture `agree`.
@@ -153,6 +161,8 @@ def test_initial_values_survive_the_construction_by_hugging_face():
     assert torch.equal(attention.key_mixing.weight, torch.eye(4))
     assert torch.equal(attention.head_norm.weight, torch.ones(12))
     assert abs(attention.q_proj.weight.std().item() / 0.02 - 1) < 0.1
+    knocking = MeaForCausalLM(MeaConfig(**TINY, attention="knocking_heads")).model.layers[0].self_attn
+    assert torch.equal(knocking.query_mixing.weight, torch.eye(12))
     differential = MeaForCausalLM(MeaConfig(**TINY, attention="differential_v1")).model.layers[1].self_attn
     assert 0 < differential.lambda_q1.abs().max() < 0.5
 
@@ -274,7 +284,9 @@ def test_a_training_step_compiles_to_one_graph(name):
 
 @pytest.mark.compile
 @torch.no_grad()
-@pytest.mark.parametrize("name", ["mea", "mea-fewer", "differential_v1", "talking_heads"])
+@pytest.mark.parametrize(
+    "name", ["mea", "mea-fewer", "mea-shared", "differential_v1", "talking_heads", "interleaved_heads"]
+)
 def test_decoding_on_a_static_cache_compiles_to_one_graph(name, agree):
     model, ids = build(KINDS[name]), tokens(length=11)
     torch.compiler.reset()

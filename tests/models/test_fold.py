@@ -36,6 +36,8 @@ def build(**fields) -> MeaForCausalLM:
         {"attention": "mea", "attention_options": {"head_norm": "off", "key_mixing": "frequency"}},
         {"attention": "mea", "attention_options": {"head_norm": "off", "mix": "values"}, "tie_word_embeddings": True},
         {"attention": "gqa", "rope_parameters": {"rope_type": "linear", "factor": 4.0}},
+        {"attention": "knocking_heads", "attention_bias": True},
+        {"attention": "knocking_heads", "attention_options": {"on": "v"}},
     ],
 )
 def test_without_norm_the_result_is_a_stock_llama(fields, tmp_path, agree):
@@ -58,11 +60,12 @@ def test_without_norm_the_result_is_a_stock_llama(fields, tmp_path, agree):
         {"attention_options": {"head_norm": "off"}, "sliding_window": 5},
         {"attention_options": {"head_norm": "off"}, "rope_parameters": {"partial_rotary_factor": 0.5}},
         {"attention_options": {"head_norm": "off"}, "rope_parameters": {"rope_type": "none"}},
+        {"attention": "knocking_heads", "attention_options": {"qk_norm": True}},
     ],
 )
 def test_with_a_norm_it_is_grouped_attention_of_this_package(fields, tmp_path, agree):
     register()
-    model, ids = build(attention="mea", **fields), torch.randint(0, 97, (2, 11))
+    model, ids = build(**{"attention": "mea", **fields}), torch.randint(0, 97, (2, 11))
     before = {name: x.clone() for name, x in model.state_dict().items()}
     folded = fold(model)
     assert type(folded) is MeaForCausalLM
@@ -79,3 +82,5 @@ def test_what_does_not_fold_is_refused():
         fold(build(attention="differential_v1"))
     with pytest.raises(ValueError, match="only a square mixing folds"):
         fold(build(attention="mea", attention_options={"num_component_heads": 2}))
+    with pytest.raises(ValueError, match="4 shared component heads for 4 key/value heads do not fold"):
+        fold(build(attention="mea", attention_options={"share_components": True}))

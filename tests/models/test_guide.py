@@ -5,7 +5,8 @@ from pathlib import Path
 
 from mea import attention
 from mea.models import presets
-from mea.models.presets import VARIANTS, parameter_table
+from mea.models.accounting import training_flops
+from mea.models.presets import VARIANTS, parameter_table, preset
 from mea.records import read_record
 
 GUIDE = (Path(__file__).parents[2] / "docs" / "attention.md").read_text()
@@ -16,7 +17,7 @@ def test_the_code_of_the_guide_runs(monkeypatch):
     for module, table in ((attention, "METHODS"), (presets, "VARIANTS")):
         monkeypatch.setattr(module, table, getattr(module, table).copy())
     blocks = re.findall(r"```python\n(.*?)```", GUIDE, flags=re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict = {}
     for block in blocks:
         exec(compile(block, "docs/attention.md", "exec"), names)
@@ -45,6 +46,14 @@ TRAINING = Path(__file__).parents[2] / "benchmarks" / "results"
 
 def test_the_training_steps_of_the_guide_are_those_of_the_records():
     assert training_table() in GUIDE
+
+
+def test_the_operations_of_the_guide_are_counted():
+    plain = training_flops(preset("10m"), 16, 512)
+    ratios = {name: training_flops(preset("10m", name), 16, 512) / plain for name in VARIANTS}
+    assert f"are {ratios['interleaved_heads']:.2f} times" in GUIDE
+    rest = ("gated", "knocking_heads", "mea_shared", "mea_shared_half", "gqa_half", "mqa")
+    assert max(ratios[name] for name in rest) <= 1.01
 
 
 def training_table() -> str:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mea.ops.masks import attention_mask
+from mea.ops.masks import attention_mask, interleave
 
 
 @settings(max_examples=40, deadline=None)
@@ -36,6 +36,36 @@ def test_every_pair_follows_the_rule(queries, past, causal, window, padded, pack
                     and (documents is None or bool(documents[b, q] == documents[b, k]))
                 )
                 assert mask[b, 0, i, k].item() == see
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    queries=st.integers(1, 5),
+    past=st.integers(0, 4),
+    empty=st.integers(0, 2),
+    copies=st.integers(1, 3),
+    causal=st.booleans(),
+    window=st.none() | st.integers(1, 4),
+    padded=st.booleans(),
+    seed=st.integers(0, 2**16),
+)
+def test_copies_see_what_their_tokens_see_and_no_later_copy_of_their_own(
+    queries, past, empty, copies, causal, window, padded, seed
+):
+    """With empty slots behind the keys, as in a cache of fixed length."""
+    generator = torch.Generator().manual_seed(seed)
+    padding = torch.rand(2, queries + past, generator=generator) < 0.7 if padded else None
+    mask = attention_mask(queries, queries + past, causal=causal, window=window, padding=padding)
+    mask = torch.nn.functional.pad(mask, (0, empty))
+    wide = interleave(mask, copies, causal=causal)
+    assert wide.shape == (len(mask), 1, copies * queries, copies * mask.shape[-1])
+    for b in range(len(mask)):
+        for i in range(copies * queries):
+            for k in range(copies * mask.shape[-1]):
+                token, key = i // copies, k // copies
+                own = key == past + token
+                see = mask[b, 0, token, key] and not (causal and own and k % copies > i % copies)
+                assert wide[b, 0, i, k].item() == see
 
 
 def test_more_queries_than_keys_are_refused():

@@ -99,6 +99,39 @@ def test_differential_v2_subtracts_neighbours_of_one_group(agree):
     agree(reference.differential_v2(q, k, v, gate), expected, TERMS + 2)
 
 
+def test_knocking_multiplies_every_head_by_the_same_matrix(agree):
+    x, w = heads(3), torch.randn(D, D, dtype=torch.float64)
+    for i in range(3):
+        agree(reference.knock(x, w)[:, :, i], x[:, :, i] @ w, terms=D)
+
+
+def test_interleaved_is_the_papers_algorithm_head_by_head(agree):
+    """Four heads, three pseudo-heads of each: mixed, put in a row, attended causally and collapsed, in loops."""
+    h, n, t = 4, 3, 7
+    q, k, v = heads(h, t), heads(h, t), heads(h, t)
+    a_q, a_k, a_v, r = (torch.randn(h, h, n, dtype=torch.float64) for _ in range(4))
+    mixed = (reference.pseudo_heads(x, w) for x, w in ((q, a_q), (k, a_k), (v, a_v)))
+    out = reference.interleaved(*mixed, r.permute(1, 2, 0), attention_mask(n * t))
+    read = {}
+    for i in range(h):
+        rows = []
+        for x, w in ((q, a_q), (k, a_k), (v, a_v)):
+            pseudo = [sum(w[m, i, j] * x[:, :, m] for m in range(h)) for j in range(n)]
+            rows.append(torch.stack([pseudo[j][:, token] for token in range(t) for j in range(n)], dim=1))
+        later = torch.ones(n * t, n * t).triu(1).bool()
+        maps = (rows[0] @ rows[1].mT / math.sqrt(D)).masked_fill(later, -math.inf).softmax(-1)
+        read[i] = maps @ rows[2]
+    for i in range(h):
+        expected = sum(r[i, m, j] * read[m][:, j::n] for m in range(h) for j in range(n))
+        agree(out[:, :, i], expected, terms=3 * h + 2 * D + 2 * n * t + h * n)
+
+
+def test_a_gate_is_a_factor_of_every_channel(agree):
+    out, logits = heads(4), heads(4)
+    for i in range(4):
+        agree(reference.gated(out, logits)[:, :, i], out[:, :, i] / (1 + torch.exp(-logits[:, :, i])), terms=4)
+
+
 def test_differential_lambda_starts_at_its_initial_value(agree):
     zero = torch.zeros(8, dtype=torch.float64)
     lam = reference.differential_lambda(zero, zero, zero, zero, layer=3)

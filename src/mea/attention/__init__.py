@@ -2,7 +2,10 @@
 
 from mea.attention.base import Attention, KVCache
 from mea.attention.differential import DifferentialAttention, DifferentialAttentionV2
+from mea.attention.gated import GatedAttention
 from mea.attention.gqa import GroupedQueryAttention
+from mea.attention.interleaved_heads import InterleavedHeadAttention
+from mea.attention.knocking_heads import KnockingHeadsAttention
 from mea.attention.mea import MultiheadExplicitAttention
 from mea.attention.talking_heads import ModifiedTalkingHeadsAttention, TalkingHeadsAttention
 from mea.names import did_you_mean
@@ -12,8 +15,11 @@ __all__ = [
     "Attention",
     "DifferentialAttention",
     "DifferentialAttentionV2",
+    "GatedAttention",
     "GroupedQueryAttention",
+    "InterleavedHeadAttention",
     "KVCache",
+    "KnockingHeadsAttention",
     "ModifiedTalkingHeadsAttention",
     "MultiheadExplicitAttention",
     "TalkingHeadsAttention",
@@ -27,6 +33,9 @@ METHODS: dict[str, type[Attention]] = {
     "differential_v2": DifferentialAttentionV2,
     "talking_heads": TalkingHeadsAttention,
     "modified_talking_heads": ModifiedTalkingHeadsAttention,
+    "gated": GatedAttention,
+    "knocking_heads": KnockingHeadsAttention,
+    "interleaved_heads": InterleavedHeadAttention,
 }
 
 

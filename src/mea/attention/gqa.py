@@ -7,7 +7,7 @@ the "+GroupNorm" baseline of arXiv 2601.19611, and the folded form of a square `
 from typing import Unpack
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from mea.attention.backends import AttentionMask
 from mea.attention.base import Attention, AttentionOptions, Cache
@@ -38,6 +38,26 @@ class GroupedQueryAttention(Attention):
     ) -> None:
         super().__init__(hidden_size, num_heads, num_kv_heads, **options)
         self.head_norm = make_head_norm(num_heads, self.head_dim, head_norm, self.eps, self.head_norm_init)
+
+    @classmethod
+    def like(cls, module: Attention, head_norm: HeadNormGain = "off") -> "GroupedQueryAttention":
+        """Grouped attention with the sizes, options, dtype and device of `module`, and weights of its own."""
+        plain = cls(
+            module.hidden_size,
+            module.num_heads,
+            module.num_kv_heads,
+            head_norm=head_norm,
+            head_dim=module.head_dim,
+            rope=module.rope,
+            qk_norm=not isinstance(module.q_norm, nn.Identity),
+            causal=module.causal,
+            window=module.window,
+            bias=module.q_proj.bias is not None,
+            backend=module.backend,
+            eps=module.eps,
+            layer_index=module.layer_index,
+        )
+        return plain.to(module.q_proj.weight.device, module.q_proj.weight.dtype).train(module.training)
 
     def forward(
         self,

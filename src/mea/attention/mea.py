@@ -2,6 +2,7 @@
 
 The paper's steps, and where they are: ``k_comp = x W_K`` and ``v_comp = x W_V`` are `k_proj` and `v_proj`;
 ``W_lc^K`` and ``W_lc^V`` are `key_mixing` and `value_mixing`; the GroupNorm is `head_norm`; ``W_O`` is `o_proj`.
+Components that keys and values share are not from the paper.
 """
 
 from typing import Literal, Unpack, get_args
@@ -14,8 +15,16 @@ from torch import Tensor, nn
 from mea.attention.backends import AttentionMask
 from mea.attention.base import Attention, AttentionOptions, Cache
 from mea.attention.gqa import GroupedQueryAttention
-from mea.attention.mixing import FrequencyMixing, HeadMixing, HeadNormGain, MixingInit, check_name, make_head_norm
-from mea.ops.rope import Rotary
+from mea.attention.mixing import (
+    FrequencyMixing,
+    HeadMixing,
+    HeadNormGain,
+    MixingInit,
+    check_name,
+    fold_projection,
+    make_head_norm,
+)
+from mea.ops.rope import Rotary, rotate
 
 Mix = Literal["both", "keys", "values", "neither"]
 KeyMixing = Literal["scalar", "frequency"]
@@ -39,7 +48,7 @@ class MultiheadExplicitAttention(Attention):
     ----------
     hidden_size, num_heads, num_kv_heads, options
         As in `Attention`. With `qk_norm` the keys are normalised after a square mixing, which then still folds into the
-        weights. With fewer components they are normalised before the mixing, so that the cache holds components.
+        weights. With fewer or shared components they are normalised before it, so that the cache holds components.
     num_component_heads
         ``h_c``, the paper's h', at most ``h_kv``; None means ``h_kv``. With fewer, a cache holds the components, as one
         head of dimension ``h_c d`` instead of ``h_kv d`` numbers.
@@ -54,6 +63,11 @@ class MultiheadExplicitAttention(Attention):
     fold
         Mix activations (``"never"``), or the rows of ``W_K`` and ``W_V`` at each step (``"always"``): the same result.
         ``"auto"`` takes the order with fewer multiplications for the given number of tokens.
+    share_components
+        Mix keys and values from the same components, which `k_proj` makes: there is no `v_proj`. A cache holds them as
+        they are before norm and RoPE, ``h_c d`` numbers per token instead of ``2 h_c d``, and each pass turns them by
+        their places in the cache: `positions` of one row must follow each other. `mix` is ``"both"``, and `fold` has
+        no effect, since activations are cheaper to mix.
     """
 
     def __init__(
@@ -68,6 +82,7 @@ class MultiheadExplicitAttention(Attention):
         init: MixingInit = "identity",
         key_mixing: KeyMixing = "scalar",
         fold: Fold = "auto",
+        share_components: bool = False,
         **options: Unpack[AttentionOptions],
     ) -> None:
         h_kv = num_heads if num_kv_heads is None else num_kv_heads
@@ -80,10 +95,14 @@ class MultiheadExplicitAttention(Attention):
         mix_keys, mix_values = mix in ("both", "keys"), mix in ("both", "values")
         if h_c < h_kv and mix == "neither":
             raise ValueError("fewer component heads than key/value heads need a mixing; mix is 'neither'")
+        if share_components and mix != "both":
+            raise ValueError(f"components that keys and values share need both of them mixed; mix is {mix!r}")
         heads = (num_heads, h_c if mix_keys else h_kv, h_c if mix_values else h_kv)
         super().__init__(hidden_size, num_heads, h_kv, projections=heads, **options)
         self.num_component_heads, self.fold = h_c, fold
-        self.compressed = h_c < h_kv
+        self.share_components, self.compressed = share_components, h_c < h_kv or share_components
+        if share_components:
+            del self.v_proj
         self.key_mixing: HeadMixing | FrequencyMixing | None = None
         if mix_keys and key_mixing == "frequency":
             self.key_mixing = FrequencyMixing(h_c, h_kv, self.head_dim, self.rotary_dim, init)
@@ -102,7 +121,7 @@ class MultiheadExplicitAttention(Attention):
     ) -> Float[Tensor, "b t D"]:
         """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
         q = self.q_norm(self.heads(self.q_proj(x)))
-        if self.compressed and cache is not None:
+        if self.share_components or (self.compressed and cache is not None):
             return self.output(self.head_norm(self._attend_to_components(x, q, mask, positions, cache)))
         if self.compressed and self.key_mixing is not None and not isinstance(self.k_norm, nn.Identity):
             k = self.key_mixing(self.k_norm(self.heads(self.k_proj(x))))
@@ -119,16 +138,47 @@ class MultiheadExplicitAttention(Attention):
         q: Float[Tensor, "b t h d"],
         mask: AttentionMask | None,
         positions: Int[Tensor, "#b t"] | Rotary | None,
-        cache: Cache,
+        cache: Cache | None,
     ) -> Float[Tensor, "b t h d"]:
-        """Cache components after RoPE. Many queries read recombined heads; a single query is mixed instead."""
-        k = self.k_norm(self.heads(self.k_proj(x)))
-        q, k = self.rotate(q, k, positions, cache)
-        k, v = k.flatten(2)[:, :, None], self.v_proj(x)[:, :, None]
-        k, v = self.remember(k, v, cache)
+        """Attend to components after RoPE. Many queries read recombined heads; a single query is mixed instead."""
+        if self.share_components:
+            q, k, v = self._shared(x, q, positions, cache)
+        else:
+            k = self.k_norm(self.heads(self.k_proj(x)))
+            q, k = self.rotate(q, k, positions, cache)
+            k, v = k.flatten(2)[:, :, None], self.v_proj(x)[:, :, None]
+            k, v = self.remember(k, v, cache)
         if x.shape[1] == 1 and self.key_mixing is not None and self.value_mixing is not None:
             return self.value_mixing.unmix(self.attend(self.key_mixing.absorb(q), k, v, mask))
         return self.attend(q, self._recombined(k, self.key_mixing), self._recombined(v, self.value_mixing), mask)
+
+    def _shared(
+        self,
+        x: Float[Tensor, "b t D"],
+        q: Float[Tensor, "b t h d"],
+        positions: Int[Tensor, "#b t"] | Rotary | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b 1 s r"], Float[Tensor, "b 1 s r"]]:
+        """Queries after RoPE, and the shared components of all tokens as keys, after norm and RoPE, and as values.
+
+        The cache holds half of the channels as keys and half as values. Scores depend on differences of positions only,
+        so that places in the cache serve as positions, left padding included.
+        """
+        components = self.k_proj(x)[:, None]
+        if cache is not None:
+            first_half, second_half = components.chunk(2, dim=-1)
+            components = torch.cat(cache.update(first_half, second_half, self.layer_index), dim=-1)
+        k = self.k_norm(self.heads(components[:, 0]))
+        if cache is None:
+            q, k = self.rotate(q, k, positions, None)
+        elif self.rope is not None:
+            places = torch.arange(k.shape[1], device=x.device)[None]
+            # A cache of fixed length has empty slots after the new tokens, one with a window has dropped the first.
+            past = torch.as_tensor(cache.get_seq_length(self.layer_index) - q.shape[1], device=x.device)
+            first = past.clamp(max=k.shape[1] - q.shape[1])
+            q = rotate(q, self.rotary(places[:, : q.shape[1]] + first, q.dtype))
+            k = rotate(k, self.rotary(places, k.dtype))
+        return q, k.flatten(2)[:, None], components
 
     def _recombined(
         self, latent: Float[Tensor, "b 1 s r"], mixing: HeadMixing | FrequencyMixing | None
@@ -157,37 +207,23 @@ class MultiheadExplicitAttention(Attention):
         Raises
         ------
         ValueError
-            There are fewer component than key/value heads, and `expand` does not allow the larger cache of the result.
-            Or component keys have a norm, which is between ``W_K`` and the mixing.
+            There are fewer component than key/value heads, or keys and values share them, and `expand` does not allow
+            the larger cache of the result. Or component keys have a norm, which is between ``W_K`` and the mixing.
         """
         normed = self.key_mixing is not None and not isinstance(self.k_norm, nn.Identity)
         if self.compressed and (normed or not expand):
+            kind = "shared component heads" if self.share_components else "component heads"
             raise ValueError(
-                f"{self.num_component_heads} component heads for {self.num_kv_heads} key/value heads do not fold into "
-                "grouped attention without losing the smaller cache; only a square mixing folds"
+                f"{self.num_component_heads} {kind} for {self.num_kv_heads} key/value heads do not fold into grouped "
+                "attention without losing the smaller cache; only a square mixing folds, of components not shared"
             )
         gain: HeadNormGain = getattr(self.head_norm, "gain", "off")
-        plain = GroupedQueryAttention(
-            self.hidden_size,
-            self.num_heads,
-            self.num_kv_heads,
-            head_norm=gain,
-            head_dim=self.head_dim,
-            rope=self.rope,
-            qk_norm=not isinstance(self.q_norm, nn.Identity),
-            causal=self.causal,
-            window=self.window,
-            bias=self.q_proj.bias is not None,
-            backend=self.backend,
-            eps=self.eps,
-            layer_index=self.layer_index,
-        )
-        plain = plain.to(self.q_proj.weight.device, self.q_proj.weight.dtype).train(self.training)
+        plain = GroupedQueryAttention.like(self, head_norm=gain)
         state = {name: x for name, x in self.state_dict().items() if "_mixing." not in name}
+        if self.share_components:
+            state |= {name.replace("k_", "v_"): x for name, x in state.items() if name.startswith("k_proj.")}
         for name, mixing in (("k_proj", self.key_mixing), ("v_proj", self.value_mixing)):
             if mixing is not None:
-                state[f"{name}.weight"] = mixing.fold(state[f"{name}.weight"])
-                if f"{name}.bias" in state:
-                    state[f"{name}.bias"] = mixing.fold(state[f"{name}.bias"][:, None])[:, 0]
+                fold_projection(state, name, mixing)
         plain.load_state_dict(state)
         return plain

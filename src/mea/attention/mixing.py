@@ -1,4 +1,4 @@
-"""Learnable head-level linear combinations (HLC, arXiv 2601.19611) and the norm that follows attention.
+"""Learnable linear combinations of heads (HLC, arXiv 2601.19611) or channels, and the norm that follows attention.
 
 A mixing turns ``h_c`` component heads into ``h_kv`` heads. Because it is linear over heads, the same matrix can be
 applied to activations, folded into the projection before it, or, during decoding, applied to the queries and the
@@ -29,7 +29,10 @@ def check_name(kind: str, name: str, allowed: tuple[str, ...]) -> None:
 
 
 def block_copy(components: int, heads: int) -> Float[Tensor, "h_c h_kv"]:
-    """The identity if square; with fewer components, each is copied to a block of neighbouring heads."""
+    """The identity if square; fewer components are copied to blocks of neighbouring heads, more are averaged."""
+    if components > heads:
+        blocks = block_copy(heads, components).mT
+        return blocks / blocks.sum(0)
     source = torch.arange(heads) * components // heads
     return F.one_hot(source, components).mT.float()
 
@@ -42,7 +45,8 @@ class HeadMixing(nn.Module):
     components, heads
         ``h_c`` and ``h_kv``.
     init
-        ``"identity"`` (a block copy when components are fewer: training starts from plain grouped attention),
+        ``"identity"`` (a block copy when components are fewer: training starts from plain grouped attention; means of
+        blocks when they are more),
         ``"identity_noise"`` (the same plus normal noise of 0.02), ``"orthogonal"``, or ``"scaled_random"`` (normal, of
         variance ``1 / h_c``, which keeps the variance of a head).
     """
@@ -145,6 +149,37 @@ class FrequencyMixing(nn.Module):
         first = torch.einsum(mix, re, w_re) + torch.einsum(mix, im, w_im)
         second = torch.einsum(mix, im, w_re) - torch.einsum(mix, re, w_im)
         return join_pairs(first, second, self.rotary_dim).flatten(-2).flatten(2, 3)
+
+
+class FeatureMixing(nn.Module):
+    """One matrix that mixes the channels of a head, the same for all heads: ``T`` of knocking heads (arXiv 2510.23052).
+
+    ``weight`` is ``[d, d]``, input × output, and starts as the identity.
+    """
+
+    def __init__(self, head_dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(head_dim, head_dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Start as the identity."""
+        nn.init.eye_(self.weight)
+
+    def forward(self, x: Float[Tensor, "b t h d"]) -> Float[Tensor, "b t h d"]:
+        """Mix activations."""
+        return reference.knock(x, self.weight)
+
+    def fold(self, weight: Float[Tensor, "rows D"]) -> Float[Tensor, "rows D"]:
+        """Mix the rows of the projection before it instead (or its bias, as one column)."""
+        return (self.weight.mT @ weight.unflatten(0, (-1, len(self.weight)))).flatten(0, 1)
+
+
+def fold_projection(state: dict[str, Tensor], name: str, mixing: HeadMixing | FrequencyMixing | FeatureMixing) -> None:
+    """Fold `mixing` into weight and bias of the projection `name` of a state dict, in place."""
+    state[f"{name}.weight"] = mixing.fold(state[f"{name}.weight"])
+    if f"{name}.bias" in state:
+        state[f"{name}.bias"] = mixing.fold(state[f"{name}.bias"][:, None])[:, 0]
 
 
 class HeadNorm(nn.Module):

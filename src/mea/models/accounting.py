@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from mea.attention.mea import folding_is_cheaper
-from mea.attention.mixing import FrequencyMixing
+from mea.attention.mixing import FeatureMixing, FrequencyMixing, HeadMixing
 from mea.models.config import MeaConfig
 from mea.models.decoder import build_attention
 
@@ -27,6 +27,9 @@ class _Heads:
     mixed_keys: bool
     mixed_values: bool
     frequency: bool
+    shared: bool  # values are mixed from the components of keys, and have no projection
+    pseudo: int  # pseudo-heads per head of interleaved-head attention, which combines heads in every pass; else 0
+    knocked: int  # of queries, keys and values together, those whose channels a shared matrix mixes
     gate: int  # outputs of projections of the hidden states besides q, k, v and output
     parameters: int  # of the whole layer's attention
 
@@ -35,18 +38,24 @@ def _heads(config: MeaConfig) -> _Heads:
     """Counts from one layer's attention on the meta device: a new method needs no entry here."""
     with torch.device("meta"):
         attention = build_attention(config, 0)
-    usual = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    usual = [getattr(attention, name, None) for name in ("q_proj", "k_proj", "v_proj", "o_proj")]
     width = config.hidden_size * attention.head_dim
-    query, key, value, _ = (projection.weight.numel() // width for projection in usual)
+    query, key, value, _ = (0 if projection is None else projection.weight.numel() // width for projection in usual)
     others = [module for module in attention.modules() if isinstance(module, nn.Linear) and module not in usual]
-    key_mixing = getattr(attention, "key_mixing", None)
+    mixings = [getattr(attention, f"{name}_mixing", None) for name in ("query", "key", "value")]
+    knocked = sum(heads for heads, x in zip((query, key, value), mixings, strict=True) if isinstance(x, FeatureMixing))
+    _, key_mixing, value_mixing = mixings
+    pseudo = getattr(attention, "num_pseudo_heads", 0)
     return _Heads(
         query,
         key,
         value,
-        mixed_keys=key_mixing is not None,
-        mixed_values=getattr(attention, "value_mixing", None) is not None,
+        mixed_keys=isinstance(key_mixing, HeadMixing | FrequencyMixing) and not pseudo,
+        mixed_values=isinstance(value_mixing, HeadMixing) and not pseudo,
         frequency=isinstance(key_mixing, FrequencyMixing),
+        shared=getattr(attention, "share_components", False),
+        pseudo=pseudo,
+        knocked=knocked,
         gate=sum(projection.out_features for projection in others),
         parameters=sum(parameter.numel() for parameter in attention.parameters()),
     )
@@ -85,9 +94,9 @@ def decode_flops(config: MeaConfig, context: int) -> int:
     """Operations of generating one token of one sequence when `context` tokens, itself included, are in the cache."""
     heads, d = _heads(config), config.head_dim or 0
     h, h_kv = config.num_attention_heads, config.num_key_value_heads or 1
-    h_c, read = min(heads.key, heads.value), _attention(config, 1, context)
+    h_c, read = heads.key if heads.shared else min(heads.key, heads.value), _attention(config, 1, context)
     components = 2 * config.hidden_size * (heads.key + heads.value) * d
-    if h_c == h_kv:
+    if h_c == h_kv and not heads.shared:
         attention = _keys_values(config, 1) + read
     elif heads.mixed_keys and heads.mixed_values:
         # Absorbed: queries and outputs have the dimension of all components together; the mixing follows.
@@ -98,15 +107,19 @@ def decode_flops(config: MeaConfig, context: int) -> int:
 
 
 def _dense(config: MeaConfig, n: int) -> int:
-    """The projections of queries and output, the feed-forward layer, and further projections of the method."""
+    """The projections of queries and output, the feed-forward layer, and further products of the method per token."""
     heads, d, h = _heads(config), config.head_dim or 0, config.num_attention_heads
-    return 2 * n * config.hidden_size * ((heads.query + h) * d + 3 * config.intermediate_size + heads.gate)
+    projections = config.hidden_size * ((heads.query + h) * d + 3 * config.intermediate_size + heads.gate)
+    return 2 * n * (projections + heads.knocked * d * d)
 
 
 def _keys_values(config: MeaConfig, n: int) -> int:
     """Projections of keys and values and their mixing, without a cache of components."""
     heads, d, h_kv, width = _heads(config), config.head_dim or 0, config.num_key_value_heads or 1, config.hidden_size
     options = config.attention_options or {}
+    if heads.shared:
+        mixing = (4 if heads.frequency else 2) + 2
+        return 2 * n * width * heads.key * d + mixing * n * heads.key * h_kv * d
     h_c, fold, total = min(heads.key, heads.value), options.get("fold", "auto"), 0
     cheaper = folding_is_cheaper(n, width, h_c, h_kv)
     # A norm between components and mixing, as there is for fewer key components, keeps the two apart.
@@ -127,13 +140,15 @@ def _attention(config: MeaConfig, t: int, s: int) -> int:
 
     Methods that do more than softmax attention per token pair are listed by name here.
     """
-    query, d, h = _heads(config).query, config.head_dim or 0, config.num_attention_heads
+    heads, d, h = _heads(config), config.head_dim or 0, config.num_attention_heads
     score = read = d
     if config.attention == "differential_v1":
         # Values have twice the dimension. A single query reads their halves in two calls, each with its own scores.
         score, read = (2 * d if t == 1 else d), 2 * d
     mixing = 2 * 2 * h * h if config.attention == "talking_heads" else 0
-    return t * s * (2 * query * (score + read) + mixing)
+    # Combinations of all heads: queries and outputs, and keys and values of every token, cached ones included.
+    combining = 2 * heads.pseudo * d * (2 * t * h * h + s * (heads.key**2 + heads.value**2))
+    return t * s * max(heads.pseudo, 1) ** 2 * (2 * heads.query * (score + read) + mixing) + combining
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from mea.attention import Attention, by_name
 from mea.attention.backends import Backend
-from mea.attention.mixing import FrequencyMixing, HeadMixing, HeadNorm
+from mea.attention.mixing import FeatureMixing, FrequencyMixing, HeadMixing, HeadNorm
 from mea.models.config import MeaConfig
 from mea.ops.rope import Rotary
 
@@ -110,7 +110,7 @@ class MeaPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None)
-        if isinstance(module, HeadMixing | FrequencyMixing | Attention) and reset:
+        if isinstance(module, HeadMixing | FrequencyMixing | FeatureMixing | Attention) and reset:
             loaded = (getattr(p, "_is_hf_initialized", False) for p in module.parameters(recurse=False))
             if not all(loaded):
                 reset()

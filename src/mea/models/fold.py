@@ -16,12 +16,12 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mea.attention import MultiheadExplicitAttention
+from mea.attention import KnockingHeadsAttention, MultiheadExplicitAttention
 from mea.models.config import MeaConfig
 from mea.models.decoder import MeaForCausalLM
 from mea.models.latent_attention import add_head_norm
 
-FOLDING = ("gqa", "mea", "modified_talking_heads")
+FOLDING = ("gqa", "mea", "modified_talking_heads", "knocking_heads")
 STOCK_MODELS = {LlamaConfig: LlamaForCausalLM, MistralConfig: MistralForCausalLM, Qwen3Config: Qwen3ForCausalLM}
 
 
@@ -35,12 +35,13 @@ def fold(model: MeaForCausalLM) -> Any:
     Parameters
     ----------
     model
-        With ``"mea"``, ``"modified_talking_heads"`` or ``"gqa"`` as its attention. It is not changed.
+        With an attention of `FOLDING`. It is not changed.
 
     Raises
     ------
     ValueError
-        The attention is another method, whose mixing cannot be folded, or has fewer component than key/value heads.
+        The attention is another method, whose mixing cannot be folded, or has fewer component than key/value heads, or
+        keys and values share them.
     """
     config = model.config
     if config.attention not in FOLDING:
@@ -63,13 +64,14 @@ def stock_config(config: Any) -> Any:
         return config
     if config.attention not in FOLDING:
         raise ValueError(
-            f"the cache of {config.attention!r} attention cannot be compressed: it combines the scores of several "
-            f"heads; supported are {', '.join(FOLDING)}"
+            f"the cache of {config.attention!r} attention cannot be compressed: its weights do not fold into grouped "
+            f"attention; supported are {', '.join(FOLDING)}"
         )
     options = config.attention_options or {}
     components = options.get("num_component_heads") or config.num_key_value_heads
     mixed = config.attention == "mea" and options.get("mix", "both") in ("both", "keys")
-    if components < config.num_key_value_heads and mixed and options.get("qk_norm"):
+    smaller = components < config.num_key_value_heads or options.get("share_components")
+    if smaller and mixed and options.get("qk_norm"):
         raise ValueError(
             f"this model caches {components} component heads for {config.num_key_value_heads} key/value heads "
             "and normalises them, so that they do not fold into the key projection; train one without qk_norm"
@@ -130,7 +132,7 @@ def _folded_state(model: MeaForCausalLM, *, expand: bool = False) -> dict[str, T
     state = model.state_dict()
     for i, layer in enumerate(model.model.layers):
         attention = layer.self_attn
-        if isinstance(attention, MultiheadExplicitAttention):
+        if isinstance(attention, MultiheadExplicitAttention | KnockingHeadsAttention):
             prefix = f"model.layers.{i}.self_attn."
             state = {name: x for name, x in state.items() if not name.startswith(prefix)}
             state.update({prefix + name: x for name, x in attention.folded(expand=expand).state_dict().items()})

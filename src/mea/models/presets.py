@@ -2,8 +2,7 @@
 
 A preset is the shape of a plain Transformer. A variant is an attention method with its options. `preset` puts them
 together; where a method needs more or fewer attention parameters than the plain one, the feed-forward layer gives or
-takes the difference, so that every variant of a shape has the same number of parameters within 1 %. Only
-``differential_v2`` (twice the query heads) and ``mea_half`` (half the key and value components) need that.
+takes the difference, so that every variant of a shape has the same number of parameters within 1 %.
 """
 
 from typing import Any
@@ -81,11 +80,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Names of the paper's arms, and beyond them: `mea_half` trains with half as many component heads; with `_small_gain`
-# heads start about as loud as they are without a norm (docs/LOG.md: from 1 on, short trainings do worse than without).
+# Names of the paper's arms, and beyond them: `mea_half` trains with half as many component heads, `mea_shared` with the
+# same components for keys and values: half of the cache, as `gqa_half`. With `_small_gain` heads start about as loud as
+# they are without a norm (docs/LOG.md: from 1 on, short trainings do worse than without).
 SMALL_GAIN = {"head_norm_init": 0.1}
 VARIANTS: dict[str, dict[str, Any]] = {
     "transformer": {"attention": "gqa"},
+    "gqa_half": {"attention": "gqa", "num_key_value_heads": "half"},
+    "mqa": {"attention": "gqa", "num_key_value_heads": 1},
     "groupnorm": {"attention": "gqa", "attention_options": {"head_norm": "shared_gain"}},
     "groupnorm_small_gain": {"attention": "gqa", "attention_options": {"head_norm": "shared_gain"} | SMALL_GAIN},
     "mea": {"attention": "mea"},
@@ -97,9 +99,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "mea_values_no_norm": {"attention": "mea", "attention_options": {"mix": "values", "head_norm": "off"}},
     "mea_frequency": {"attention": "mea", "attention_options": {"key_mixing": "frequency"}},
     "mea_half": {"attention": "mea", "attention_options": {"num_component_heads": "half"}},
+    "mea_shared": {"attention": "mea", "attention_options": {"share_components": True}},
+    "mea_shared_half": {
+        "attention": "mea",
+        "attention_options": {"share_components": True, "num_component_heads": "half"},
+    },
     "differential_v1": {"attention": "differential_v1"},
     "differential_v2": {"attention": "differential_v2"},
     "talking_heads": {"attention": "talking_heads"},
+    "gated": {"attention": "gated"},
+    "knocking_heads": {"attention": "knocking_heads"},
+    "interleaved_heads": {"attention": "interleaved_heads"},
 }
 FFN_STEP = 8  # widths of feed-forward layers stay multiples of this
 
@@ -123,9 +133,10 @@ def preset(shape: str, variant: str = "transformer", **changes: Any) -> MeaConfi
     plain = MeaConfig(**fields, **VARIANTS["transformer"])
     chosen = dict(_lookup("variant", VARIANTS, variant))
     options = dict(chosen.pop("attention_options", {}))
-    if options.get("num_component_heads") == "half":
-        options["num_component_heads"] = max(1, (plain.num_key_value_heads or 1) // 2)
-    config = MeaConfig(**fields, **chosen, attention_options=options)
+    for heads, name in ((options, "num_component_heads"), (chosen, "num_key_value_heads")):
+        if heads.get(name) == "half":
+            heads[name] = max(1, (plain.num_key_value_heads or 1) // 2)
+    config = MeaConfig(**{**fields, **chosen, "attention_options": options})
     per_step = 3 * config.hidden_size * config.num_hidden_layers * FFN_STEP
     config.intermediate_size -= FFN_STEP * round((parameters(config) - parameters(plain)) / per_step)
     return config

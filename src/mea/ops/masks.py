@@ -53,3 +53,26 @@ def attention_mask(
     if padding is not None:
         visible = visible & (padding[:, None, None, :] | (k == q))
     return visible
+
+
+def interleave(mask: Bool[Tensor, "#b 1 t s"], copies: int, *, causal: bool = True) -> Bool[Tensor, "#b 1 _ _"]:
+    """The mask of a sequence in which every token stands `copies` times in a row.
+
+    Parameters
+    ----------
+    mask
+        Of the tokens. With `causal`, the last key in a query's sight is taken to be the query's own token.
+    causal
+        No copy sees a later one of its own token.
+
+    Returns
+    -------
+    A mask ``[#b, 1, copies t, copies s]``.
+    """
+    visible = mask[..., :, None, :, None].expand(*mask.shape[:-1], copies, mask.shape[-1], copies)
+    if causal:
+        own = mask & (mask.flip(-1).cumsum(-1).flip(-1) == 1)
+        place = torch.arange(copies, device=mask.device)
+        later = place[:, None, None] < place
+        visible = visible & ~(own[..., :, None, :, None] & later)
+    return visible.flatten(-2).flatten(-3, -2)

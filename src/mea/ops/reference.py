@@ -7,7 +7,7 @@ matrix is materialised. Fast implementations live in `mea.attention` and are tes
 ``b``   batch                                                       ``h``       query heads
 ``t``   query tokens                                                ``h_kv``    key and value heads
 ``s``   key tokens                                                  ``h_c``     component heads (cached)
-``d``   head dimension of queries and keys                          ``p``       channel pairs, d / 2
+``d``   head dimension of queries and keys                          ``p, n``    pairs d / 2, pseudo-heads
 ``e``   head dimension of values                                    ``r, f``    latent width, frequencies
 ======  ==========================================================  ======  ===============================
 
@@ -95,6 +95,11 @@ def mea(
     return head_norm(attend(q, hlc(k, w_k), hlc(v, w_v), mask), gain, eps)
 
 
+def knock(x: Float[Tensor, "b t h d"], w: Float[Tensor, "d d"]) -> Float[Tensor, "b t h d"]:
+    """Knocking-heads attention (arXiv 2510.23052): the paper's ``T``, one matrix for the channels of every head."""
+    return torch.einsum("bthd,de->bthe", x, w)
+
+
 def talking_heads(
     q: Float[Tensor, "b t h d"],
     k: Float[Tensor, "b s h_kv d"],
@@ -165,3 +170,25 @@ def differential_v2(
     """
     heads = attend(q, k, v, mask)
     return heads[:, :, 0::2] - gate[..., None] * heads[:, :, 1::2]
+
+
+def pseudo_heads(x: Float[Tensor, "b t h_c d"], w: Float[Tensor, "h_c h n"]) -> Float[Tensor, "b t n h d"]:
+    """The paper's alpha: in place of each head, n combinations of all heads, each to be a token of its own."""
+    return torch.einsum("btcd,chn->btnhd", x, w)
+
+
+def interleaved(
+    q: Float[Tensor, "b t n h d"],
+    k: Float[Tensor, "b s n h_kv d"],
+    v: Float[Tensor, "b s n h_kv e"],
+    r: Float[Tensor, "h n h_out"],
+    mask: Bool[Tensor, "#b #h n*t n*s"] | None = None,
+) -> Float[Tensor, "b t h_out e"]:
+    """Interleaved-head attention (arXiv 2602.21371): pseudo-heads attend as tokens in a row; `r` collapses them."""
+    heads = attend(q.flatten(1, 2), k.flatten(1, 2), v.flatten(1, 2), mask).unflatten(1, q.shape[1:3])
+    return torch.einsum("btnhe,hno->btoe", heads, r)
+
+
+def gated(heads: Float[Tensor, "b t h e"], logits: Float[Tensor, "b t h e"]) -> Float[Tensor, "b t h e"]:
+    """Gated attention (arXiv 2505.06708): the output of attention, scaled channel by channel; ``logits = x W_gate``."""
+    return heads * logits.sigmoid()

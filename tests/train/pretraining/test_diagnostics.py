@@ -8,8 +8,10 @@ import torch
 from mea.train.pretraining.diagnostics import _by_tokens_seen, attention_diagnostics
 from mea.train.pretraining.run import build_model
 
+VARIANTS = ["transformer", "mea", "mea_frequency", "mea_shared", "differential_v1", "talking_heads", "gated"]
 
-@pytest.mark.parametrize("variant", ["transformer", "mea", "mea_frequency", "differential_v1", "talking_heads"])
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "knocking_heads", "interleaved_heads"])
 def test_every_variant_can_be_diagnosed_and_is_left_as_it_was(settings, variant):
     torch.manual_seed(0)
     model = build_model(settings(model={"variant": variant}), 300, 0).eval()
@@ -18,7 +20,7 @@ def test_every_variant_can_be_diagnosed_and_is_left_as_it_was(settings, variant)
     diagnostics = attention_diagnostics(model, lambda: model(ids, use_cache=False))
     assert len(diagnostics["largest_logit"]) == 2
     assert [len(heads) for heads in diagnostics["head_rms"]] == [4, 4]
-    assert ("key_mixing" in diagnostics) == (variant == "mea")
+    assert ("key_mixing" in diagnostics) == (variant in ("mea", "mea_shared", "interleaved_heads"))
     assert torch.equal(model(ids).logits, before)
 
 
