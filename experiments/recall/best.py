@@ -35,6 +35,7 @@ def stages(folder: Path) -> str:
         f"\n# {title}\n[[stage]]\narms = {json.dumps(arms)}\nlearning_rates = {list(lrs)}\nseeds = {SEEDS}\n"
         for title, groups in (("Seeds at the best rate.", best), ("Seeds at its neighbours.", beside))
         for lrs, arms in sorted(groups.items())
+        if lrs
     )
 
 

@@ -148,7 +148,7 @@ def easy(**model):
     return settings_from(
         tables(
             data={"recall": {"pairs": 2, "keys": 8, "values": 8, "queries": 1}, "row": 6, "validation_tokens": 3072},
-            model={"tie_word_embeddings": False, "initializer_range": 0.1} | model,
+            model={"tie_word_embeddings": False, "initializer_range": 0.05} | model,
             optim={"tokens": 300 * 768, "batch_tokens": 768, "learning_rate": 5e-3, "warmup_tokens": 20 * 768},
             run={"validations": 2, "checkpoints": 1},
         )
