@@ -32,7 +32,7 @@ def pretrain(
     ] = Path("build/pretraining/data"),
 ) -> None:
     """Train a model of the attention family from random weights."""
-    from mea.train.pretraining.record import divergence_message
+    from mea.train.pretraining.record import divergence_message, end_message
     from mea.train.pretraining.run import pretrain as run
     from mea.train.pretraining.settings import read_settings
 
@@ -41,4 +41,4 @@ def pretrain(
         made = run(settings, out, cache=cache, record=record, start_from=start_from, progress=report)
     if message := divergence_message(made):
         raise ValueError(message)
-    output.print(f"validation loss {made['results']['validation_loss']:.4f} ({out / 'model'})")
+    output.print(f"{end_message(made)} ({out / 'model'})")

@@ -21,7 +21,15 @@ def _same_length(samples: Any) -> Any:
         raise ValueError("validation_tokens and validation_loss differ in length")
     if samples.largest_logit and not (samples.head_rms and samples.head_rms[-1]):
         raise ValueError("largest_logit is there and head_rms is not")
+    if samples.accuracy is not None and len(samples.accuracy) != len(samples.validation_tokens):
+        raise ValueError("validation_tokens and accuracy differ in length")
     return samples
+
+
+def _accuracy_by_pairs(record: Any) -> Any:
+    if any(len(entry) != len(record.config.pairs) for entry in record.samples.accuracy or ()):
+        raise ValueError("samples.accuracy has not one value for each of config.pairs")
+    return record
 
 
 def _cells_of_samples(record: Any) -> Any:
@@ -59,17 +67,19 @@ def record(config: dict[str, Any], results: Any, samples: Any = dict) -> Any:
 def _runs() -> Any:
     settings = fields(optim=(fields(batch_tokens=number), None))
     config = {"tokens": int, "learning_rate": float, "variant": str, "arm": text, "preset": text, "seed": (int, 0)}
-    config |= {"schedule": (str, "constant"), "settings": (settings | None, None)}
+    config |= {"schedule": (str, "constant"), "settings": (settings | None, None), "pairs": (list[int], [])}
     layers = (list[list[Curve | None]] | None, None)
     samples = {"validation_tokens": (list[float], []), "validation_loss": (Curve, [])}
     samples |= dict.fromkeys(("train_loss", "grad_norm"), (Curve | None, None))
     samples |= {"largest_logit": (list[Curve] | None, None), "head_rms": (list[list[Curve]] | None, None)}
+    samples |= {"accuracy": (list[Scores] | None, None)}
     samples |= dict.fromkeys(("read_rms", "key_mixing", "value_mixing"), layers)
-    return record(
+    whole = record(
         config,
         fields(validation_loss=number, diverged=(bool, False)),
         Annotated[fields(**samples), AfterValidator(_same_length)],
     )
+    return Annotated[whole, AfterValidator(_accuracy_by_pairs)]
 
 
 def _fits() -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 from mea.records import Record
 from mea.report.formatting import ABSENT, learning_rate
 from mea.report.parts import Figure, Part, Section, Table
-from mea.report.sections import attention_diagnostics
+from mea.report.sections import attention_diagnostics, recall
 from mea.report.sections import pretraining_curves as curves
 from mea.report.sections.scaling_fit import KIND as FIT
 from mea.report.sections.scaling_fit import best_arms, fit_parts, schedule_suffix
@@ -40,6 +40,8 @@ def _section(shape: Shape, records: list[Record]) -> Section:
         group = _groups(fit).get(schedule)
         if group:
             parts.append(Part(numbers=_summary(group)))
+        if accuracy := recall.part(chosen, suffix):
+            parts.append(accuracy)
         if figures := _figures(chosen, fit, schedule):
             parts.append(Part(f"Learning rates, losses and stability in figures{suffix}", figures=figures))
         if figures := curves.of_arms(chosen, fit, schedule):

@@ -57,6 +57,11 @@ def run_record(settings: PretrainSettings, trainer: Trainer, reason: str, second
         "validation_loss": list(losses.values()),
         "validation_blocks": [_blocks(evaluations[step]["eval_blocks"]) for step in losses],
     }
+    accuracies = [evaluations[step]["accuracy"] for step in losses if "accuracy" in evaluations[step]]
+    if settings.data.recall is not None and accuracies:
+        config["pairs"] = settings.data.recall.scored_pairs
+        samples["accuracy"] = accuracies
+        results["accuracy"] = None if reason else sum(accuracies[-1]) / len(accuracies[-1])
     diagnostics = [evaluations[step]["diagnostics"] for step in losses]
     samples |= {name: [entry[name] for entry in diagnostics] for name in diagnostics[0]} if diagnostics else {}
     samples = {name: _rounded(values, 6 if "loss" in name else 4) for name, values in samples.items()}
@@ -77,6 +82,13 @@ def _rounded(value: Any, digits: int) -> Any:
     if isinstance(value, float):
         return float(f"{value:.{digits}g}") if math.isfinite(value) else None
     return value
+
+
+def end_message(record: Record) -> str:
+    """What a run that did not diverge came to."""
+    results = record["results"]
+    message = f"validation loss {results['validation_loss']:.4f}"
+    return message + (f", accuracy {results['accuracy']:.1%}" if "accuracy" in results else "")
 
 
 def divergence_message(record: Record) -> str | None:

@@ -21,10 +21,9 @@ from mea.train.fsdp import shard
 from mea.train.pretraining.branch import adopt, branched_at, check_same_run, write_settings
 from mea.train.pretraining.callbacks import StopDiverged
 from mea.train.pretraining.controls import FoldMixing, freeze_mixing
-from mea.train.pretraining.dataset import TokenStream, TrainingRows, ValidationRows
 from mea.train.pretraining.record import run_record
 from mea.train.pretraining.settings import PretrainSettings
-from mea.train.pretraining.tokenise import load_tokenizer, prepare
+from mea.train.pretraining.source import Source, open_source
 from mea.train.pretraining.trainer import PretrainTrainer
 from mea.train.trainer import ReportSteps, disk_errors, training_arguments
 
@@ -84,8 +83,8 @@ def _pretrain(
         _check_memory(settings, args.world_size)
         with args.main_process_first():
             check_same_run(settings, out)
-            shards = prepare(settings.data, cache, progress)
-        trainer, stop = _trainer(settings, args, shards, progress)
+            source = open_source(settings, cache, progress)
+        trainer, stop = _trainer(settings, args, source, progress)
         with args.main_process_first():
             checkpoint, incomplete = last_complete(out)
             if checkpoint is None and start_from is not None:
@@ -110,20 +109,16 @@ def _pretrain(
 
 
 def _trainer(
-    settings: PretrainSettings, args: TrainingArguments, shards: Path, progress: Progress | None
+    settings: PretrainSettings, args: TrainingArguments, source: Source, progress: Progress | None
 ) -> tuple[PretrainTrainer, StopDiverged]:
     """The trainer of a run, and the callback that knows why it ended early."""
     optim = settings.optim
-    tokenizer = load_tokenizer(shards)
-    end = tokenizer.eos_token_id
-    assert isinstance(end, int)  # `prepare` refuses a tokenizer without one
-    rows, validation = _rows(settings, shards)
     torch.manual_seed(settings.run.seed)
-    model = build_model(settings, len(tokenizer), end)
+    model = build_model(settings, source.vocabulary, source.end)
     flops = training_flops(model.config, settings.rows_per_batch, settings.data.row)
     if settings.run.shard:
         shard(model, model.model.layers)
-    stop = StopDiverged(math.log(len(tokenizer)) + settings.run.divergence, optim.warmup_steps)
+    stop = StopDiverged(math.log(source.vocabulary) + settings.run.divergence, optim.warmup_steps)
     callbacks: list[TrainerCallback] = [stop]
     if settings.run.fold_at is not None:
         callbacks.append(FoldMixing(int(settings.run.fold_at * optim.steps)))
@@ -133,9 +128,9 @@ def _trainer(
     trainer = PretrainTrainer(
         model,
         args,
-        train_dataset=rows,
-        eval_dataset=validation,
-        processing_class=tokenizer,
+        train_dataset=source.rows,
+        eval_dataset=source.validation,
+        processing_class=source.tokenizer,
         callbacks=callbacks,
         mixer_multiplier=optim.mixer_multiplier,
     )
@@ -144,7 +139,7 @@ def _trainer(
 
 def _check_memory(settings: PretrainSettings, processes: int) -> None:
     """Refuse a model that cannot fit: fp32 weights, gradients and two moments have 16 bytes a parameter."""
-    count = parameters(settings.model.config(settings.data.vocabulary, 0, settings.data.row))
+    count = parameters(settings.model.config(settings.data.model_vocabulary, 0, settings.data.row))
     needed = 16 * count // (processes if settings.run.shard else 1)
     cuda = torch.cuda.is_available()
     have = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
@@ -207,15 +202,3 @@ def _schedule(settings: PretrainSettings) -> tuple[str, dict[str, Any]]:
             },
         ),
     }[optim.schedule]
-
-
-def _rows(settings: PretrainSettings, shards: Path) -> tuple[TrainingRows, ValidationRows]:
-    data, count = settings.data, settings.rows_per_batch * settings.optim.steps
-    stream = TokenStream(shards, "train")
-    rows = TrainingRows(stream, data.row, count, settings.run.seed)
-    if rows.available < settings.rows_per_batch:
-        raise ValueError(
-            f"the training split has {len(stream):,} tokens, {rows.available} rows of {data.row}: less than one batch "
-            f"of {settings.rows_per_batch} rows. Give more text or a smaller optim.batch_tokens"
-        )
-    return rows, ValidationRows(TokenStream(shards, "validation"), data.row, data.validation_tokens)

@@ -1,7 +1,7 @@
 """Settings of a pretraining run: frozen, checked, read from a TOML file that holds only what differs from defaults."""
 
 import tomllib
-from dataclasses import field, make_dataclass
+from dataclasses import field, fields, make_dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from pydantic.dataclasses import dataclass
 from mea.models.config import MeaConfig
 from mea.models.decoder import MeaDecoderLayer
 from mea.models.presets import preset
+from mea.train.pretraining.recall import RecallSettings
 from mea.train.settings import (
     CONFIG,
     Count,
@@ -86,14 +87,16 @@ class ModelSettings:
 
 @dataclass(frozen=True, config=CONFIG)
 class DataSettings:
-    """Where the text is, and how it becomes rows of tokens.
+    """Where the text is, and how it becomes rows of tokens; or a task whose rows are drawn by a seed.
 
     Parameters
     ----------
     files
         Files or folders: ``.txt`` or ``.md``, JSON lines or Parquet, also compressed. Or else:
     hub, hub_config, hub_split
-        A data set of the Hugging Face hub, streamed.
+        A data set of the Hugging Face hub, streamed. Or else:
+    recall
+        A task of associative recall, which needs no text: of the other fields only `row` and `validation_tokens` hold.
     kind
         Which files of a folder are taken: ``"text"``, ``"json"`` or ``"parquet"``.
     column
@@ -117,6 +120,7 @@ class DataSettings:
     hub: StrictStr | None = None
     hub_config: StrictStr | None = None
     hub_split: StrictStr = "train"
+    recall: RecallSettings | None = None
     kind: Literal["text", "json", "parquet"] = "text"
     column: StrictStr = "text"
     separator: Annotated[StrictStr, Field(min_length=1)] | None = None
@@ -129,8 +133,24 @@ class DataSettings:
     shard_tokens: Count = 1 << 26
 
     def __post_init__(self) -> None:
-        if bool(self.files) == (self.hub is not None):
-            raise ValueError("data: give either files or hub")
+        if bool(self.files) + (self.hub is not None) + (self.recall is not None) != 1:
+            raise ValueError("data: give either files or hub or recall")
+        if self.recall is not None:
+            self._check_recall(self.recall)
+
+    def _check_recall(self, task: RecallSettings) -> None:
+        """Refuse fields of text, and rows that are too short."""
+        used = ("recall", "row", "validation_tokens")
+        unused = [f.name for f in fields(self) if f.name not in used and getattr(self, f.name) != f.default]
+        if unused:
+            raise ValueError(f"data.{unused[0]} is a setting of text, and data.recall has none")
+        if self.row < task.longest:
+            raise ValueError(f"data.row ({self.row}) must be at least {task.longest}, for the pairs and queries")
+
+    @property
+    def model_vocabulary(self) -> int:
+        """Tokens of the model, as far as settings tell: a given tokenizer may have others."""
+        return self.vocabulary if self.recall is None else self.recall.vocabulary
 
 
 @dataclass(frozen=True, config=CONFIG)
@@ -266,7 +286,7 @@ class PretrainSettings:
 def _check_model(model: ModelSettings, data: DataSettings) -> None:
     """Build one layer without weights: sizes that do not fit each other end here, before anything is written."""
     try:
-        config = model.config(data.vocabulary, 0, data.row)
+        config = model.config(data.model_vocabulary, 0, data.row)
         with torch.device("meta"):
             MeaDecoderLayer(config, 0)
     except ValueError as error:

@@ -23,7 +23,7 @@ import torch
 from mea.records import Progress, read_record
 from mea.train.checkpoints import is_complete
 from mea.train.pretraining.branch import SETTINGS
-from mea.train.pretraining.record import KIND
+from mea.train.pretraining.record import KIND, end_message
 from mea.train.pretraining.settings import settings_from
 from mea.train.pretraining.sweep_file import SweepRun
 from mea.train.pretraining.tokenise import prepare
@@ -94,7 +94,9 @@ def sweep(
     folders = Folders(Path(results).absolute(), Path(work_folder).absolute())
     todo = [run for run in runs if not folders.record(run).is_file()]
     for tables in _distinct_data(todo):  # once, before processes would do it side by side
-        prepare(settings_from(tables).data, folders.data, progress)
+        data = settings_from(tables).data
+        if data.recall is None:
+            prepare(data, folders.data, progress)
     if launch is None:  # with all threads each, two runs on two cores took four times as long
         launch = partial(run_command, threads=max(1, torch.get_num_threads() // workers))
     deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
@@ -250,4 +252,4 @@ def _outcome(path: Path) -> str:
     results = record["results"]
     if results["diverged"]:
         return f"diverged ({results['reason']})"
-    return f"validation loss {results['validation_loss']:.4f} in {results['seconds_of_last_start']:,.0f} s"
+    return f"{end_message(record)} in {results['seconds_of_last_start']:,.0f} s"

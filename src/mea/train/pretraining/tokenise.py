@@ -83,9 +83,8 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
 
 def _fingerprint(data: DataSettings) -> str:
     """Tells data sets apart: the settings, and the files' names, sizes and ends."""
-    settings = {
-        name: value for name, value in asdict(data).items() if name not in ("validation_tokens", "row", "files")
-    }
+    other = ("validation_tokens", "row", "files", "recall")
+    settings = {name: value for name, value in asdict(data).items() if name not in other}
     digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
     for path in source_files(data) if data.hub is None else ():
         with path.open("rb") as file:

@@ -13,6 +13,7 @@ from mea.attention.mixing import FrequencyMixing, HeadMixing
 from mea.train.fsdp import is_sharded
 from mea.train.pretraining.dataset import IGNORED, collate
 from mea.train.pretraining.diagnostics import Diagnostics, attention_diagnostics
+from mea.train.pretraining.recall import RecallRows
 from mea.train.trainer import BaseTrainer
 
 DIAGNOSTIC_ROWS = 8  # validation rows on which attention is diagnosed
@@ -49,13 +50,14 @@ class PretrainTrainer(BaseTrainer):
     def evaluate(self, *_: Any, **__: Any) -> dict[str, float]:
         """Mean loss per token over the validation rows, and that of every row (``eval_blocks`` of the history).
 
+        Of a recall task, also the accuracy for each number of pairs (``accuracy`` of the history).
         The rows are shared out among processes, in equal numbers: some are scored twice and counted once.
         """
         model: Any = self.model_wrapped
         rows: Any = self.eval_dataset
         training = model.training
         model.eval()
-        sums, counts = [], []
+        sums, counts, hits = [], [], []
         rank, processes = self.args.process_index, self.args.world_size
         mine = [i % len(rows) for i in range(rank, -(-len(rows) // processes) * processes, processes)]
         for batch in DataLoader(Subset(rows, mine), self.args.per_device_train_batch_size, collate_fn=collate):
@@ -67,11 +69,14 @@ class PretrainTrainer(BaseTrainer):
             loss = F.cross_entropy(flat, labels.flatten(), ignore_index=IGNORED, reduction="none")
             sums.append(loss.view_as(labels).sum(1))
             counts.append((labels != IGNORED).sum(1))
-        total, count = (self._of_all_processes(torch.cat(x), len(rows)) for x in (sums, counts))
+            hits.append((logits.argmax(-1) == labels).sum(1))
+        total, count, hit = (self._of_all_processes(torch.cat(x), len(rows)) for x in (sums, counts, hits))
         metrics = {"eval_loss": (total.sum() / count.sum()).item()}
         self.log(metrics)
         history: list[dict[str, Any]] = self.state.log_history
         history[-1]["eval_blocks"] = (total / count).tolist()  # not logged: a reporter could not show it
+        if isinstance(rows, RecallRows):
+            history[-1]["accuracy"] = rows.mean_by_pairs(hit / count)
         history[-1]["diagnostics"] = self._diagnostics(rows)
         model.train(training)
         return metrics
