@@ -446,20 +446,20 @@ def page(record: dict[str, Any]) -> str:
 
 INTRODUCTION = f"""# Conformance
 
-Each cell runs a way of generating on tiny random models in fp64, for the architectures
-{", ".join(KINDS[:4])},
-{", ".join(KINDS[4:])}. The result has to be that of the same call without a cache. A quantised
-cache is compared with a cache that keeps plain tensors and quantises them anew at each reading.
+Each cell tests one way of generating with one kind of cache, on tiny random models in fp64 of the
+architectures {", ".join(KINDS[:5])}, {", ".join(KINDS[5:])}.
+The result must equal that of the same call without a cache. The oracle of a quantised cache is a
+cache that stores exact tensors and quantises them at every step.
 
-- "ok": the tokens are equal, and logits differ by rounding only, for all architectures or those named.
-- "refused": an error before any result; its sentence is below.
-- "–": the way does not involve a cache that is given to the model.
+- "ok": tokens are equal and logits differ by rounding only, for the named architectures or all.
+- "refused": an error before any result; its text is below.
+- "–": the row does not apply to this cache.
 
-`torch.compile` of a decoding step is tested apart, by the tests marked `compile`.
+The tests marked `compile` cover `torch.compile` of a decoding step.
 
-`predictive` and `joint` are the packed caches of `mea compress`; `post_rope`, `pre_rope` and `shared` are the
-latent forms of the baselines; `quantised` is the cache of `--cache-bits`.
-`python scripts/conformance.py` repeats it, and writes `docs/conformance.json` and this page.
+`predictive` and `joint` are the packed caches of `mea compress`; `post_rope`, `pre_rope` and
+`shared` are the caches of the baselines; `quantised` is the cache of `--cache-bits`.
+`python scripts/conformance.py` repeats the tests and writes `docs/conformance.json` and this page.
 """
 REFUSALS = "Refusals:"
 
