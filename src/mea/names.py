@@ -1,7 +1,7 @@
-"""Names that users give: the lists of them, and what to say about one that does not exist.
+"""Lists of the names that users can give, and spelling suggestions for unknown names.
 
-The command line shows these lists without importing what they name, which would take seconds. Methods of compression
-are registered here; tests hold the other lists against their registries.
+The command line shows these lists without importing torch or transformers, which would take seconds. Methods of
+compression are registered here; tests hold the other lists against their registries.
 """
 
 import re

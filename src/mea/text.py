@@ -1,4 +1,4 @@
-"""Texts to calibrate and to test on: shipped ones by name, users' texts and conversations, and windows read again."""
+"""Texts to calibrate and to test on: packaged texts by name, users' texts and conversations, and repeated spans."""
 
 import gzip
 import json
@@ -19,7 +19,7 @@ LEAST = 8  # tokens: a shorter stretch has no room for a copy
 
 
 def load_text(name_or_path: str | Path) -> str:
-    """The text of a shipped name or of a file.
+    """A packaged text by name, or the text of a file.
 
     Parameters
     ----------
@@ -120,26 +120,26 @@ def start_token(tokenizer: Any) -> int | None:
 
 
 def windows(tokens: Int[Tensor, " n"], window: int, start: int | None) -> Int[Tensor, "windows window"]:
-    """A text cut into rows of `window` tokens, each opened by `start` if there is one; what is left over is dropped."""
+    """Rows of `window` tokens of a text, each beginning with `start` if given; an incomplete last row is dropped."""
     taken = window if start is None else window - 1
     rows = tokens[: len(tokens) // taken * taken].view(-1, taken)
     return rows if start is None else torch.cat([rows.new_full((len(rows), 1), start), rows], dim=1)
 
 
 def repeat_spans(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[Tensor, "n t"]:
-    """Windows of which a share looks back: there, every stretch ends with a copy of a run of its own tokens.
+    """The windows, a share of them with repeated spans: every stretch ends with a copy of some of its own tokens.
 
-    Running prose seldom repeats what stands far back word for word, so that hardly anything in it depends on finding
-    it; a stretch that does, makes the keys and queries count that find it.
+    Running prose seldom repeats distant text verbatim, so predicting it hardly needs recall of distant tokens. Repeated
+    spans give weight to the keys and queries that such recall uses.
 
     Parameters
     ----------
     rows
-        Windows; their first tokens are never copied.
+        The windows; their first tokens are never copied.
     share
-        Of the windows, between 0 and 1.
+        Share of the windows with repeated spans, between 0 and 1.
     seed
-        Chooses windows and runs: 1/16 to 7/16 of a stretch of `STRETCH` tokens.
+        Chooses the windows and the copied spans, each 1/16 to 7/16 of a stretch of `STRETCH` tokens.
     """
     rows, generator = rows.clone(), torch.Generator().manual_seed(seed)
 
@@ -158,7 +158,7 @@ def repeat_spans(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[T
 
 
 def check_fraction(share: float) -> None:
-    """Raise ValueError if that is no share of windows."""
+    """Raise ValueError unless `share` is between 0 and 1."""
     if not 0 <= share <= 1:
         raise ValueError(f"copy_fraction is a share of the windows, 0 to 1, not {share}")
 

@@ -114,7 +114,7 @@ def block_mask(
     documents: Int[Tensor, "b s"] | None = None,
     device: torch.device | str = "cpu",
 ) -> BlockMask:
-    """As `mea.ops.masks.attention_mask`, as the block-sparse mask of FlexAttention."""
+    """The mask of `mea.ops.masks.attention_mask`, with the same arguments, as FlexAttention's `BlockMask`."""
     keys = queries if keys is None else keys
     offset = keys - queries
 

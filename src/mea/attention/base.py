@@ -14,7 +14,7 @@ from mea.ops.rope import RopeConfig, Rotary, frequencies, rotary, rotate
 
 @runtime_checkable
 class Cache(Protocol):
-    """Interface of caches, which Hugging Face's and `KVCache` implement. Tensors are ``[b, heads, s, width]``."""
+    """Interface of a cache, as in transformers and `KVCache`. Tensors are ``[b, heads, s, width]``."""
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int) -> tuple[Tensor, Tensor]:
         """Append the new tokens' keys and values to layer `layer_idx`, and return those of all tokens."""
@@ -80,7 +80,7 @@ class Attention(nn.Module):
     backend
         ``"eager"``, ``"sdpa"`` or ``"flex"`` (`mea.attention.backends`).
     eps
-        Of every norm.
+        Epsilon of every norm.
     head_norm_init
         Initial gain of the norm after attention, if there is one. At 1 a head's output is initially many times as large
         as without the norm.

@@ -64,7 +64,7 @@ class DifferentialAttention(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
-        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
         k, v = self.remember(k, v, cache)
@@ -127,7 +127,7 @@ class DifferentialAttentionV2(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
-        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
         k, v = self.remember(k, v, cache)

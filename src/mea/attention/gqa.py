@@ -67,7 +67,7 @@ class GroupedQueryAttention(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
-        """Attend within `x` and to what `cache` holds.
+        """Attend within `x` and to the tokens in `cache`.
 
         Parameters
         ----------
@@ -76,9 +76,9 @@ class GroupedQueryAttention(Attention):
         mask
             True where a query may attend; None for this module's own `causal` and `window`.
         positions
-            Of the new tokens, or their angles; None to continue from the length of the cache.
+            Positions of the new tokens, or their rotary angles; None continues from the length of the cache.
         cache
-            Holds the past tokens; the new ones are appended.
+            Cache with the past tokens; the new tokens are appended to it.
         """
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)

@@ -6,11 +6,12 @@ outputs of a token to ``h`` heads.
 
 As in the paper, RoPE counts pseudo-tokens, and the order of pseudo-tokens is causal too: pseudo-token ``p`` of a token
 sees all those of earlier tokens, and of its own token those up to ``p``. Attention costs ``P²`` times that of grouped
-attention. The cache costs nothing more: combinations of heads commute with RoPE, so that it holds the heads before
-they are combined, turned by the position of their token's first pseudo-token.
+attention. The cache costs nothing more: combinations of heads commute with RoPE, so it holds the heads before they are
+combined, rotated by the position of their token's first pseudo-token.
 
-What is not from the paper: key and value heads may be fewer than query heads (it has equally many), and the initial
-values (it gives none). It lowers the cost by sliding windows in four of five layers, which is left to the caller.
+Two things are not from the paper: fewer key and value heads than query heads (the paper has equally many), and the
+initial values (the paper gives none). The paper lowers the cost by sliding windows in four of five layers; this is left
+to the caller.
 """
 
 from typing import Unpack
@@ -28,7 +29,7 @@ from mea.ops.rope import Rotary, rotate
 
 
 class InterleavedHeadAttention(Attention):
-    """Grouped-query attention over pseudo-heads, which stand in a row as tokens.
+    """Grouped-query attention over pseudo-heads, which form a sequence of further tokens.
 
     Parameters
     ----------
@@ -37,8 +38,8 @@ class InterleavedHeadAttention(Attention):
     num_pseudo_heads
         ``P``, pseudo-heads per head. The paper has ``P = h``.
     init
-        Of the four matrices, by name: see `HeadMixing`. At ``"identity"`` all pseudo-heads of a head are copies of it,
-        and their outputs are averaged. ``query_mixing.weight`` ``[h, h P]``, ``key_mixing.weight`` and
+        Initialisation of the four matrices, by name: see `HeadMixing`. At ``"identity"`` all pseudo-heads of a head are
+        copies of it, and their outputs are averaged. ``query_mixing.weight`` ``[h, h P]``, ``key_mixing.weight`` and
         ``value_mixing.weight`` ``[h_kv, h_kv P]`` are the paper's alpha, ``collapse.weight`` ``[h P, h]`` is the
         transpose of its R.
     """
@@ -72,10 +73,10 @@ class InterleavedHeadAttention(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
-        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`.
+        """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`.
 
         Angles given as `positions` are those of this module's `rotary`. A `mask` given to a causal module is causal:
-        the last key in a query's sight is the query's own token.
+        the last key that a query may attend to is the query's own token.
         """
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)

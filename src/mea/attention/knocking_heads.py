@@ -55,7 +55,7 @@ class KnockingHeadsAttention(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
-        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
         q = self.q_norm(self.query_mixing(self.heads(self.q_proj(x))))
         k = self.k_norm(self.key_mixing(self.heads(self.k_proj(x))))
         v = self.value_mixing(self.heads(self.v_proj(x)))

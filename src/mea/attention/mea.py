@@ -64,10 +64,10 @@ class MultiheadExplicitAttention(Attention):
         Mix activations (``"never"``), or the rows of ``W_K`` and ``W_V`` at each step (``"always"``): the same result.
         ``"auto"`` takes the order with fewer multiplications for the given number of tokens.
     share_components
-        Mix keys and values from the same components, which `k_proj` makes: there is no `v_proj`. A cache holds them as
-        they are before norm and RoPE, ``h_c d`` numbers per token instead of ``2 h_c d``, and each pass turns them by
-        their places in the cache: `positions` of one row must follow each other. `mix` is ``"both"``, and `fold` has
-        no effect, since activations are cheaper to mix.
+        Mix keys and values from the same components, which `k_proj` makes: there is no `v_proj`. A cache holds the
+        components before norm and RoPE, ``h_c d`` numbers per token instead of ``2 h_c d``. Each pass rotates them by
+        their positions in the cache, so `positions` of one row must be consecutive. `mix` must be ``"both"``; `fold`
+        has no effect, since activations are cheaper to mix.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class MultiheadExplicitAttention(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
-        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
         q = self.q_norm(self.heads(self.q_proj(x)))
         if self.share_components or (self.compressed and cache is not None):
             return self.output(self.head_norm(self._attend_to_components(x, q, mask, positions, cache)))
@@ -207,8 +207,8 @@ class MultiheadExplicitAttention(Attention):
         Raises
         ------
         ValueError
-            There are fewer component than key/value heads, or keys and values share them, and `expand` does not allow
-            the larger cache of the result. Or component keys have a norm, which is between ``W_K`` and the mixing.
+            Without `expand`: components are fewer than key/value heads or shared by keys and values, so the result
+            would have a larger cache. Always: component keys have a norm, which stands between ``W_K`` and the mixing.
         """
         normed = self.key_mixing is not None and not isinstance(self.k_norm, nn.Identity)
         if self.compressed and (normed or not expand):

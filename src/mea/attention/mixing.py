@@ -188,11 +188,11 @@ class HeadNorm(nn.Module):
     Parameters
     ----------
     num_heads, channels
-        Heads after attention, and channels of one.
+        Number of heads after attention, and of channels per head.
     gain
         ``"no_gain"``, ``"shared_gain"`` (one for all heads, as in Differential Transformer) or ``"per_head_gain"``.
     init
-        What the gain starts at.
+        Initial gain.
     """
 
     def __init__(

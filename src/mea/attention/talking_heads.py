@@ -26,7 +26,8 @@ class TalkingHeadsAttention(Attention):
     hidden_size, num_heads, num_kv_heads, options
         As in `Attention`; the mixing is among the ``h`` query heads whatever the grouping.
     init
-        Of both matrices, by name: see `HeadMixing`. ``score_mixing.weight`` is the transpose of the paper's ``T^QK``.
+        Initialisation of both matrices, by name: see `HeadMixing`. ``score_mixing.weight`` is the transpose of the
+        paper's ``T^QK``.
     """
 
     backends: tuple[Backend, ...] = ("eager",)
@@ -53,7 +54,7 @@ class TalkingHeadsAttention(Attention):
         positions: Int[Tensor, "#b t"] | Rotary | None = None,
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
-        """Attend within `x` and to what `cache` holds; arguments as in `GroupedQueryAttention.forward`."""
+        """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
         q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
         q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
         k, v = self.remember(k, v, cache)

@@ -1,4 +1,4 @@
-"""What is compared: ways to make a cache smaller, each with its name in tables, and the sets of them for commands."""
+"""The compared ways to make a cache smaller, each with its name in tables, and the default sets of commands."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -22,12 +22,12 @@ class CacheConfig:
 
     @property
     def read(self) -> ThroughCache:
-        """How to read a text over such a cache."""
+        """How a text is read through this cache."""
         form = CacheFormat()
         return ThroughCache(self.make, form.block, 0 if self.backend else form.first)
 
     def absent(self, config: Any) -> str:
-        """Why no such cache can be made here; nothing if it can."""
+        """Why this cache cannot be made on this machine; empty if it can."""
         try:
             self.make(config)
         except (ImportError, ValueError) as error:
@@ -55,16 +55,16 @@ class MethodConfig:
     Attributes
     ----------
     label
-        Its name in tables and of its record.
+        Name in tables and of the record.
     method, keep, refine
         As in `mea.compression.options.CompressOptions`. A `method` of ``"none"`` leaves ranks as they are, and one of
         ``"kvpress NAME"`` or ``"cacheshrink NAME"`` is that method of the peer, scored on continuations alone.
     bits, backend
         See `CacheConfig`; None is an ordinary cache. Others are for a `method` of ``"none"``.
     series
-        What configs at several sizes share; their labels then say the size.
+        Name shared by one method's configs at several sizes; their labels then give the size.
     recovered
-        Measured after the training that all such configs of a comparison get.
+        Whether to measure after training, which is the same for all such configs of a comparison.
     """
 
     label: str
@@ -78,14 +78,14 @@ class MethodConfig:
 
     @property
     def options(self) -> CompressOptions | None:
-        """Of the fit, without the calibration text; None where nothing is fitted."""
+        """Options of the fit, without the calibration text; None if nothing is fitted."""
         if self.method == "none" or self.peer:
             return None
         return CompressOptions(keep=self.keep, method=self.method, refine=self.refine)
 
     @property
     def peer(self) -> str:
-        """The package that the method belongs to, if it is not this one."""
+        """The other package that the method belongs to, if any."""
         return self.method.split()[0] if " " in self.method else ""
 
     @property
@@ -95,7 +95,7 @@ class MethodConfig:
 
     @property
     def cache(self) -> CacheConfig | None:
-        """The quantised cache, None for an ordinary one."""
+        """The quantised cache; None for an ordinary cache."""
         return None if self.bits is None else CacheConfig(self.bits, self.backend)
 
 
@@ -125,17 +125,16 @@ def method_configs(
     Parameters
     ----------
     methods, keeps
-        Names in `mea.compression.methods.METHODS`, and fractions of the bytes; without fractions `CODED_KEEPS` of
-        packed caches and `RANKED_KEEPS` of other methods. Sizes that a method cannot have are the caller's to leave
-        out.
+        Names in `mea.compression.methods.METHODS`, and fractions of the bytes; by default `CODED_KEEPS` for packed
+        caches and `RANKED_KEEPS` for other methods. The caller has to leave out impossible sizes.
     bits
-        Of this package's quantised cache.
+        Bits of this package's quantised cache.
     backends
-        Of transformers' own cache in 4 and 2 bits: ``hqq``, ``quanto``.
+        Backends of transformers' own cache in 4 and 2 bits: ``hqq``, ``quanto``.
     presses, conversions
         Classes of kvpress, and of cacheshrink's ways to compress: ``separate``, ``joint``, ``xkv``.
     recovered
-        Every method at every size also after training.
+        Whether to add every method at every size after training.
     """
     coded = {method for method in methods if method in METHODS and METHODS[method].coded}
     sizes = {method: keeps or (CODED_KEEPS if method in coded else RANKED_KEEPS) for method in methods}

@@ -16,20 +16,20 @@ class Protocol:
     texts
         ``(name, tokens)``; the first is the main one.
     window
-        For the texts.
+        Tokens of a window of the texts.
     position_text, positions
         One pass of the last position's length, and the edges of the ranges it is reported by; none without positions.
     prompt, new_tokens
-        Continued greedily; not without a prompt.
+        Prompt that models continue greedily, and the number of tokens; none if the prompt is empty.
     decode_context, decode_steps
-        For the time of a decoding step, in `decode_dtype` (``"fast"``: bfloat16 where this machine multiplies it, else
-        float32); not without steps.
+        Cached tokens and number of timed decoding steps, in `decode_dtype` (``"fast"``: bfloat16 if this machine has
+        fast bfloat16 products, else float32); 0 steps: no timing.
     context
-        Of each window, what is read before the continuation that is scored; no continuations if 0.
+        Tokens of each window that are read before the scored continuation; 0 for no continuations.
     cache_tokens
-        At which caches are measured, at most the model's limit. Tokens that a cache keeps exactly dominate short ones.
+        Length at which caches are measured, at most the model's limit: exact tokens dominate short caches.
     dtype
-        To score in, and of the cache that is measured.
+        Dtype of scoring and of the measured cache.
     """
 
     texts: tuple[tuple[str, int], ...] = (("wikitext-2-test", 20480), ("technical", 4096))

@@ -17,7 +17,7 @@ Parts = tuple[dict[str, Any], dict[str, Any]]  # results and samples of a record
 
 
 class Quality:
-    """Scores models by a protocol; the first one that is scored is the reference of the others' ratios."""
+    """Scores models by a protocol; ratios are relative to the first scored model."""
 
     def __init__(self, tokenizer: Any, protocol: Protocol, progress: Progress | None = None):
         self.tokenizer, self.protocol, self.progress = tokenizer, protocol, progress
@@ -30,7 +30,7 @@ class Quality:
         Parameters
         ----------
         cache
-            That the text is read over; None is an ordinary one.
+            Cache through which the text is read; None for an ordinary cache.
         """
         protocol = self.protocol
         results: dict[str, Any] = {"texts": {}, "position_text": protocol.position_text}
@@ -66,7 +66,7 @@ class Quality:
         return values if reference is losses else values | ratio(losses, reference).as_dict("ratio")
 
     def continued(self, text: str, losses: Losses) -> dict[str, Any]:
-        """The same of continuations."""
+        """Perplexity of continuations, and its ratio to the reference's."""
         return self.summary(text, losses) | {"context": self.protocol.context}
 
     def _by_position(self, losses: Losses) -> list[dict[str, Any]]:

@@ -49,14 +49,14 @@ def compare(
 ) -> list[Record]:
     """Measure a model and all ways to compress it; returns the records, the uncompressed model's first.
 
-    Every record is written as soon as it is there, so that an interrupted run goes on.
+    Every record is written at once, so that an interrupted run continues.
 
     Parameters
     ----------
     peers
-        Package -> Python of the environment that it is installed in. The records of a peer that is not there say so.
+        Package -> Python of the environment that it is installed in. The record of a missing peer says so.
     training
-        Of configs that are recovered.
+        Training of the configs that are recovered.
 
     Raises
     ------
@@ -198,7 +198,7 @@ def describe_cost(
     calibration: Calibration | None = None,
     trained_tokens: int = 0,
 ) -> str:
-    """What a comparison takes here, without what peers need; no weights are read.
+    """Cost of a comparison on this machine, without the peers; no weights are read.
 
     `trained_tokens` is what each recovered configuration is trained on.
 
@@ -231,7 +231,7 @@ def describe_cost(
 def possible(
     source: str, configs: Sequence[MethodConfig], calibration: Calibration, protocol: Protocol
 ) -> tuple[list[MethodConfig], dict[str, str]]:
-    """The configs that a model can have, and of the others the labels with reasons; no weights are read.
+    """The configs that are possible for a model, and labels and reasons of the others; no weights are read.
 
     Raises
     ------

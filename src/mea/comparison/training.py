@@ -24,7 +24,7 @@ def one_by_one(stage: str = "distill", **changes: Any) -> Recovery:
 
 
 class Training(NamedTuple):
-    """What recovered models of a comparison go through.
+    """Training of the recovered models of a comparison.
 
     Attributes
     ----------
@@ -50,7 +50,7 @@ def same_recovery(
     texts, settings
         As in `mea.train.recovery.save.recover_to_folder`; `one_by_one` makes settings.
     folder
-        For checkpoints, by the models' names: an interrupted training goes on.
+        Folder of checkpoints, by the models' names; an interrupted training continues.
 
     Raises
     ------

@@ -19,12 +19,12 @@ from mea.compression.fit import FittedLayer
 
 
 class SelfCheck:
-    """Three streams of hidden states through the layers: original, full rank, and the chosen rank.
+    """Both checks: runs the original, the full-rank and the compressed layers side by side.
 
     Parameters
     ----------
     walk
-        Of the original model.
+        Layer walk of the original model.
     tokens
         Calibration tokens, of which the first few are used.
     """

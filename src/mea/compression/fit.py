@@ -146,7 +146,7 @@ def _calibrated(
 
 @torch.no_grad()
 def relative_output_error(layer: Any, factors: LayerFactors, inputs: LayerInputs, passes: list[AttentionPass]) -> float:
-    """Squared error of the attention's output relative to its squared norm: 0 is exact, 1 is the error of zeros.
+    """Squared error of the attention's output relative to its squared norm: 0 is exact, 1 equals an output of zero.
 
     Tokens are weighted by `AttentionPass.weight`.
     """

@@ -20,13 +20,13 @@ class Refinement:
     window
         Tokens of one training window, at most a calibration window.
     batch
-        Windows a step.
+        Windows per step.
     lr, base_lr
         Peak learning rates of the factors (encoders and decoders), and of the projections of queries, keys and output.
     held_out
         One window in `held_out` is not trained on. A layer whose loss on these windows does not fall keeps its weights.
     seed
-        Of the order and the positions of the windows.
+        Seed of the order and the positions of the windows.
     """
 
     passes: int = 1
@@ -54,17 +54,18 @@ class CompressOptions:
     Attributes
     ----------
     keep
-        The fraction of the cache's bytes to keep; of a packed cache the fraction of the 16-bit cache, at 8,192 tokens
-        or the model's limit. If no other budget is given `mea.names.DEFAULT_CODED_KEEP` of packed caches, and
-        `mea.names.DEFAULT_KEEP` of methods that lower ranks.
+        Fraction of the cache's bytes to keep; for packed caches, of the 16-bit cache at 8,192 tokens or the model's
+        limit. Without any budget: `mea.names.DEFAULT_CODED_KEEP` for packed caches, `mea.names.DEFAULT_KEEP` for
+        methods that lower ranks.
     budget
-        Instead: bytes at a context length, such as ``"64k tokens in 2 GiB"``.
+        Instead of `keep`: bytes at a context length, such as ``"64k tokens in 2 GiB"``.
     layout
-        Instead: ``"full"``, ``"half"`` or ``"deep"`` (with `keep` for the compressed layers), or a file of ranks.
+        ``"full"``, ``"half"`` or ``"deep"``, whose compressed layers take `keep`; or, instead of `keep`, a file of
+        ranks.
     method
         A key of `mea.compression.methods.METHODS`.
     groups
-        Groups of neighbouring heads with separate latents: as many as the ranks of tensor parallelism.
+        Number of groups of neighbouring heads with separate latents: one per rank of tensor parallelism.
     calibration
         The text, its length, and the seed of its windows.
     refine

@@ -86,7 +86,7 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
     itemsize
         Bytes of a cached number.
     options
-        By default the default method at its default `keep`.
+        None for the default method at its default `keep`.
 
     Raises
     ------

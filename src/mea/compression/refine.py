@@ -44,7 +44,7 @@ class RefinedLayer(NamedTuple):
 
 
 class Refined(NamedTuple):
-    """What refinement did.
+    """Result of a refinement.
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ def refine_layers(
     Parameters
     ----------
     walk
-        Of the original model, which does not change.
+        Layer walk of the original model, which does not change.
     compressed
         Result of `mea.compression.convert.assemble`, or of `mea.compression.coding.convert.assemble_coded`. Trained
         weights replace the weights shared with the original.

@@ -1,4 +1,4 @@
-"""What carrying out a plan gives."""
+"""The result of a compression plan."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -14,14 +14,14 @@ class Compressed:
     Attributes
     ----------
     layers
-        Of every layer, 0 for an uncompressed one: the attention's relative output error
+        Error of every layer, 0 for an uncompressed one: the attention's relative output error
         (`mea.compression.fit.relative_output_error`), or for a packed cache the expected loss in nats per token.
     self_check
         Errors of the two self-checks, see `mea.compression.check`.
     seconds
-        For calibration, fit, checks and refinement.
+        Time of calibration, fit, checks and refinement.
     refined
-        What refinement did, if there was any.
+        Result of the refinement, if there was one.
     """
 
     model: Any

@@ -45,9 +45,9 @@ def compress_to_folder(
 ) -> dict[str, Any]:
     """Load, compress, check, measure and save.
 
-    Processes of ``torchrun`` share out calibration and measurement, with the result of one process within rounding; the
-    first one saves. The folder appears when it is complete. Finished layers are kept in ``<out>.partial``: the same
-    call continues an interrupted run.
+    Processes of ``torchrun`` divide calibration and measurement among them; the result equals that of one process up to
+    rounding. The first process saves. The folder appears when it is complete. Finished layers are kept in
+    ``<out>.partial``: the same call continues an interrupted run.
 
     Parameters
     ----------

@@ -40,23 +40,23 @@ def continue_prompt(
     Parameters
     ----------
     model, tokenizer
-        As `mea.models.loading.load` gives them.
+        Model and tokenizer, as `mea.models.loading.load` returns them.
     prompt
         Text to continue, or with `chat` a message to answer.
     max_new_tokens
-        Tokens at most; the model may end earlier.
+        Most new tokens; the model may stop earlier.
     temperature
-        0 always takes the likeliest token; higher values draw from the distribution.
+        Sampling temperature; 0 always takes the most likely token.
     top_p
         Draw from the likeliest tokens that together have this probability.
     seed
-        Of the draws.
+        Seed of the sampling.
     chat
         Put the prompt into the tokenizer's chat template.
     cache_bits
         Quantise the cache to 8, 4, 3 or 2 bits, see `mea.models.quantized_cache`; None is an ordinary cache.
     stream
-        Called with each piece of text as soon as it is there.
+        Called with each piece of text as soon as it is generated.
 
     Raises
     ------

@@ -1,7 +1,7 @@
-"""What a model answered, kept as it comes, so that an evaluation that was interrupted goes on where it was.
+"""Answers of a model, stored as they are produced, so that an interrupted evaluation continues.
 
-One JSON line per answer, keyed by a digest of the request. The first line says what the answers are of: another model,
-data or precision does not find them.
+One JSON line per answer, keyed by a digest of the request. The first line identifies model, data and precision; an
+evaluation with others does not reuse the answers.
 """
 
 import hashlib

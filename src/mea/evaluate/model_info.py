@@ -1,4 +1,4 @@
-"""A model that is to be evaluated: what can be checked and said of it before its weights are loaded."""
+"""A model to evaluate: checks and facts before its weights are loaded."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""Two models on the same items: the difference, how sure it is, and how many items would have been enough.
+"""Two models on the same items: their difference, its uncertainty, and the number of items needed to detect it.
 
-Items that both models get right, or both wrong, say nothing about the difference; looking at it item by item removes
-their scatter, which is most of what the two models' own standard errors consist of.
+Items that both models get right, or both wrong, say nothing about the difference. Pairing by item removes their
+variance, which makes up most of the two models' own standard errors.
 """
 
 import math

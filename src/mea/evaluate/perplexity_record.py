@@ -33,7 +33,7 @@ def perplexity_record(
     source, against
         Hub ids, folders or GGUF files; see `mea.models.loading.load`.
     text
-        Name of a shipped text, or a file; see `mea.text.load_text`.
+        Name of a packaged text, or a file; see `mea.text.load_text`.
     window, tokens
         Tokens per window, and of the text's beginning (all of it if None).
     dtype
@@ -41,7 +41,7 @@ def perplexity_record(
     cache_bits
         Read the text of `source` in blocks over a cache of 8, 4, 3 or 2 bits; `against` is read at once.
     progress
-        Called with what is being done, the windows done and the windows in all.
+        Called with the stage's name, the windows done and all windows.
 
     Returns
     -------

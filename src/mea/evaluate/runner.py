@@ -1,7 +1,7 @@
-"""One loop over evaluations: it loads models, keeps answers, resumes, and writes records.
+"""Runs evaluations: loads models, stores answers, resumes, and writes records.
 
-What is asked is a `Suite` (`mea.evaluate.harness.run.HarnessTasks`, `mea.evaluate.long_context.LongContext`). It is cut
-into jobs, each of which becomes one record of one model.
+A `Suite` (`mea.evaluate.harness.run.HarnessTasks`, `mea.evaluate.long_context.LongContext`) consists of jobs. Each job
+becomes one record of one model.
 """
 
 import json
@@ -21,7 +21,7 @@ Say = Callable[[str], None]
 
 
 class Session(NamedTuple):
-    """What a job works with: the opened model, the answers that exist, and functions to report to."""
+    """Inputs of a job: the opened model, the existing answers, and functions to report to."""
 
     model: Any
     journal: Journal
@@ -31,7 +31,7 @@ class Session(NamedTuple):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a job leaves: parts of its record, and one line for each item with its prompt and answer."""
+    """Results of a job: parts of its record, and one line for each item with its prompt and answer."""
 
     results: dict[str, Any]
     samples: dict[str, Any]
@@ -42,14 +42,14 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """What becomes one record of one model.
+    """The part of a suite that becomes one record of one model.
 
     Attributes
     ----------
     name
-        In file names, behind the model's label.
+        Name in file names, after the model's label.
     fingerprint
-        What the answers depend on besides the weights and the dtype.
+        Everything that the answers depend on besides the weights and the dtype.
     run
         Does the job.
     """
@@ -60,16 +60,16 @@ class Job:
 
 
 class Suite(ABC):
-    """What to evaluate models on.
+    """A set of jobs on which models are evaluated.
 
     Attributes
     ----------
     kind
-        Of the records.
+        Kind of the records.
     paired_suffix
-        Of the name of the file with the paired comparison.
+        End of the file name of the paired comparison.
     dtype
-        Of the computation.
+        Dtype of the computation.
     """
 
     kind: ClassVar[str]
@@ -85,7 +85,7 @@ class Suite(ABC):
         """The paired comparison of two models' records."""
 
     def open(self, model: Any, tokenizer: Any) -> Any:
-        """What `Session.model` is; the model itself if the suite says nothing else."""
+        """The value of `Session.model`; by default the model itself."""
         return model
 
 
@@ -108,19 +108,19 @@ def evaluate(
     Parameters
     ----------
     progress
-        Called with what is being done, the steps done and the steps in all.
+        Called with the stage's name, the steps done and all steps.
     say
         Called with a line about the cost before a long job begins.
 
     Returns
     -------
     list of Record
-        Of the suite's kind, and with `against` last the paired comparison.
+        Records of the suite's kind; with `against`, the paired comparison comes last.
 
     Raises
     ------
     ValueError, OSError
-        Everything wrong with names, data, models' configurations and tokenizers: before any weights are loaded.
+        A name, data set, configuration or tokenizer is unsuitable; raised before any weights are loaded.
     """
     models = label_models(source, against, label)
     for model in models:

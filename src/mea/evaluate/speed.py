@@ -26,7 +26,7 @@ MakeCache = Callable[[Any], Any]  # from a model's configuration to an empty cac
 
 @dataclass(frozen=True)
 class CacheSize:
-    """Bytes of a cache that was really built for one sequence of `tokens` tokens."""
+    """Bytes of a real cache of one sequence after `tokens` tokens."""
 
     tokens: int
     layer_bytes: tuple[int, ...]
@@ -45,8 +45,7 @@ class CacheSize:
 def cache_size(model: Any, tokens: int = 256, make_cache: MakeCache | None = None) -> CacheSize:
     """Add up the tensors that a model's cache holds after `tokens` tokens.
 
-    Beyond `PROMPT` tokens the cache repeats those of a prompt where it can: its size does not depend on which there
-    are.
+    Beyond `PROMPT` tokens the cache repeats those of a prompt if possible: its size does not depend on the tokens.
 
     Parameters
     ----------
@@ -86,9 +85,9 @@ def decode_seconds(
 ) -> dict[str, list[float]]:
     """Seconds of every greedy decoding step of each model, after a prompt of `context` tokens.
 
-    The models take turns step by step in one run, so that whatever else the machine does hits all of them alike. Every
+    The models alternate step by step in one run, so that other work on the machine affects all of them alike. Every
     step adds a token; `warmup` steps of each are not counted. Caches are preallocated: one that is copied to grow, as
-    ``generate`` does by default, would flatter the smaller.
+    ``generate`` does by default, would favour the smaller.
 
     Parameters
     ----------
@@ -97,7 +96,7 @@ def decode_seconds(
     context
         Tokens in the cache before the first step.
     caches
-        For the models named here, another cache than a preallocated one.
+        Name -> cache, for models that do not use a preallocated cache.
     progress
         Called with ``"decoding in turns"``, the steps done and the steps in all.
 

@@ -1,4 +1,4 @@
-"""Suites of tasks by name, in lm-evaluation-harness's names, and what of the paper they reach (arXiv 2601.19611)."""
+"""Suites of tasks with lm-evaluation-harness's names, and the columns of the paper they lack (arXiv 2601.19611)."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

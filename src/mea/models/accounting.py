@@ -1,8 +1,8 @@
 """Parameters, floating-point operations and cache bytes of a configuration, without creating weights.
 
-Operations are those of matrix products, two per multiplication and addition, as is the custom; norms, activations and
-softmax are not counted. Attention counts the whole ``t × s`` score matrix: causality saves up to half of it in kernels
-that skip masked blocks. Each function is tested against a count of the real thing.
+Operations are those of matrix products, two per multiplication and addition, as usual; norms, activations and softmax
+are not counted. Attention counts the whole ``t × s`` score matrix: causality saves up to half of it in kernels that
+skip masked blocks. Each function is tested against a count on a real model.
 """
 
 from dataclasses import dataclass
@@ -153,7 +153,7 @@ def _attention(config: MeaConfig, t: int, s: int) -> int:
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a GPU does a second at most, from NVIDIA's data sheets (SXM boards, dense products)."""
+    """Peak rates of a GPU per second, from NVIDIA's data sheets (SXM boards, dense products)."""
 
     name: str
     memory: float  # bytes
@@ -171,7 +171,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Shape:
-    """What decides how fast a model decodes."""
+    """Sizes of a model that determine its decoding speed."""
 
     name: str
     layers: int
@@ -197,10 +197,10 @@ CHUNK = 32  # of each half of a key, that the Triton kernel rebuilds at a time: 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one layer does for each token of its cache when one new token reads it; weights and outputs are not in it.
+    """Work of one layer per cached token when one new token reads the cache, without weights and outputs.
 
-    ``stored`` are the token's bytes in the cache, ``moved`` those that a reading moves, ``products`` operations of
-    matrix products, ``vector`` instructions of single lanes. Softmax is not counted, as above.
+    ``stored`` are the token's bytes in the cache, ``moved`` the bytes moved to read it, ``products`` operations of
+    matrix products, ``vector`` instructions per lane. Softmax is not counted.
     """
 
     stored: int | float
@@ -209,11 +209,11 @@ class Reading:
     vector: int | float
 
     def seconds(self, gpu: Gpu) -> float:
-        """At best: the three work at the same time, and the slowest of them takes all of it."""
+        """Lower bound: memory, matrix products and vector instructions overlap, and the slowest determines the time."""
         return max(self._times(gpu).values())
 
     def bound(self, gpu: Gpu) -> str:
-        """What takes the longest: ``memory``, ``products`` or ``unpacking``."""
+        """The limit of the lower bound: ``memory``, ``products`` or ``unpacking``."""
         times = self._times(gpu)
         return max(times, key=lambda name: times[name])
 
@@ -260,13 +260,13 @@ def joint_reading(shape: Shape, keep: float, components: float) -> Reading:
 
 
 def step_seconds(shape: Shape, gpu: Gpu, reading: Reading, batch: int, context: int) -> float:
-    """One token for each of `batch` sequences after `context` tokens, at best: all weights in bf16, then the cache."""
+    """Lower bound in seconds for one token per sequence: all bf16 weights, then `context` tokens of `batch` caches."""
     weights = max(2 * shape.parameters / gpu.bandwidth, 2 * batch * shape.parameters / gpu.products)
     return weights + shape.layers * batch * context * reading.seconds(gpu)
 
 
 def tokens_that_fit(shape: Shape, gpu: Gpu, reading: Reading) -> float:
-    """Cached tokens of all sequences together, beside weights in bf16 and a tenth of the memory for everything else."""
+    """Cached tokens of all sequences that fit beside bf16 weights, with a tenth of the memory for everything else."""
     return max(0.0, (0.9 * gpu.memory - 2 * shape.parameters) / (shape.layers * reading.stored))
 
 

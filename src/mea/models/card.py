@@ -21,7 +21,7 @@ MADE_HERE = ("compression.json", "recovery.json")  # beside cards that this pack
 
 
 def origin(source: str) -> dict[str, Any]:
-    """``base_model`` and ``license`` of what is made of a model, as far as its card or its GGUF file says them.
+    """``base_model`` and ``license`` for a model made from `source`, if its card or GGUF file gives them.
 
     Parameters
     ----------
@@ -62,11 +62,11 @@ def model_card(
     title, summary
         One line of text, and one paragraph of Markdown.
     header, rows
-        Of the table of measurements.
+        Header and rows of the table of measurements.
     record
         The file beside the card that holds the record.
     fields
-        Of `origin`.
+        Result of `origin`.
     measured
         A record: its perplexity, if it has one, goes into the card's ``model-index``.
     stock

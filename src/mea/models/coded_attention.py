@@ -4,12 +4,12 @@ Keys (after their norm, before RoPE) and values are centred, turned into *compon
 rounded with a number of bits for each component (`mea.ops.codes`). There are two readings.
 
 - *predictive*: components of keys mix the heads of one rotary frequency only, as complex numbers, so that they can be
-  turned by their position where they are read: ``q_i^T R_t B c = (B^H q_i)^T R_t c``. Values are predicted from the
+  rotated by their position when they are read: ``q_i^T R_t B c = (B^H q_i)^T R_t c``. Values are predicted from the
   rounded key components, and what the prediction misses has components of its own. No keys or values are rebuilt.
 - *joint*: components of keys and values together; fewer bits at equal error, but keys are rebuilt at every reading.
 
-The newest tokens and the first ones are read exactly (`mea.models.packed_cache`); every other token is read by its
-code, also within one pass over a whole text. So a text has the same logits however it is cut into calls.
+The newest tokens and the first ones are read exactly (`mea.models.packed_cache`); every other token is read from its
+codes, also within one pass over a whole text. Logits do not depend on how a text is split into calls.
 
 Dimensions as in `mea.ops.latent`; ``r`` components of a token, of which ``r_k`` belong to keys in the predictive form.
 """

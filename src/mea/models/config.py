@@ -20,12 +20,13 @@ class MeaConfig(PreTrainedConfig):
     attention_options
         Options of that method's class by name, where they differ from its defaults: ``{"head_norm": "shared_gain"}``.
     head_norm_eps
-        Of every norm inside attention; `rms_norm_eps` is that of the norms between layers' parts.
+        Epsilon of every norm inside attention; `rms_norm_eps` is for the norms before attention and feed-forward
+        layers.
     rope_parameters
         As in Hugging Face's Llama: ``rope_theta``, ``partial_rotary_factor``, and ``rope_type``: ``"default"``,
         ``"linear"`` or ``"llama3"`` with their parameters, or ``"none"`` for no position embedding.
     sliding_window
-        Tokens in sight in every layer, the query's own included; None for all.
+        Tokens that a query attends to in every layer, its own included; None for all.
     """
 
     # The constructor takes fields that it does not declare (Hugging Face wraps it), which a type checker at run time
@@ -74,7 +75,7 @@ class MeaConfig(PreTrainedConfig):
         Raises
         ------
         ValueError
-            For a kind of scaling that this package has not.
+            `rope_type` is a kind of scaling that this package does not support.
         """
         parameters = dict(self.rope_parameters or {})
         kind = parameters.get("rope_type", "default")

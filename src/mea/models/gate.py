@@ -1,4 +1,4 @@
-"""What every model folder passes before it is read: refusals that say what was given, what was expected and what to do.
+"""Checks of a model folder before it is read; errors say what was given, what was expected and what to do.
 
 transformers trusts the files of a folder: an index may name files elsewhere, a configuration may ask for code or for a
 billion layers, integers may stand where weights belong. Nothing here reads weights.
@@ -152,7 +152,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def explain(error: Exception) -> str:
-    """What a library says of a file, in one line that does not ask to trust the file's code."""
+    """A library's error about a file in one line, without its advice to trust the file's code."""
     if isinstance(error, RecursionError | MemoryError):
         return "it is nested too deep, or larger than memory"
     text = str(error).strip()

@@ -1,8 +1,8 @@
 """Logits of a language model a few rows at a time, and the divergence of two models' predictions from them.
 
 The logits of a whole batch take more memory than a small model: those of 2,048 tokens over a vocabulary of 49,152 are
-400 MB in fp32, and several times that with their gradients. `head_logits` makes some of them with the model's own
-forward pass; `distance` makes them from the weights of the head, and with them at once their gradient.
+400 MB in fp32, and several times that with their gradients. `head_logits` computes some rows with the model's own
+forward pass; `distance` computes them from the head's weights, together with their gradient.
 """
 
 from collections.abc import Iterator

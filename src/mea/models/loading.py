@@ -61,7 +61,7 @@ def load_tokenizer(source: str) -> Any:
 
 
 def load_tokenizer_alone(source: str) -> Any:
-    """A tokenizer whose folder, if it is one, need not hold a model.
+    """The tokenizer of a source that need not hold a model.
 
     Raises
     ------
@@ -90,8 +90,8 @@ def use_device(name: str) -> None:
     Parameters
     ----------
     name
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"`` is the first GPU, in processes of ``torchrun`` each one's
-        own, or the processor where there is none.
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"`` is the first GPU (under ``torchrun`` the GPU of the
+        process's local rank), or the CPU if there is no GPU.
 
     Raises
     ------

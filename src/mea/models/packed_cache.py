@@ -1,11 +1,11 @@
 """The packed cache of one layer: codes of old tokens, the newest tokens and the first ones as they are.
 
-A model with such a cache makes it by itself: its attention puts a `PackedLayer` in the place of an empty layer of
-whatever cache it is called with, so that ``generate``, pipelines and ``model(ids, use_cache=True)`` need no argument.
+A model with such a cache creates it by itself: its attention replaces every empty layer of the given cache by a
+`PackedLayer`, so that ``generate``, pipelines and ``model(ids, use_cache=True)`` need no argument.
 
-A query reads a token exactly if it is among the `recent` tokens up to its own or among the first ones, and by its code
-otherwise. This depends on nothing else: neither on how the text was cut into calls nor on padding. Tokens are coded
-once, from their exact numbers, `recent` of them at a time.
+A query reads a token exactly if it is among the `recent` tokens up to its own or among the first ones, and from its
+codes otherwise. Neither padding nor the split of a text into calls changes this. Tokens are coded once, from their
+exact numbers, `recent` of them at a time.
 """
 
 from collections.abc import Callable
@@ -53,7 +53,7 @@ class TensorsByBatch:
 
 
 class Held(NamedTuple):
-    """What a layer holds during one call, new tokens included. Slots count tokens and padding from 0.
+    """Contents of a layer during one call, new tokens included. Slots count tokens and padding from 0.
 
     Attributes
     ----------
@@ -142,9 +142,10 @@ class PackedLayer(TensorsByBatch, DynamicLayer):
         return held
 
     def push(self, keys: Tensor, values: Tensor, move: Callable[[Any, Any], None]) -> Held | None:
-        """As `append` for one token that `move` puts behind the exact ones in place; None where that will not do.
+        """As `append` for one token that `move` adds to the exact ones in place; None if `append` is needed.
 
-        That is where tokens have to be coded, or more than the newest are held, or fewer.
+        `append` is needed if tokens have to be coded, if the layer does not hold exactly `recent` exact tokens, if it
+        has a sliding window, or if it records the past.
         """
         if (
             not self.is_initialized
@@ -242,9 +243,9 @@ class PackedLayer(TensorsByBatch, DynamicLayer):
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the newest tokens. What is left reads as if they had not been there if the past was recorded.
+        """Remove the newest tokens. If the past was recorded, the rest reads as if they had never been added.
 
-        Otherwise the newest tokens of the rest are those that were: what was dropped as exact is read by its code.
+        Otherwise tokens that are no longer held exactly are read from their codes, even where they are newest again.
 
         Raises
         ------
@@ -299,7 +300,7 @@ def packed_layer(cache: Any, index: int, first: int, recent: int, window: int | 
 
 
 def all_dynamic(cache: Any) -> None:
-    """Put dynamic layers in the place of empty static ones: masks are made for all layers of a cache alike."""
+    """Replace empty static layers by dynamic ones: transformers makes one mask for all layers of a cache."""
     for index, layer in enumerate(cache.layers):
         if isinstance(layer, StaticLayer) and not (layer.is_initialized and int(layer.get_seq_length()) > 0):
             sliding = layer.is_sliding

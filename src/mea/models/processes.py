@@ -1,4 +1,4 @@
-"""Work that the processes of ``torchrun`` share out: rows ``rank, rank + count, ...`` are a process's own."""
+"""Work divided among the processes of ``torchrun``: each takes rows ``rank, rank + count, ...``."""
 
 import os
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def join() -> None:
-    """Form a group with the other processes of ``torchrun``; without it there is none."""
+    """Form a group with the other processes of ``torchrun``; without torchrun, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         PartialState(cpu=not torch.cuda.is_available())
 
@@ -20,7 +20,7 @@ def place() -> tuple[int, int]:
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Wait until all processes have called this."""
     if dist.is_initialized():
         dist.barrier()
 

@@ -1,4 +1,4 @@
-"""A quantised cache, 8, 4, 3 or 2 bits a number, for uncompressed models.
+"""A quantised cache for uncompressed models, with 8, 4, 3 or 2 bits per number.
 
 transformers' own `QuantizedCache` quantises all tokens again when its exact window is full, so that errors add up, and
 it quantises the first tokens, which attention reads most. This cache quantises a block of tokens once, when the block
@@ -35,7 +35,7 @@ class CacheFormat:
     Attributes
     ----------
     bits
-        Per number: 2, 3, 4 or 8. There is no kernel for 3: it is slow, to compare with.
+        Bits per number: 2, 3, 4 or 8. There is no kernel for 3 bits: slow, for comparisons only.
     keys, values
         Numbers that share a scale: ``"channel"`` or ``"token"``.
     block
@@ -236,7 +236,7 @@ class QuantisedCache(DynamicCache):
 
 
 def check_uncompressed(config: Any) -> None:
-    """Refuse a model with a compressed cache: bits chosen for each component lose less at equal bytes.
+    """Refuse a model with a compressed cache, which loses less at equal bytes by a smaller ``--keep``.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Model folders that this package writes: complete or not there, with a card and a record."""
+"""Model folders that this package writes: complete or absent, with a card and a record."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ SHARD_SIZE = "4GB"  # a shard is in memory as a whole while it is written
 
 
 def check_output(out: Path) -> None:
-    """Refuse to write where something is.
+    """Refuse an output path that exists and is not an empty folder.
 
     Raises
     ------
@@ -30,7 +30,7 @@ def check_output(out: Path) -> None:
 
 
 def not_written(path: Path, error: Exception) -> OSError:
-    """What to say where a result could not be written."""
+    """The error for a result that could not be written."""
     return OSError(
         f"{path} could not be written: {error}. No incomplete file is left; free disk space and repeat the same "
         f"command: finished layers are kept"

@@ -1,9 +1,9 @@
 """Numbers in 8, 4, 2 or 0 bits: how the components of a token are rounded and packed.
 
-A token's components come in *tiers*: first those of 8 bits, then of 4, then of 2. What gets 0 bits is not there. A tier
-is cut into groups of at most `GROUP` components. Each group of each token stores its lowest number and the step between
-codes, both in bfloat16, so that no power-of-two scale of the model over- or underflows. A token is coded by itself: how
-a text is cut into blocks does not change its codes.
+A token's components come in *tiers*: first those of 8 bits, then of 4, then of 2. Components of 0 bits are not stored.
+A tier is cut into groups of at most `GROUP` components. Each group of each token stores its lowest number and the step
+between codes, both in bfloat16, so that no power-of-two scale of the model over- or underflows. A token is coded by
+itself: how a text is cut into blocks does not change its codes.
 """
 
 from collections.abc import Sequence
@@ -89,7 +89,7 @@ def from_codes(
 
 
 def rounded(components: Float[Tensor, "*t r"], tiers: Sequence[int]) -> Float[Tensor, "*t r"]:
-    """What `from_codes` gives back of these components; gradients pass as if nothing were rounded."""
+    """The components after rounding, as `from_codes` returns them; gradients ignore the rounding (straight-through)."""
     exact = wide(components)
     with torch.no_grad():
         error = from_codes(*to_codes(exact, tiers), tiers) - exact

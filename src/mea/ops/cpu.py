@@ -1,9 +1,9 @@
-"""Our own kernels for processors: a few queries over a long cache, in bf16 or in codes (``latent_cpu.c``).
+"""This package's CPU kernels: attention of a few queries over a long cache, in bf16 or in codes (``latent_cpu.c``).
 
-PyTorch's kernel converts a bf16 cache and multiplies at a fraction of what the processor can do, and gives one kv head
-to one core. The kernel is compiled when it is first wanted, once per version of its source and processor, into the
-user's cache folder (``$XDG_CACHE_HOME/mea``); where there is no compiler, or the processor lacks the instructions,
-`usable` is False and PyTorch's kernel reads the cache instead. ``MEA_KERNELS=reference`` switches it off.
+PyTorch's kernel converts a bf16 cache, multiplies at a fraction of the CPU's speed, and gives one kv head to one core.
+The kernels here are compiled at their first use, once per version of their source and CPU, into the user's cache folder
+(``$XDG_CACHE_HOME/mea``). Without a compiler or the CPU's instructions, `usable` is False and PyTorch's kernel reads
+the cache instead. ``MEA_KERNELS=reference`` switches them off.
 """
 
 import ctypes
@@ -38,7 +38,7 @@ Groups = list[tuple[int, int]]  # bits of a code and number of components, of ea
 
 
 def usable(queries: Tensor, *others: Tensor) -> bool:
-    """Whether the kernels take these tensors, here: bf16 on this processor, channels side by side, no gradient."""
+    """Whether the kernels support these tensors on this machine: bf16 on a CPU, contiguous channels, no gradient."""
     return (
         all(x.dtype == torch.bfloat16 and x.device.type == "cpu" for x in (queries, *others))
         and all(x.stride(-1) == 1 for x in others)
@@ -49,7 +49,7 @@ def usable(queries: Tensor, *others: Tensor) -> bool:
 
 
 def codes_usable(queries: Tensor, groups: Groups) -> bool:
-    """Whether a `PackedReader` takes these queries and groups, here: see `usable`; sizes are 16, 32, ..."""
+    """Whether a `PackedReader` supports these queries and groups on this machine (`usable`); sizes are 16, 32, ..."""
     return (
         all(bits in (2, 4, 8) and 0 <= size <= LARGEST_GROUP and size % 16 == 0 for bits, size in groups)
         and len(groups) > 0
@@ -66,7 +66,7 @@ def attend(
     Raises
     ------
     RuntimeError
-        The kernel cannot be had here (see `usable`), or memory is short.
+        The kernel is not available on this machine (see `usable`), or memory is short.
     """
     kernel = _present()
     (b, g, n, r), t, v = queries.shape, keys.shape[2], values.shape[3]
@@ -85,14 +85,14 @@ def turned_scores(
     cos: Float[Tensor, "_ t d"],
     sin: Float[Tensor, "_ t d"],
 ) -> Float[Tensor, "b g n t"]:
-    """Products of queries with keys that are rotated by the angles of their tokens on the way, in fp32.
+    """Products of queries with keys that the kernel first rotates by the angles of their tokens, in fp32.
 
     Channels ``c`` and ``c + d / 2`` are a pair, whose angle's cosine and sine are those at ``c``.
 
     Raises
     ------
     RuntimeError
-        The kernel cannot be had here (see `usable`).
+        The kernel is not available on this machine (see `usable`).
     """
     kernel = _present()
     (b, g, n, d), t = queries.shape, keys.shape[2]
@@ -127,7 +127,7 @@ def decode(
     Raises
     ------
     RuntimeError
-        The kernel cannot be had here (see `usable`).
+        The kernel is not available on this machine (see `usable`).
     """
     sizes = (ctypes.c_long * 7)(*codes.shape[:4], out.shape[3], bits, group or 0)
     addresses = [x.data_ptr() for x in (codes, step, low, out)]
@@ -142,16 +142,16 @@ class Exact(NamedTuple):
 
 
 class Angles(NamedTuple):
-    """Cosines and sines of the angles of tokens; a factor of attention scaling is in `blocks` and `exact`.
+    """Cosines and sines of the rotary angles of tokens; `blocks` and `exact` include RoPE's attention scaling.
 
     Attributes
     ----------
     blocks : [b or 1, blocks, d / 2]
-        Of the first of each 64 coded tokens, from the first that is read.
+        Angles of the first of each 64 coded tokens, from the first that is read.
     places : [64, d / 2]
-        Of the places in a block: a token's angle is its block's plus its place's.
+        Angles of the places in a block: a token's angle is the sum of its block's and its place's.
     exact : [b or 1, t, d / 2]
-        Of the exact tokens, the first ones before the newest; the new token's is the last.
+        Angles of the exact tokens, the first ones before the newest; the new token's is the last.
     """
 
     blocks: tuple[Tensor, Tensor]
@@ -184,11 +184,11 @@ class PackedReader:
     """How one new token reads a layer of a packed cache (`mea.models.coded_attention`), prepared once.
 
     Component ``i`` of a group is ``low + step * code``. With `frequency` the first components are pairs ``(re, im)`` of
-    keys before RoPE, turned by their token's angle; averages are of components that are not turned. Without it, keys
-    ``key_decoder c + key_mean`` of each head are rebuilt from all components ``c`` and turned. Channels ``c`` and
-    ``c + d / 2`` of a head are a pair for RoPE. Processors with matrix tiles (AMX) multiply components, turned where
-    they are pairs, and queries in bf16. Others round a row of the decoder to 15 bits of its largest number in a group,
-    and to 8 bits where codes have 4 or 2, which are coarse enough for that.
+    keys before RoPE, rotated by their token's angle; averages are of components before this rotation. Without it, keys
+    ``key_decoder c + key_mean`` of each head are rebuilt from all components ``c`` and rotated. Channels ``c`` and ``c
+    + d / 2`` of a head are a pair for RoPE. CPUs with matrix tiles (AMX) multiply components (rotated if they are
+    pairs) and queries in bf16. Others round a row of the decoder to 15 bits of its largest number in a group, and to 8
+    bits for codes of 4 or 2 bits, which are coarser than this rounding.
 
     Parameters
     ----------
@@ -277,7 +277,7 @@ class PackedReader:
         ValueError
             Tokens, angles or queries do not fit each other.
         RuntimeError
-            The kernel cannot be had here (see `codes_usable`), or memory is short.
+            The kernel is not available on this machine (see `codes_usable`), or memory is short.
         """
         kernel, call, (b, h, d), half = _present(), self._call, queries.shape, self._call.half
         tokens = recent.keys.shape[2] + (0 if first is None else first.keys.shape[2])
@@ -342,7 +342,7 @@ def _present() -> ctypes.CDLL:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The compiled kernel; None where it cannot be had, with a message in the log if only a compiler is missing."""
+    """The compiled kernel; None if it is not available, with a message in the log if only a compiler is missing."""
     if not kernels_wanted() or not _processor_has(FEATURES):
         return None
     try:

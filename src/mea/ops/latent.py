@@ -184,10 +184,10 @@ def read(
 
 
 def parts_to_read(latents: Float[Tensor, "b 1 t r"], value_rank: int) -> int:
-    """Into how many parts `read_in_parts` should cut these latents; 1 means that it cannot or need not.
+    """Number of parts into which `read_in_parts` should split these latents; 1 if it cannot or need not.
 
-    On a processor, attention runs in parallel over batch and kv heads, and here there is only one kv head: without
-    parts, decoding a single sequence would keep one core busy and the others waiting. GPU kernels cut by themselves.
+    On a CPU, attention runs in parallel over batch and kv heads, and latents have only one kv head: without parts,
+    decoding a single sequence would use one core. GPU kernels split by themselves.
     """
     b, _, t, r = latents.shape
     if latents.device.type != "cpu" or r != value_rank or torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Which key a query may look at: causality, sliding windows, padding and packed documents as one rule."""
+"""Attention masks: causality, sliding windows, padding and packed documents as one rule."""
 
 import torch
 from jaxtyping import Bool, Int
@@ -15,25 +15,26 @@ def attention_mask(
     documents: Int[Tensor, "b s"] | None = None,
     device: torch.device | str | None = None,
 ) -> Bool[Tensor, "#b 1 t s"]:
-    """Build a mask that is true where a query may look.
+    """Build a mask that is true where a query may attend.
 
     Parameters
     ----------
     queries, keys
-        Numbers of tokens ``t`` and ``s``; the queries are the last ``t`` of the ``s`` tokens. ``s = t`` if None.
+        Numbers of query and key tokens, ``t`` and ``s``; the queries are the last ``t`` of the ``s`` tokens. None means
+        ``s = t``.
     causal
-        No token sees a later one.
+        No token attends to a later one.
     window
-        A token sees itself and the ``window - 1`` tokens before it (and as many after it when not causal).
+        A token attends to itself and the ``window - 1`` tokens before it (and as many after it when not causal).
     padding
         True for real tokens, as a Hugging Face attention mask is 1 for them.
     documents
-        A number per token; tokens of different documents packed into one row do not see each other.
+        Number of each token's document; tokens of different documents packed into one row do not attend to each other.
 
     Notes
     -----
-    Every token sees itself, padding included. A row without visible tokens would be 0/0 in the softmax, and a NaN in an
-    unused position still makes every gradient NaN.
+    Every token attends to itself, padding included. A row without visible tokens would be 0/0 in the softmax, and a NaN
+    in an unused position still makes every gradient NaN.
     """
     keys = queries if keys is None else keys
     if keys < queries:
@@ -61,9 +62,9 @@ def interleave(mask: Bool[Tensor, "#b 1 t s"], copies: int, *, causal: bool = Tr
     Parameters
     ----------
     mask
-        Of the tokens. With `causal`, the last key in a query's sight is taken to be the query's own token.
+        Mask of the tokens. With `causal`, the last key that a query may attend to is taken to be the query's own token.
     causal
-        No copy sees a later one of its own token.
+        No copy attends to a later copy of its own token.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""What the machine does best: the number format it multiplies fastest, how fast, and memory kept between tensors."""
+"""Precision, speed and memory of this machine: its fastest number format, peak FLOP/s, and reuse of freed memory."""
 
 import ctypes
 import math
@@ -36,7 +36,7 @@ def named_dtype(name: str) -> str:
 def peak_flops(device: str, precision: str) -> float:
     """Most operations per second of a processor, measured on one large product of matrices.
 
-    Of a GPU it is less than the number on its data sheet: utilisation is against what the machine can really do.
+    On a GPU the result is below the data sheet's: utilisation is relative to a speed that was measured.
     """
     size = 4096 if device == "cuda" else 1024
     x = torch.randn(size, size, device=device, dtype=getattr(torch, precision))
@@ -56,10 +56,10 @@ def keep_freed_memory() -> bool:
     """Make this process keep the memory that it frees for its next tensors; return whether that was possible.
 
     The C library gives blocks of tens of megabytes back to the system when they are freed, and gets the next ones page
-    by page, each filled with zeros first. Distillation of a model with a large vocabulary on a processor spends most of
-    its time on that. The price is that the process never looks smaller than at its peak.
+    by page, each filled with zeros first. Distillation of a model with a large vocabulary on a CPU spends most of its
+    time on this. The drawback: the process holds its peak memory until it ends.
 
-    Only glibc has this setting; where the user has set its variables, or loads another allocator, nothing is changed.
+    Only glibc has this setting. Nothing changes if the user has set glibc's variables or loads another allocator.
     """
     if any(name in os.environ for name in SET_BY_USER):
         return False

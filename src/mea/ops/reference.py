@@ -11,10 +11,10 @@ matrix is materialised. Fast implementations live in `mea.attention` and are tes
 ``e``   head dimension of values                                    ``r, f``    latent width, frequencies
 ======  ==========================================================  ======  ===============================
 
-Query heads read key heads in groups (GQA, arXiv 2305.13245): query head ``i`` reads key head
-``G(i) = i // (h / h_kv)``. Rotary embedding, where there is one, has been applied to ``q`` and ``k`` already
-(`mea.ops.rope`): it acts on every head alike, so it does not matter whether heads are mixed before or after. Masks are
-true where a query may look.
+Query heads read key heads in groups (GQA, arXiv 2305.13245): query head ``i`` reads key head ``G(i) = i // (h /
+h_kv)``. Rotary embedding, where there is one, has been applied to ``q`` and ``k`` already (`mea.ops.rope`): it acts on
+every head alike, so it does not matter whether heads are mixed before or after. Masks are true where a query may
+attend.
 """
 
 import math
@@ -110,7 +110,8 @@ def talking_heads(
 ) -> Float[Tensor, "b t h e"]:
     """Talking-heads attention (arXiv 2003.02436): heads mix their scores before, and their maps after, the softmax.
 
-    `t_qk`, `t_v` are output × input: row ``i`` says what head ``i`` hears. The mask comes between mixing and softmax.
+    `t_qk`, `t_v` are output × input: row ``i`` holds the weights that make head ``i``. The mask comes between mixing
+    and softmax.
     """
     maps = softmax(torch.einsum("ij,bjts->bits", t_qk, scores(q, k)), mask)
     return read(torch.einsum("ij,bjts->bits", t_v, maps), v)

@@ -1,4 +1,4 @@
-"""What a report is made of, before it becomes a page, Markdown, CSV or lines in a terminal."""
+"""The parts of a report, before they become HTML, Markdown, CSV or terminal text."""
 
 from dataclasses import dataclass, field
 
@@ -13,7 +13,7 @@ class Table:
         Titles of the columns, and one list of as many cells per row; the first `texts` columns are text, the others
         are numbers, aligned to the right.
     note
-        What the numbers mean.
+        Text below the table that explains the numbers.
     best
         Indices of the rows to highlight.
     """

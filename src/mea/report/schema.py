@@ -1,4 +1,4 @@
-"""The fields of records that sections read, by kind: a record that lacks one is refused by file and field.
+"""The fields of records that sections read, by kind; the error for a missing field names file and field.
 
 A pair is a type and a default: such a field may be missing. Fields that are not listed here are free.
 """

@@ -1,4 +1,4 @@
-"""Where records come from: files, and folders searched all the way down."""
+"""Finds records: files, and folders searched recursively."""
 
 from collections.abc import Callable, Iterable
 from pathlib import Path

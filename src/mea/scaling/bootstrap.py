@@ -10,8 +10,8 @@ freedom.
 - *Text*: if the losses of blocks of the validation text are known, their deviations likewise.
 
 The numbers depend on the seed and on nothing else: replicates of different cells go together, runs with the same seed
-are pairs, and what they share cancels in differences. Noise that a cell with one seed takes from others is a number of
-its own instead: of one seed nobody knows what it shares.
+are pairs, and what they share cancels in differences. A cell with one seed takes pooled noise, drawn independently,
+because one seed does not show what it shares with others.
 """
 
 import zlib

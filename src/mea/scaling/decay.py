@@ -26,11 +26,11 @@ def after_decay(
     Parameters
     ----------
     cells
-        Of all schedules.
+        Cells of all schedules.
     losses
         Schedule -> arm and learning rate -> replicates of the final loss.
     fits
-        Of the cells at a constant learning rate.
+        Fits of the cells at a constant learning rate.
 
     Returns
     -------

@@ -34,13 +34,13 @@ class FitSettings:
     draws : int
         Bootstrap replicates.
     seed : int
-        Of the replicates.
+        Seed of the replicates.
     skip : float
-        Share of a run's tokens at its beginning that is not fitted: no power law holds during the warm-up.
+        Share of a run's first tokens that is not fitted: no power law holds during the warm-up.
     held : float
-        Share of the tokens that the fit sees when it is to predict the rest.
+        Share of the tokens from which the fit predicts the rest.
     horizon : float
-        How many times the tokens of the runs the choice is made for (the paper: 50B to 500B tokens).
+        Length of training for which a choice is made, in multiples of the runs' tokens (the paper: 50B to 500B tokens).
     """
 
     draws: int = 4000

@@ -1,4 +1,4 @@
-"""Which learning rate to take, how sure one can be, and how much a wrong one costs."""
+"""The choice of a learning rate, its uncertainty, and the cost of a wrong one."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -58,9 +58,9 @@ def sensitivity(lrs: NDArray, losses: NDArray, initial: float) -> NDArray:
 
 
 def choice_quality(chosen: NDArray, truth: NDArray, measured: NDArray) -> dict[str, float]:
-    """How good choices are when the truth is uncertain too.
+    """Quality of choices when the true losses are uncertain too.
 
-    What they lose is counted by the measured losses: with few seeds replicates have tails that have no mean.
+    Regret uses the measured losses: with few seeds the tails of the replicates have no mean.
 
     Parameters
     ----------
@@ -91,5 +91,5 @@ def rank_correlation(first: NDArray, second: NDArray) -> NDArray:
 
 
 def finite(value: Any) -> float | None:
-    """A number, or None for what JSON has no word for."""
+    """A number, or None for NaN and infinity, which JSON lacks."""
     return float(value) if np.isfinite(value) else None

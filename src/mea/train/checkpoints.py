@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: one counts only if a mark, written after everything else, fits its files."""
+"""Complete checkpoints: a file of checksums, written last, must match all other files."""
 
 import json
 import os

@@ -33,7 +33,7 @@ def shard(module: nn.Module, layers: Iterable[nn.Module]) -> None:
 
 
 def is_sharded(module: Any) -> bool:
-    """Whether `shard` was here."""
+    """Whether `shard` was applied."""
     return isinstance(module, FSDPModule)
 
 

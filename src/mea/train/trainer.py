@@ -25,16 +25,16 @@ LITTLE_SPACE = 64 << 20  # bytes free below which torch's failed writes are put 
 
 
 def training_arguments(folder: Path, *, steps: int, rows: int, micro_rows: int | None, **options: Any) -> Any:
-    """The Trainer's arguments: `rows` a step, over all processes.
+    """The Trainer's arguments for `rows` per step, over all processes.
 
     Parameters
     ----------
     folder
-        For checkpoints.
+        Folder of checkpoints.
     micro_rows
-        At most so many rows at a time in one process; None for as many as it has of a step.
+        Most rows per forward pass in one process; None for all its rows of a step.
     options
-        Of `transformers.TrainingArguments`.
+        Further arguments of `transformers.TrainingArguments`.
 
     Raises
     ------
@@ -65,7 +65,7 @@ def training_arguments(folder: Path, *, steps: int, rows: int, micro_rows: int |
 
 @contextmanager
 def disk_errors(run: Path) -> Iterator[None]:
-    """Say that the disk is full, and where the run in this folder goes on, whatever library failed to write.
+    """Turn any library's error for a full disk into one that says where the run in this folder continues.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def disk_errors(run: Path) -> Iterator[None]:
 
 @contextmanager
 def readable(checkpoint: str | None) -> Iterator[None]:
-    """Say which checkpoint cannot be loaded, whatever a library raises.
+    """Turn any library's error into one that names the checkpoint that cannot be loaded.
 
     Raises
     ------

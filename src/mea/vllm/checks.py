@@ -1,4 +1,4 @@
-"""What the plugin serves, and the sentence for everything else."""
+"""Checks what the plugin can serve; the error for everything else says what to do."""
 
 from collections.abc import Iterator
 from typing import Any

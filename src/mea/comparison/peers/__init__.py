@@ -1,4 +1,4 @@
-"""Other packages' methods, each run by the Python of an environment of its own: nothing of them is imported here.
+"""Other packages' methods, each run by the Python of its own environment; nothing of them is imported here.
 
 A peer is a script beside this file. It gets a folder with ``request.json`` (the model's folder, ``context``, ``dtype``;
 ``calibration``: texts, and ``calibration_window``: how many tokens each has; ``runs``: a list of ``name`` and
@@ -23,7 +23,7 @@ CHECK_SECONDS = 300
 
 
 class PeerResult(NamedTuple):
-    """What a peer's run came to; without losses it did not run, and `error` says why."""
+    """Result of a peer's run; without losses it did not run, and `error` says why."""
 
     losses: Tensor | None
     bytes_per_token: float = 0.0
@@ -44,7 +44,7 @@ def run_peer(
     calibration: Sequence[str] = (),
     calibration_window: int = 0,
 ) -> list[PeerResult]:
-    """Have a peer score the continuations of some windows, in its own environment; an absent one is no failure.
+    """Score the continuations of windows with a peer, in its own environment; a missing peer is not an error.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ def run_peer(
     python
         The interpreter of the environment that the peer is installed in.
     folder
-        For what is exchanged.
+        Folder of the exchanged files.
     model
         Folder of the uncompressed model.
     runs

@@ -127,7 +127,7 @@ def check_finite(tensor: Tensor, index: int, what: str, layer: Any) -> None:
 
 
 def check_activations(hidden: Float[Tensor, "n t D"], index: int, layer: Any) -> None:
-    """Refuse a model whose hidden states overflow, or their squares: a norm turns such states into zeros.
+    """Refuse a model if its hidden states or their squares overflow: a norm turns such states into zeros.
 
     Raises
     ------

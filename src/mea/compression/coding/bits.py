@@ -48,7 +48,7 @@ def tiers_at(section: Section, theta: float) -> Tiers:
 
 
 def allocate(sections: Sequence[Section], bits: int) -> list[Tiers]:
-    """Tiers of all sections that take at most so many bits together, all their tokens counted.
+    """Tiers of all sections that together take at most `bits`, summed over their tokens.
 
     Raises
     ------

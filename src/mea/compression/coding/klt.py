@@ -23,7 +23,7 @@ class Transform(NamedTuple):
 
 
 def transform(covariance: Tensor, metric: Tensor) -> Transform:
-    """Of numbers with this covariance, real or complex (Hermitian); both ``[*, n, n]``, fp64.
+    """The transform for this covariance, real or complex (Hermitian), in this metric; both ``[*, n, n]``, fp64.
 
     Complex components have real and imaginary parts of unit variance, and the loss is that of each part.
     """

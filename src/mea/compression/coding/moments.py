@@ -121,11 +121,11 @@ def layer_moments(
     walk, tokens
         The model, and windows of text.
     first
-        Tokens at the beginning of each window that are left out.
+        Number of tokens at the beginning of each window that are left out.
     seed
-        Of the drawn labels.
+        Seed of the drawn labels.
     store
-        Holds the sums every `KEPT_EVERY` seconds; an interrupted calibration goes on from them.
+        Stores the sums every `KEPT_EVERY` seconds; an interrupted calibration continues from them.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness underneath: its tasks over local rows, and its model interface with this package's scorer."""
+"""Access to lm-evaluation-harness: its tasks over local rows, and its model interface with this package's scorer."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -24,12 +24,12 @@ logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 @cache
 def task_manager() -> TaskManager:
-    """The harness's index of its tasks and of those in ``tasks/``; to make it takes seconds."""
+    """The harness's index of its own tasks and of those in ``tasks/``; creating it takes seconds."""
     return TaskManager(include_path=str(Path(__file__).parent / "tasks"))
 
 
 def harness_task(name: str, data: TaskData | None = None) -> Any:
-    """A task of the harness, untouched but for where its rows come from if `data` is given."""
+    """A task of the harness, unchanged except that its rows come from `data` if given."""
     manager: Any = task_manager()
     if data is None:
         return manager.load(name)["tasks"]

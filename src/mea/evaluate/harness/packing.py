@@ -1,4 +1,4 @@
-"""Rows in which several continuations of one context share it: what stands before the difference is computed once.
+"""Rows in which several continuations share their common context, so that it is computed once.
 
 The answers of a multiple-choice item differ at their end only. Their common beginning is written once, each rest
 follows as a branch, and a mask lets every token see the beginning and its own branch. Tokens keep the positions that
@@ -20,7 +20,7 @@ LEAST_SHARE, BRANCHES = 0.25, 512
 
 @dataclass(frozen=True)
 class Scored:
-    """One text of which the end is scored: the tokens that are read, and those that are to be predicted at its end."""
+    """One text whose end is scored: the tokens to read, and the tokens to predict at its end."""
 
     tokens: tuple[int, ...]  # without the last target, which nobody reads
     targets: tuple[int, ...]

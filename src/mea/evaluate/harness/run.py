@@ -28,11 +28,11 @@ class HarnessTasks(Suite):
     Attributes
     ----------
     suite, tasks
-        Name of a suite, or names of the harness's tasks, which come first.
+        Name of a suite, or names of the harness's tasks, which replace the suite.
     data
         Folder with local rows (zero-shot tasks only); None lets the harness load its data sets.
     limit
-        Only so many rows of each task.
+        Most rows of each task.
     dtype
         Of the computation.
     batch_tokens
@@ -149,7 +149,7 @@ def _lines(by_task: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def describe(name: str) -> str:
-    """What a suite measures of the paper's tables, and what it cannot."""
+    """The columns of the paper's tables that a suite measures, and those that it lacks."""
     suite = SUITES[name]
     reached = ", ".join(f"{column} ({task})" for column, task in suite.columns.items()) or "none"
     missing = f"; without a task: {', '.join(suite.missing)}" if suite.missing else ""

@@ -1,4 +1,4 @@
-"""Log-likelihoods of given continuations, many at a time, at the least cost: shared beginnings, logits where needed."""
+"""Log-likelihoods of given continuations in batches: shared beginnings and unused logits are not computed twice."""
 
 import time
 from collections.abc import Iterator, Sequence

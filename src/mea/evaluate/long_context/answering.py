@@ -24,7 +24,7 @@ COPIES = 2**29  # bytes that copies of a cache may take, for answers of several 
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model made of one question.
+    """A model's answer to one question, with its scores.
 
     Attributes
     ----------
@@ -33,9 +33,9 @@ class Answered:
     choice
         1 if a right answer is likelier than every wrong one.
     logprob
-        Log-likelihood (nats) of the right answer, of several right ones that of any.
+        Log-likelihood of the right answer in nats; with several right answers, of any of them.
     written
-        What greedy decoding gave.
+        The text of greedy decoding.
     """
 
     exact: float
@@ -55,7 +55,7 @@ class Answerer:
     model
         A causal language model of transformers, compressed or not.
     source
-        Of the prompts, with the model's tokenizer.
+        Source of the prompts, with the model's tokenizer.
     cache_bits
         Quantise the cache to 8, 4, 3 or 2 bits; None is an ordinary cache.
     """
@@ -72,9 +72,9 @@ class Answerer:
         answers
             In the order of the questions.
         tokens
-            That the context has.
+            Number of tokens of the context.
         cache_bytes
-            That the cache holds after the context.
+            Bytes of the cache after the context.
 
         Raises
         ------

@@ -1,4 +1,4 @@
-"""Answers summed up: scores by task, length and depth, with what the cache held."""
+"""Scores by task, length and depth, with the bytes of the cache."""
 
 import math
 from collections.abc import Sequence

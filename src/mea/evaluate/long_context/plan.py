@@ -1,4 +1,4 @@
-"""Which prompts an evaluation consists of, what they cost, and what does not fit: known before a model is loaded."""
+"""The prompts of an evaluation, their cost, and errors about lengths, before a model is loaded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,14 +47,14 @@ def chosen_lengths(lengths: Sequence[int], limits: Sequence[int | None]) -> tupl
     Parameters
     ----------
     lengths
-        Asked for; empty for the default.
+        Requested lengths in tokens; empty for the default.
     limits
         Contexts of the models, None where there is no limit.
 
     Raises
     ------
     ValueError
-        One is not positive, named twice, or longer than a model's context.
+        A length is not positive, given twice, or longer than a model's context.
     """
     longest = min((limit for limit in limits if limit is not None), default=None)
     if not lengths:

@@ -1,4 +1,4 @@
-"""What all tasks are made of: a context, questions about it, and running text cut to a number of tokens."""
+"""Parts of all tasks: a context, questions about it, and running text of a given number of tokens."""
 
 import re
 from collections import Counter
@@ -41,19 +41,19 @@ class Query:
 
 @dataclass(frozen=True)
 class Prompt:
-    """A context that is read once, and what is asked about it."""
+    """A context that is read once, and the questions about it."""
 
     context: str
     queries: tuple[Query, ...]
 
 
 class Source:
-    """A tokenizer with a text: what prompts are cut from.
+    """A tokenizer and a text from which prompts are made.
 
     Parameters
     ----------
     tokenizer
-        Of the model.
+        The model's tokenizer.
     text
         Name of a packaged text, or a file.
 

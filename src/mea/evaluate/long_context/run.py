@@ -29,20 +29,20 @@ TRIAL = 512  # tokens that are read to tell how long everything will take
 
 @dataclass(frozen=True)
 class LongContext(Suite):
-    """What to ask, for `mea.evaluate.runner.evaluate`; records are of the kind ``"long context"``.
+    """The long-context suite for `mea.evaluate.runner.evaluate`; records are of the kind ``"long context"``.
 
     Attributes
     ----------
     tasks
-        Of the suite ``long-context``; all if empty.
+        Tasks of the suite ``long-context``; all if empty.
     lengths
         In tokens, question and answer included; by default those of `LENGTHS` that the model supports.
     limit
-        Prompts of each kind at each length (of the needle at each depth); by default fewer of longer ones.
+        Prompts of each kind at each length (for the needle at each depth); by default fewer at longer lengths.
     seed
-        Another one gives other prompts.
+        Seed of the prompts.
     text
-        That needles are hidden in: a packaged one, or a file. For the loss by position see `position_text`.
+        Text that needles are hidden in: a packaged text or a file. The loss by position uses `position_text`.
     cache_bits
         Store the first model's cache in 8, 4, 3 or 2 bits.
     """

@@ -1,7 +1,7 @@
 """Triton kernels for the packed cache on a GPU: reading, paged or contiguous, and writing.
 
-Start at `mea.ops.triton.reference`, which has the definitions; `mea.ops.triton.packed` calls the kernels. They need
-the ``gpu`` extra. ``MEA_KERNELS=reference`` switches them off, as it does those for processors.
+Start at `mea.ops.triton.reference`, which has the definitions; `mea.ops.triton.packed` calls the kernels. They need the
+``gpu`` extra. ``MEA_KERNELS=reference`` switches them off, like the CPU kernels.
 """
 
 import importlib.util
@@ -20,7 +20,7 @@ __all__ = ["Angles", "CodedTokens", "PackedReader", "fits", "to_codes", "usable"
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether the kernels take these tensors, here: on an NVIDIA GPU with Triton, no gradient."""
+    """Whether the kernels support these tensors on this machine: on an NVIDIA GPU with Triton, no gradient."""
     return (
         all(x.is_cuda for x in tensors)
         and torch.version.hip is None

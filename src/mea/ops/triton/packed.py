@@ -30,7 +30,7 @@ class PackedReader:
     groups, key_decoder, key_mean, frequency
         See `mea.ops.triton.reference.Maps`. Groups have at most 128 components; no group has both pairs and others.
     value_decoder, value_mean
-        Not used: averages are of components. They are here so that all readers are made alike.
+        Not used, because averages are of components; accepted so that all readers have one signature.
 
     Raises
     ------

@@ -1,6 +1,6 @@
 """What the Triton kernels compute, in PyTorch and in the dtype of the queries: read this first.
 
-A packed cache (`mea.ops.codes`) is read by queries that are turned already (RoPE). Results are averages of components
+A packed cache (`mea.ops.codes`) is read by queries after RoPE. Results are averages of components
 and the logarithm of the sum of ``e^score``, so that tokens which are kept exactly can be merged: with log-sum-exps
 ``a`` and ``b`` of two sets of tokens, the first has the weight ``sigmoid(a - b)``.
 
@@ -27,8 +27,8 @@ class Maps(NamedTuple):
     groups
         ``(bits, size)`` of each group of a token's components, in the order of storage.
     key_decoder
-        ``[g, d, r]``; with `frequency` the first components are pairs ``(re, im)`` that are turned as they are, and it
-        is ``[g, pairs, 2]``, complex numbers.
+        ``[g, d, r]``; with `frequency` the first components are pairs ``(re, im)`` that are rotated without rebuilding
+        keys, and it is ``[g, pairs, 2]``, complex numbers.
     key_mean
         ``[g, d]``.
     frequency
@@ -52,7 +52,7 @@ class CodedTokens(NamedTuple):
     hidden
         ``[b, n]``, not 0 where no query reads the token.
     seen
-        ``[b, q]``: each new token reads the first so many of the ``n`` tokens; all of them if there is none.
+        ``[b, q]``: how many of the ``n`` tokens each new token reads, from the first on; None for all.
     pages
         ``[b, _]``: the pages of each sequence, in the order of its tokens (vLLM's block table, arXiv 2309.06180).
     """
@@ -72,9 +72,9 @@ class Angles(NamedTuple):
     Attributes
     ----------
     blocks : [b or 1, ceil(n / 64), d / 2], each
-        Of the first of every 64 tokens.
+        Angles of the first of every 64 tokens.
     places : [64, d / 2], each
-        Of the places in a block: a token's angle is its block's plus its place's.
+        Angles of the places in a block: a token's angle is the sum of its block's and its place's.
     """
 
     blocks: tuple[Tensor, Tensor]
@@ -86,7 +86,7 @@ def read(
 ) -> tuple[Float[Tensor, "b h q r"], Float[Tensor, "b h q"]]:
     """Averages of the components with weights ``softmax(scale * score)``, and the log-sum-exp of ``scale * score``.
 
-    Where nothing is visible averages are 0 and the log-sum-exp is minus infinity.
+    For a query without visible tokens averages are 0 and the log-sum-exp is minus infinity.
     """
     components = decode(maps.groups, tokens).to(queries.dtype)
     grouped = queries.unflatten(1, (len(maps.key_mean), -1))

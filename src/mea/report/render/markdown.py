@@ -21,7 +21,7 @@ PLAIN_NUMBER = re.compile(rf"{NUMBER}( ± {NUMBER}| %)?( \({NUMBER} to {NUMBER}\
 
 
 def write_text(path: str | Path, text: str) -> Path:
-    """Write a file whole or not at all, in a folder that is made if need be."""
+    """Write a file atomically; its folder is created if needed."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     return write_atomically(path, text)
 
@@ -29,8 +29,8 @@ def write_text(path: str | Path, text: str) -> Path:
 def write_markdown(sections: Sequence[Section], path: str | Path) -> Path:
     """Write sections between the marks of a Markdown file, and their figures into a folder beside it.
 
-    A file that does not exist yet is made; of one that exists only what is between the marks is replaced. Figures that
-    this function wrote earlier and that are no longer wanted are removed from that folder; nothing else is.
+    Creates a missing file; in an existing one only the text between the marks is replaced. Removes figures that this
+    function wrote earlier and that are no longer used, and nothing else.
 
     Raises
     ------

@@ -1,1 +1,1 @@
-"""Pretraining of the family: data, one run, sweeps of runs, what is watched on the way."""
+"""Pretraining of the attention family: data, single runs, sweeps, diagnostics."""

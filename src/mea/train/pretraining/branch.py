@@ -19,14 +19,14 @@ FREE = {  # settings that a branch may change: none has an effect on the steps b
 
 
 def stored(settings: PretrainSettings) -> dict[str, Any]:
-    """Settings as nested dicts that go into JSON; where files are is not part of what a run is."""
+    """Settings as nested dicts for JSON, without paths of files, which do not identify a run."""
     tables = asdict(settings)
     tables["data"]["files"] = [Path(name).name for name in tables["data"]["files"]]
     return json.loads(json.dumps(tables))
 
 
 def differing(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
-    """Names, as ``table.field``, of what two results of `stored` differ in; what the old one lacks has its default."""
+    """Fields (``table.field``) that differ between two results of `stored`; missing old fields have defaults."""
     defaults = asdict(PretrainSettings(DataSettings(("any",))))
     return [
         f"{table}.{name}"
@@ -37,7 +37,7 @@ def differing(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
 
 
 def check_same_run(settings: PretrainSettings, out: Path) -> None:
-    """Refuse to go on with a run that has other settings.
+    """Refuse to continue a run with other settings.
 
     Raises
     ------
@@ -56,7 +56,7 @@ def write_settings(settings: PretrainSettings, out: Path) -> None:
 
 
 def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
-    """Copy another run's checkpoint into the folder of a new one, which can then go on from it.
+    """Copy another run's checkpoint into the folder of a new run, which then continues from it.
 
     Raises
     ------
@@ -89,7 +89,7 @@ def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
 
 
 def branched_at(out: Path) -> int | None:
-    """The step from which a run went on from another one.
+    """The step at which a run branched off another run; None if it did not.
 
     Raises
     ------

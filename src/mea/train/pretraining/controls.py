@@ -1,4 +1,4 @@
-"""Controls of an experiment: mixing that does not learn, or that is folded away while training goes on."""
+"""Controls of an experiment: mixing that is frozen, or folded into the projections during training."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ from mea.models.decoder import MeaForCausalLM
 
 
 def freeze_mixing(model: MeaForCausalLM) -> None:
-    """Let no mixing matrix learn.
+    """Freeze every mixing matrix.
 
     Raises
     ------
@@ -34,7 +34,7 @@ class FoldMixing(TrainerCallback):
     Parameters
     ----------
     step
-        Of the optimiser, counted from 0, before which this happens.
+        Optimiser step, counted from 0, before which the mixing is folded.
     """
 
     def __init__(self, step: int) -> None:

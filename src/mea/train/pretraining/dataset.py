@@ -73,8 +73,8 @@ def _check(path: Path, entry: dict[str, Any], checksum: bool) -> None:
 def row_of(stream: TokenStream, start: int, length: int) -> dict[str, Tensor]:
     """One row: tokens, labels and positions.
 
-    Positions begin anew with every document, which is how attention is told not to cross; the first token of a document
-    is not predicted from the one before it.
+    Positions restart at every document, so that attention stays within documents; the first token of a document is not
+    predicted.
     """
     tokens, begins = stream.read(start, length)
     labels, positions = tokens.copy(), np.arange(length)
@@ -88,7 +88,7 @@ def row_of(stream: TokenStream, start: int, length: int) -> dict[str, Tensor]:
 class TrainingRows(Dataset):
     """`count` rows in the order a run sees them: permutation after permutation of all rows, by a seed.
 
-    The order depends on the seed alone, so that a run that goes on at row ``n`` sees what it would have seen.
+    The order depends on the seed alone, so that a run that continues at row ``n`` reads the same rows.
     """
 
     def __init__(self, stream: TokenStream, row: int, count: int, seed: int) -> None:

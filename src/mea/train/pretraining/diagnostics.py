@@ -23,7 +23,7 @@ def attention_diagnostics(model: nn.Module, forward: Callable[[], Any]) -> Diagn
     Parameters
     ----------
     model
-        Whose modules hold the layers.
+        Model that contains the attention layers.
     forward
         Runs the model on some rows, without a cache.
 

@@ -1,4 +1,4 @@
-"""Documents, one after the other, from text, JSONL, Parquet or a hub data set: never all of them in memory."""
+"""Documents from text, JSONL, Parquet or a hub data set, streamed: never all of them in memory."""
 
 import bz2
 import gzip

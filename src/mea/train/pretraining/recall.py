@@ -31,19 +31,19 @@ class RecallSettings:
     Parameters
     ----------
     pairs
-        Numbers of pairs in a row; row after row takes the next of them.
+        Numbers of pairs in a row; rows take them in turn.
     validation_pairs
-        The same for validation, which gives the accuracy for each; empty for `pairs`.
+        Numbers of pairs in validation, which gives the accuracy for each; empty for `pairs`.
     queries
-        Of a row, each for another key, or for all where there are fewer; None for all.
+        Queries per row, each for a different key; at most one per pair. None for one per pair.
     keys_per_query
-        Tokens of a key. Two or more are a key only together and in their order: a row forms its keys of so few tokens
-        that they share them, and the value depends on all of them.
+        Tokens of a key. With two or more, a key is an ordered tuple; the keys of a row share tokens, so the value
+        depends on the whole tuple.
     keys, values
         Sizes of the two alphabets.
     power
-        Exponent of the law of the queries' places: the s-th place after the pairs is taken with a probability in
-        proportion to ``s ** (power - 1)``. 0.01 in the paper: most queries soon, some late; 1 spreads them evenly.
+        Exponent of the distribution of query positions: the s-th position after the pairs has a probability
+        proportional to ``s ** (power - 1)``. The paper takes 0.01, which favours early positions; 1 is uniform.
     """
 
     pairs: Annotated[Counts, Field(min_length=1)] = (4, 8, 16)
@@ -87,14 +87,14 @@ class RecallSettings:
 
 
 class RecallRows(Dataset):
-    """`count` rows, each drawn by its number and the stream: any process, at any time, draws the same.
+    """`count` rows. A row depends on its index and the stream only, so every process draws the same rows.
 
     Parameters
     ----------
     task
-        What is in a row.
+        Settings of the task.
     pairs
-        Numbers of pairs: row i has the one at i, modulo their number.
+        Numbers of pairs: row ``i`` has ``pairs[i % len(pairs)]``.
     row
         Tokens of a row.
     stream

@@ -1,4 +1,4 @@
-"""One pretraining run: from settings to a record, by the Hugging Face Trainer; killed at any moment, it goes on."""
+"""One pretraining run by the Hugging Face Trainer, from settings to a record; an interrupted run continues."""
 
 import math
 import time
@@ -37,21 +37,21 @@ def pretrain(
     start_from: str | Path | None = None,
     progress: Progress | None = None,
 ) -> Record:
-    """Train a model from nothing, or go on with the run that `out` holds; return its record.
+    """Train a model from random weights, or continue the run in `out`; return its record.
 
     Parameters
     ----------
     settings
-        What to do.
+        Settings of the run.
     out
         Folder of the run: checkpoints, and at the end ``model`` with its tokenizer and ``record.json``.
     cache
         Folder of tokenised data, shared by runs.
     record
-        Where the record goes, if not into `out`.
+        File of the record; by default in `out`.
     start_from
-        A checkpoint of a run at a constant learning rate with the same settings, from which a new run goes on with a
-        schedule that decays later (`pretraining.branch`). What was recorded before becomes part of the new record.
+        A checkpoint of a run at a constant learning rate with the same settings, from which a new run continues with a
+        schedule that decays later (`pretraining.branch`). The new record includes the old run's samples.
 
     Raises
     ------

@@ -107,9 +107,9 @@ class DataSettings:
         A folder or hub id; None trains a byte-level BPE of `vocabulary` tokens on the first `tokenizer_characters` of
         the training documents.
     validation_fraction
-        Of the documents, chosen by a hash of their text; never trained on.
+        Fraction of the documents, chosen by a hash of their text, that is never trained on.
     validation_tokens
-        How many of their tokens are scored, spread evenly over the split.
+        Number of validation tokens that are scored, spread evenly over the split.
     row
         Tokens of a row, the model's context.
     shard_tokens
@@ -162,16 +162,16 @@ class OptimSettings:
     learning_rate
         The peak.
     mixer_multiplier
-        Of the learning rate, for mixing matrices.
+        Factor on the learning rate of mixing matrices.
     weight_decay
         On matrices; none on mixing matrices, gains and other vectors.
     schedule
         ``"constant"``, ``"linear"``, ``"cosine"`` or ``"wsd"`` (warm-up, stable, decay), after a linear warm-up from
-        nothing (from `final_fraction` in wsd).
+        zero (from `final_fraction` in wsd).
     final_fraction
-        Of the peak, where cosine and wsd end.
+        Fraction of the peak at which cosine and wsd end.
     decay_fraction
-        Of the steps, in which wsd decays.
+        Fraction of the steps over which wsd decays.
     clip
         Largest norm of the gradient; 0 for no clipping.
     """
@@ -223,24 +223,24 @@ class RunSettings:
     Parameters
     ----------
     seed
-        Of weights and data order.
+        Seed of weights and data order.
     micro_batch_rows
-        Rows that one process takes at a time; None for the whole batch. Less is made up by gradient accumulation.
+        Rows per forward pass in one process; None for the whole batch. Gradients are accumulated over the parts of a
+        batch.
     precision
         ``"bfloat16"`` is autocast over fp32 weights.
     validations
-        How often validation loss is taken, evenly spread, the last at the end.
+        Number of validations, evenly spread, the last at the end.
     checkpoints
-        How often the state is saved.
+        Number of times that the state is saved.
     report_to
         Hugging Face Trainer's reporters: ``["tensorboard"]``.
     shard
-        FSDP2: parameters, gradients and moments are shared out among the processes that torchrun starts, instead of
-        each having all.
+        FSDP2: shard parameters, gradients and moments over the processes of torchrun instead of copying them to each.
     fold_at
-        Fraction of the steps after which mixing is folded into the projections and stays the identity.
+        Fraction of the steps after which mixing is folded into the projections and frozen at the identity.
     divergence
-        A run has diverged when its mean loss over `DIVERGENCE_WINDOW` steps is this far above a uniform guess's.
+        A run has diverged if its mean loss over `DIVERGENCE_WINDOW` steps exceeds that of a uniform guess by this much.
     """
 
     seed: Seed = 0
@@ -262,7 +262,7 @@ class RunSettings:
 
 @dataclass(frozen=True, config=CONFIG)
 class PretrainSettings:
-    """All of a run; `labels` (``arm``, ``mixing``, ``norm``) go into its record as they are, for tables and effects."""
+    """Settings of a run; its record copies `labels` (``arm``, ``mixing``, ``norm``), for tables and effects."""
 
     data: DataSettings
     model: ModelSettings = field(default_factory=ModelSettings)

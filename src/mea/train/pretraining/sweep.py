@@ -1,6 +1,6 @@
-"""A sweep of runs, which can be interrupted at any moment and goes on where it was.
+"""A sweep of runs; an interrupted sweep continues.
 
-A run is done when its record is there. Each runs in a process of its own: one that crashes takes no other with it.
+A run is done when its record exists. Every run has its own process, so a crash does not affect the others.
 """
 
 import json
@@ -37,7 +37,7 @@ WORKER = "from mea.train.pretraining.sweep import work; import sys; work(*sys.ar
 
 @dataclass(frozen=True)
 class Folders:
-    """Where a sweep keeps what."""
+    """The folders of a sweep."""
 
     results: Path
     work: Path
@@ -81,15 +81,15 @@ def sweep(
     work_folder
         Tokenised data and the folders of unfinished runs; a run's is removed when its record is there.
     workers
-        Processes at a time, on this machine; its threads are shared out among them.
+        Number of parallel processes on this machine, which divide its threads among them.
     attempts
-        Of a run that crashes; each goes on from the last checkpoint.
+        Attempts at a run that crashes; each continues from the last checkpoint.
     minutes
-        Start no run after so many.
+        Minutes after which no new run starts.
     launch
         Runs a command, its output added to a file, and returns its exit code; None for a process on this machine.
     note
-        Told of every run's end.
+        Called at the end of every run.
     """
     folders = Folders(Path(results).absolute(), Path(work_folder).absolute())
     todo = [run for run in runs if not folders.record(run).is_file()]
@@ -152,7 +152,7 @@ def _follow(
 
 
 def work(tables: str, folder: str, cache: str, record: str, start_from: str | None = None) -> None:
-    """What one process of a sweep does: one run."""
+    """Do one run of a sweep, in a process of its own."""
     from mea.train.pretraining.run import pretrain
 
     def tell(what: str, done: int, _total: int) -> None:
@@ -183,7 +183,7 @@ def run_command(command: list[str], log: str, threads: int | None = None) -> int
 
 
 def on_ray(gpus: float) -> Launch:
-    """Run each command somewhere on a Ray cluster, with so many GPUs; its nodes must share the folders of the sweep.
+    """Run commands on a Ray cluster, each with this many GPUs; its nodes must share the folders of the sweep.
 
     Raises
     ------

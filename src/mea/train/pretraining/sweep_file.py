@@ -52,8 +52,8 @@ class SweepRun:
     Parameters
     ----------
     base, branch
-        The run from whose kept checkpoint, after this share of the steps, it goes on; without that checkpoint it is
-        trained from the beginning.
+        The run whose checkpoint after this share of the steps this run continues; without that checkpoint it is trained
+        from the beginning.
     keep
         Share of the steps after which a checkpoint is kept.
     """

@@ -48,8 +48,8 @@ def train_tokenizer(texts: Iterator[str], vocabulary: int) -> PreTrainedTokenize
 def prepare(data: DataSettings, cache: str | Path, progress: Progress | None = None) -> Path:
     """Tokenise a data set unless that is done; return the folder of its shards inside `cache`.
 
-    After an interruption it goes on after the last complete shard. While another process tokenises the same data, this
-    one waits for it.
+    An interrupted call continues after the last complete shard. While another process tokenises the same data, this one
+    waits.
 
     Raises
     ------

@@ -117,7 +117,7 @@ def recover(
 
 
 def check_pair(own: Any, other: Any | None, settings: Recovery) -> None:
-    """Refuse models that cannot be trained, by the configurations of the compressed model and the original alone.
+    """Refuse models that cannot be trained, judged by the configurations of the compressed model and the original.
 
     Raises
     ------

@@ -60,7 +60,7 @@ def windows(
 
 
 def overlaps(texts: Sequence[str], tested: Sequence[str], run: int = 13) -> int:
-    """How many runs of `run` words, whatever their case and punctuation, texts to train on share with tested ones."""
+    """Number of sequences of `run` words, ignoring case and punctuation, that training texts share with test texts."""
 
     def runs(name: str) -> Iterator[int]:
         words = re.findall(r"\w+", load_text(name).lower())

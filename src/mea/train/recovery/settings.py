@@ -29,7 +29,7 @@ class Recovery:
         ``"attention"``: all weights of all attention layers; ``"all"``: the whole model; ``"lora"``: the factors, and
         low-rank updates of all other linear layers through PEFT, which are merged at the end.
     tokens
-        Text that is trained on; none of it twice.
+        Number of training tokens, each used once.
     window
         Tokens of one window.
     copy_fraction
@@ -60,8 +60,8 @@ class Recovery:
     checkpoints
         Number of times that the state is saved.
     precision
-        Of the products; sums, updates and all that is stored are fp32. ``"fast"`` is bfloat16 where
-        this machine multiplies it, else float32.
+        Precision of matrix products; sums, updates and stored weights are fp32. ``"fast"`` is bfloat16 if this machine
+        has fast bfloat16 products, else float32.
     less_memory
         Gradient checkpointing of each layer: less memory, and a second forward pass.
     seed
@@ -105,7 +105,7 @@ class Recovery:
 
     @property
     def steps(self) -> int:
-        """Whole steps that the tokens are enough for."""
+        """Number of whole steps with these tokens."""
         return self.tokens // self.step_tokens
 
 
