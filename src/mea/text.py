@@ -100,7 +100,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, str]], **options: A
         There is no template, or it fails.
     """
     if not getattr(tokenizer, "chat_template", None):
-        raise ValueError("this model's tokenizer has no chat template: it continues text only")
+        raise ValueError("this model's tokenizer has no chat template: give plain text without the chat template")
     try:
         return tokenizer.apply_chat_template(messages, return_dict=True, **options)
     except ImportError:
@@ -160,14 +160,16 @@ def repeat_spans(rows: Int[Tensor, "n t"], share: float, seed: int = 0) -> Int[T
 def check_fraction(share: float) -> None:
     """Raise ValueError unless `share` is between 0 and 1."""
     if not 0 <= share <= 1:
-        raise ValueError(f"copy_fraction is a share of the windows, 0 to 1, not {share}")
+        raise ValueError(f"copy_fraction is a fraction of the windows, from 0 to 1, not {share}")
 
 
 def _first(ids: Int[Tensor, " n"], limit: int | None) -> Int[Tensor, " m"]:
     if limit is not None and limit <= 0:
         raise ValueError(f"the number of tokens must be positive, not {limit}")
     if limit is not None and len(ids) < limit:
-        raise ValueError(f"the text has {len(ids):,} tokens, not the {limit:,} asked for")
+        raise ValueError(
+            f"the text has {len(ids):,} tokens, not the {limit:,} asked for: give a longer text or fewer tokens"
+        )
     return ids[:limit]
 
 
@@ -178,7 +180,7 @@ def _read(path: Path) -> str:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text (byte {error.start}): convert it first") from error
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise ValueError(f"{path} is not a complete gzip file: {error}") from error
+        raise ValueError(f"{path} is not a complete gzip file ({error}): copy or download it again") from error
     if not text.strip():
         raise ValueError(f"{path} holds no text")
     return text

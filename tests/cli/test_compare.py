@@ -70,7 +70,7 @@ def test_profile_writes_its_record(mea, models_, text, tmp_path):
         (("--groups", 2), "groups is an option of methods that lower ranks, such as svd"),
         (("--method", "svd", "--groups", 3), "cannot be divided into 3 equal groups"),
         (("--method", "post_rope"), "post_rope is a baseline, which mea compare measures: give predictive or joint"),
-        (("--method", "post_rope:uniform"), "or for whole heads svd, gauge, gqa-mean or gqa-procrustes"),
+        (("--method", "post_rope:uniform"), "or a whole-head method (svd, gauge, gqa-mean or gqa-procrustes)"),
     ],
 )
 def test_mistakes_are_one_line(mea, models_, tmp_path, options, message):

@@ -28,7 +28,7 @@ def test_two_models_item_by_item(mea, models_, tmp_path):
         ((), "nothing to evaluate"),
         (("--suite", "long-contxt"), "did you mean 'long-context'"),
         (("--suite", "long-context", "--lengths", "512"), "longer than the model's context of 256"),
-        (("--suite", "long-context", "--lengths", "short"), "as in 512,1024, not 'short'"),
+        (("--suite", "long-context", "--lengths", "short"), "such as 512,1024, not 'short'"),
         (("--suite", "long-context", "--task", "needel"), "did you mean 'needle'"),
         (("--suite", "long-context", "--data", "x"), "--data is no option of the suite long-context"),
         (("--suite", "zero-shot", "--lengths", "512"), "--lengths is an option of --suite long-context only"),

@@ -149,7 +149,7 @@ def test_an_odd_head_goes_to_the_values() -> None:
 
 def test_a_budget_that_no_layout_meets_says_what_the_smallest_takes() -> None:
     shape = CacheShape(4, 64, (None,) * 2, 2)
-    with pytest.raises(ValueError, match=r"no layout meets keep 0\.1: the smallest takes 512 bytes against 2") as error:
+    with pytest.raises(ValueError, match=r"no layout meets keep 0\.1: the smallest takes 512 bytes, and 2") as error:
         layout_for_keep(shape, 0.1, Step(64, paired=False))  # one head of four is 0.25
     assert "finer steps" in str(error.value)
     with pytest.raises(ValueError, match="no layout meets 5000 bytes for 100 tokens"):

@@ -287,7 +287,7 @@ def test_the_second_writer_is_told(saved: Path, calibration: Calibration, tmp_pa
 
     def second(what: str, done: int, of: int) -> None:
         if done == 1:
-            with pytest.raises(ValueError, match=r"another process is writing .*/out: wait until it has ended"):
+            with pytest.raises(ValueError, match=r"another process is writing .*/out: wait until it has finished"):
                 compress_to_folder(str(saved), out, **arguments(calibration))
 
     compress_to_folder(str(saved), out, **arguments(calibration, progress=second))

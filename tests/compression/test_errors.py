@@ -142,7 +142,7 @@ def test_calibration_that_cannot_be(refused: Any, tmp_path: Path) -> None:
     assert "longer than the model's context of 512" in refused(calibration=Calibration(tokens=4096, window=1024))
     with pytest.raises(ValueError, match="at least 4 windows of at least 64 tokens, not 100"):
         Calibration(tokens=100, window=64)
-    with pytest.raises(ValueError, match="a share of the windows"):
+    with pytest.raises(ValueError, match="a fraction of the windows"):
         Calibration(copy_fraction=1.5)
     assert "did you mean 'calibration'" in refused(calibration=Calibration("calibraton", tokens=256, window=64))
 

@@ -17,5 +17,5 @@ def test_losses_are_those_of_the_window_read_at_once(kind):
 
 
 def test_a_context_as_long_as_the_window_is_refused():
-    with pytest.raises(ValueError, match="nothing to score of a window of 50"):
+    with pytest.raises(ValueError, match="nothing to score in a window of 50"):
         token_losses(tiny(), torch.zeros(50, dtype=torch.long), 50, read=Continuation(49))

@@ -143,7 +143,7 @@ def test_every_architecture_is_the_model_that_the_file_was_made_from(
         ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, r"llama\.rope\.scaling\.type = 'longrope'"),
         ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "original_context_length None"),
         ({"rope.scaling.attn_factor": 2.0}, r"llama\.rope\.scaling\.attn_factor"),
-        ({"rope.scaling.factor": float("nan")}, r"has llama\.rope\.scaling\.factor = nan, which cannot be"),
+        ({"rope.scaling.factor": float("nan")}, r"has llama\.rope\.scaling\.factor = nan, which is impossible"),
         ({"attention.scale": 2.0}, r"has the key llama\.attention\.scale, which cannot be read"),
         ({"attention.key_length": 16}, r"llama\.attention\.value_length = 8 where heads are 16 wide"),
         ({"rope.dimension_count": 4}, r"llama\.rope\.dimension_count = 4 where heads are 8 wide"),

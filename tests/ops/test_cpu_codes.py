@@ -304,7 +304,7 @@ def test_what_the_kernels_take():
         ({"queries": torch.zeros(1, 3, 20).bfloat16()}, "do not fit"),
         ({"scales": torch.zeros(1, 209, 3).bfloat16()}, "do not hold"),
         ({"first": None, "angles": "short"}, "angles"),
-        ({"codes": torch.zeros(1, 300, 209, dtype=torch.uint8).mT}, "side by side"),
+        ({"codes": torch.zeros(1, 300, 209, dtype=torch.uint8).mT}, "must be contiguous"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else x,
 )

@@ -51,7 +51,8 @@ def attend(
     """
     t, s = q.shape[2], k.shape[2]
     if mask is not None and isinstance(mask, BlockMask) != (backend == "flex"):
-        raise TypeError(f"backend {backend!r} wants {'a BlockMask' if backend == 'flex' else 'a tensor'} as its mask")
+        needed = "a BlockMask (see mea.attention.backends.block_mask)" if backend == "flex" else "a tensor"
+        raise TypeError(f"backend {backend!r} needs {needed} as its mask, not {type(mask).__name__}")
     if backend == "flex":
         block = block_mask(t, s, causal=causal, window=window, device=q.device) if mask is None else mask
         return flex_attention(q, k, v, block_mask=block, scale=scale, enable_gqa=q.shape[1] != k.shape[1])  # pyright: ignore

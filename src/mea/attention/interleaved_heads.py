@@ -85,7 +85,7 @@ class InterleavedHeadAttention(Attention):
         if mask is None and self.window is not None:
             mask = attention_mask(t, s, causal=self.causal, window=self.window, device=x.device)
         if isinstance(mask, BlockMask):
-            raise TypeError("interleaved-head attention wants a tensor as its mask, not a BlockMask")
+            raise TypeError("interleaved-head attention needs a tensor as its mask, not a BlockMask")
         if mask is not None:
             mask = interleave(mask, self.num_pseudo_heads, causal=self.causal)
         q = self._turned(self._interleaved(q, self.query_mixing))

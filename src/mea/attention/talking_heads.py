@@ -61,7 +61,7 @@ class TalkingHeadsAttention(Attention):
         if mask is None:
             mask = attention_mask(q.shape[1], k.shape[2], causal=self.causal, window=self.window, device=x.device)
         if isinstance(mask, BlockMask):
-            raise TypeError("talking-heads attention wants a tensor as its mask, not a BlockMask")
+            raise TypeError("talking-heads attention needs a tensor as its mask, not a BlockMask")
         t_qk, t_v = self.score_mixing.weight.mT, self.map_mixing.weight.mT
         out = reference.talking_heads(q, k.transpose(1, 2), v.transpose(1, 2), t_qk, t_v, mask)
         return self.output(out)

@@ -82,21 +82,21 @@ def compare(
         ),
     ] = None,
     press: Annotated[
-        list[str] | None, typer.Option(help="Class of kvpress. May be repeated.", rich_help_panel=PEERS)
+        list[str] | None, typer.Option(help="Press of kvpress, by class name. May be repeated.", rich_help_panel=PEERS)
     ] = None,
     kvpress: Annotated[
-        str | None, typer.Option(help="Python of an environment that has kvpress.", rich_help_panel=PEERS)
+        str | None, typer.Option(help="Python executable of an environment with kvpress.", rich_help_panel=PEERS)
     ] = None,
     conversion: Annotated[
         list[str] | None,
         typer.Option(help="Conversion of cacheshrink: separate, joint, xkv. May be repeated.", rich_help_panel=PEERS),
     ] = None,
     cacheshrink: Annotated[
-        str | None, typer.Option(help="Python of an environment that has cacheshrink.", rich_help_panel=PEERS)
+        str | None, typer.Option(help="Python executable of an environment with cacheshrink.", rich_help_panel=PEERS)
     ] = None,
     dtype: shared.Dtype = "fast",
 ) -> None:
-    """Compare ways to make a model's cache smaller, by measured bytes, in one protocol."""
+    """Compare ways to make a model's cache smaller at measured bytes, with one protocol."""
     from mea.comparison.configs import method_configs
     from mea.comparison.protocol import Protocol
     from mea.comparison.run import compare as run

@@ -25,12 +25,14 @@ def compress(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="Instead: bytes at a context, '64k tokens in 2 GiB'.", rich_help_panel=shared.BUDGET),
+        typer.Option(
+            help="Instead of --keep: bytes at a context length, '64k tokens in 2 GiB'.", rich_help_panel=shared.BUDGET
+        ),
     ] = None,
     layout: Annotated[
         str | None,
         typer.Option(
-            help=f"Instead: {listed(LAYOUTS)}, or a JSON file with two ranks (keys, values) or null for each layer.",
+            help=f"Compressed layers: {listed(LAYOUTS)}; or a JSON file with [r_k, r_v] or null per layer.",
             rich_help_panel=shared.BUDGET,
         ),
     ] = None,
@@ -46,7 +48,7 @@ def compress(
     groups: Annotated[
         int,
         typer.Option(
-            help="Of whole heads: groups of neighbouring heads with separate latents, for tensor parallelism.",
+            help="With whole heads: groups of neighbouring heads with separate latents, for tensor parallelism.",
             rich_help_panel=shared.ADVANCED,
         ),
     ] = 1,
@@ -70,7 +72,7 @@ def compress(
     if method.partition(":")[0] in BASELINES:
         raise ValueError(
             f"{method} is a baseline, which mea compare measures: give {listed(CODED_METHODS)}, which lose far less at "
-            f"equal bytes, or for whole heads {listed(WHOLE_HEAD_METHODS)}"
+            f"equal bytes, or a whole-head method ({listed(WHOLE_HEAD_METHODS)})"
         )
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, seed, copy_fraction)
     options = CompressOptions(

@@ -30,7 +30,7 @@ def evaluate(
     ] = None,
     limit: Annotated[
         int | None,
-        typer.Option(help="First rows of each task, or prompts of each kind.", rich_help_panel=shared.WHAT),
+        typer.Option(help="Most rows of each task, or prompts of each kind.", rich_help_panel=shared.WHAT),
     ] = None,
     out: Annotated[
         Path,
@@ -41,14 +41,14 @@ def evaluate(
     lengths: Annotated[
         str | None,
         typer.Option(
-            help="Tokens of the contexts, as in 512,1024; by default up to the model's limit.",
+            help="Context lengths in tokens, such as 512,1024; by default up to the model's limit.",
             rich_help_panel=LONG_CONTEXT_PANEL,
         ),
     ] = None,
     cache_bits: Annotated[
         int | None,
         typer.Option(
-            help=f"Bits of a cached number, of an uncompressed MODEL (not of --against): {listed(CACHE_BITS)}.",
+            help=f"Quantise the cache of an uncompressed MODEL (only) to {listed(CACHE_BITS)} bits a number.",
             rich_help_panel=LONG_CONTEXT_PANEL,
         ),
     ] = None,
@@ -70,7 +70,7 @@ def evaluate(
     dtype: shared.Dtype = "auto",
     device: shared.Device = "auto",
 ) -> None:
-    """Score a model on tasks or on long contexts, alone or item by item against another one."""
+    """Score a model on tasks or long contexts, alone or compared with another one item by item."""
     from mea.evaluate.suites import LONG_CONTEXT
     from mea.models.loading import use_device
 
@@ -126,7 +126,9 @@ def numbers(text: str | None) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(",")) if text else ()
     except ValueError:
-        raise ValueError(f"lengths are numbers of tokens separated by commas, as in 512,1024, not {text!r}") from None
+        raise ValueError(
+            f"--lengths takes numbers of tokens separated by commas, such as 512,1024, not {text!r}"
+        ) from None
 
 
 def refuse(options: dict[str, object], why: str) -> None:

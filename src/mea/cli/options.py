@@ -41,7 +41,8 @@ Window = Annotated[
 CacheBits = Annotated[
     int | None,
     typer.Option(
-        help=f"Bits of a cached number, of uncompressed models: {listed(CACHE_BITS)}.", rich_help_panel=ADVANCED
+        help=f"Quantise the cache of an uncompressed model to {listed(CACHE_BITS)} bits per number.",
+        rich_help_panel=ADVANCED,
     ),
 ]
 Dtype = Annotated[
@@ -55,7 +56,7 @@ Dtype = Annotated[
 Device = Annotated[
     str,
     typer.Option(
-        help="auto (the first GPU, or the processor where there is none), cpu, cuda or cuda:NUMBER.",
+        help="auto (the first GPU, or the CPU if there is none), cpu, cuda or cuda:NUMBER.",
         rich_help_panel=ADVANCED,
     ),
 ]

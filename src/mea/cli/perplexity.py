@@ -21,7 +21,9 @@ def perplexity(
     text: shared.Text = TEXTS[0],
     tokens: Annotated[
         int | None,
-        typer.Option(help="First tokens of the text; all by default.", rich_help_panel=shared.MEASUREMENT),
+        typer.Option(
+            help="Number of tokens from the start of the text; all by default.", rich_help_panel=shared.MEASUREMENT
+        ),
     ] = None,
     window: shared.Window = shared.WINDOW,
     record: Annotated[

@@ -51,4 +51,4 @@ def profile(
             text=text, tokens=tokens, window=window, dtype=dtype, progress=report,
         )  # fmt: skip
     output.print(profile_table(measured))
-    output.print(f"mea report {record} --out profile.html plots it.", soft_wrap=True, highlight=False)
+    output.print(f"Plot it with: mea report {record} --out profile.html", soft_wrap=True, highlight=False)

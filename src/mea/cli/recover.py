@@ -22,7 +22,7 @@ def recover(
     text: Annotated[
         list[str],
         typer.Option(
-            help="Text to train on, a file or a packaged one; may be repeated.",
+            help="Text to train on, a file or a packaged text; may be repeated.",
             show_default=False,
             rich_help_panel=shared.WHAT,
         ),

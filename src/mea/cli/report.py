@@ -16,7 +16,7 @@ EXAMPLES = (
 
 
 def report(
-    records: Annotated[list[Path], typer.Argument(help="Records, or folders that hold records at any depth.")],
+    records: Annotated[list[Path], typer.Argument(help="Records, or folders that are searched recursively.")],
     out: Annotated[Path | None, typer.Option(help="HTML page to write.", rich_help_panel=shared.WHAT)] = None,
     markdown: Annotated[
         Path | None, typer.Option(help="Markdown file to write, or to update.", rich_help_panel=shared.WHAT)

@@ -95,7 +95,7 @@ def _check(configs: Sequence[MethodConfig], protocol: Protocol, training: Traini
             reason = "no training is given" if config.options else "it has no factors to train"
             raise ValueError(f"{config.label}: {reason}")
     if any(config.peer for config in configs) and not protocol.context:
-        raise ValueError("peers are scored on continuations: give the protocol a context")
+        raise ValueError("other packages are scored on continuations only: give a context above 0")
 
 
 @dataclass(frozen=True)

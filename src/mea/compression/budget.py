@@ -209,9 +209,9 @@ def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout
     least = exact + int(tokens * LEAST_BITS * 2 * shape.width / 8)
     if layout.budget < least:
         raise ValueError(
-            f"no packed cache meets {what}: at {layout.context:,} tokens it takes {layout.budget:,} bytes, and the "
-            f"exact tokens ({layout.first} first, {layout.recent} newest) with {LEAST_BITS} bits a number for the "
-            f"others {least:,}; allow more bytes or a longer context"
+            f"no packed cache meets {what}: this allows {layout.budget:,} bytes at {layout.context:,} tokens, and the "
+            f"smallest packed cache takes {least:,} ({layout.first} first and {layout.recent} newest tokens exact, "
+            f"{LEAST_BITS} bits per number for the others); allow more bytes or a longer context"
         )
     return layout
 
@@ -316,8 +316,8 @@ def _spread(
     if even < least:
         smallest = least * sum(cost) * shape.itemsize
         raise ValueError(
-            f"no layout meets {what}: the smallest takes {smallest} bytes against {numbers * shape.itemsize}; "
-            f"allow more, or use a method with finer steps than {step.size} numbers"
+            f"no layout meets {what}: the smallest takes {smallest} bytes, and {numbers * shape.itemsize} are allowed; "
+            f"allow more bytes, or use a method with finer steps than {step.size} numbers"
         )
     steps, left = [even] * len(cost), numbers - even * sum(cost)
     dealt = True

@@ -108,7 +108,10 @@ def make_plan(config: Any, itemsize: int, options: CompressOptions | None = None
             if ranks:
                 method.form.check(*ranks)
     if window > context:
-        raise ValueError(f"a calibration window of {window} tokens is longer than the model's context of {context}")
+        raise ValueError(
+            f"a calibration window of {window} tokens is longer than the model's context of {context}: give a shorter "
+            "calibration window"
+        )
     plan = Plan(options, method, layout, shape, cached)
     if cached < 1 and not method.coded and layout.bytes(shape, 1) > plan.bytes_before(1):
         raise ValueError(

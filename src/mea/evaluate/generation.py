@@ -90,7 +90,8 @@ def _check_length(model: Any, length: int, max_new_tokens: int) -> None:
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and length + max_new_tokens > longest:
         raise ValueError(
-            f"{length:,} tokens of prompt and {max_new_tokens:,} new ones exceed the model's context of {longest:,}"
+            f"{length:,} tokens of prompt and {max_new_tokens:,} new ones exceed the model's context of {longest:,}: "
+            "give a shorter prompt or fewer new tokens"
         )
 
 

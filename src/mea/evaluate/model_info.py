@@ -59,6 +59,6 @@ def label_models(source: str, against: str | None = None, label: str | None = No
     if against is None:
         return [ModelInfo(source, label or Path(source).name)]
     if label is not None:
-        raise ValueError("a label names one model: without --against")
+        raise ValueError("a label is for one model: leave out the label or --against")
     first, second = Path(source).name, Path(against).name
     return [ModelInfo(source, first), ModelInfo(against, second if second != first else f"{second}-2")]

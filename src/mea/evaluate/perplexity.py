@@ -230,12 +230,17 @@ def cross_entropy(logits: Float[Tensor, "t vocabulary"], targets: Int[Tensor, " 
 
 def _check(model: Any, tokens: Tensor, window: int, start: int | None) -> None:
     if window < 2 + (start is not None):
-        raise ValueError(f"a window of {window} tokens leaves nothing to score")
+        raise ValueError(f"a window of {window} tokens leaves nothing to score: give a longer window")
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if longest is not None and window > longest:
-        raise ValueError(f"a window of {window:,} tokens is longer than the model's context of {longest:,}")
+        raise ValueError(
+            f"a window of {window:,} tokens is longer than the model's context of {longest:,}: give a shorter window"
+        )
     if len(tokens) < window - (start is not None):
-        raise ValueError(f"the text has {len(tokens):,} tokens, fewer than one window of {window:,}")
+        raise ValueError(
+            f"the text has {len(tokens):,} tokens, fewer than one window of {window:,}: give a longer text or a "
+            "shorter window"
+        )
     size = model.get_input_embeddings().weight.shape[0]
     low, high = int(tokens.min()), int(tokens.max())
     if low < 0 or high >= size:

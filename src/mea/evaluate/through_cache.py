@@ -71,7 +71,7 @@ class Continuation:
     @torch.no_grad()
     def __call__(self, model: Any, row: Int[Tensor, " t"]) -> Float[Tensor, " scored"]:
         if not 0 < self.context < len(row) - 1:
-            raise ValueError(f"a context of {self.context} leaves nothing to score of a window of {len(row)} tokens")
+            raise ValueError(f"a context of {self.context} leaves nothing to score in a window of {len(row)} tokens")
         config = model.config.get_text_config()
         cache = DynamicCache(config=config) if self.make_cache is None else self.make_cache(config)
         model.base_model(input_ids=row[None, : self.context], past_key_values=cache, use_cache=True)

@@ -162,7 +162,7 @@ def _check_type(path: Path, own: str, value: Any, key: str) -> None:
         number = isinstance(value, int | float if own in FLOATS else int) and not isinstance(value, bool)
         good = number and 0 <= value < math.inf
     if not good or (own in POSITIVE and not value):
-        raise ValueError(f"{path} has {key} = {value!r}, which cannot be: copy or download it again")
+        raise ValueError(f"{path} has {key} = {value!r}, which is impossible: copy or download it again")
 
 
 def _head_dim(header: GgufHeader) -> int:

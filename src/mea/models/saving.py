@@ -70,7 +70,7 @@ def writing(out: Path, work: Path, kept: str) -> Iterator[None]:
         lock.acquire(blocking=False)
     except Timeout:
         raise ValueError(
-            f"another process is writing {out}: wait until it has ended, or choose another folder"
+            f"another process is writing {out}: wait until it has finished, or choose another folder"
         ) from None
     try:
         yield

@@ -1,4 +1,4 @@
-"""This package's CPU kernels: attention of a few queries over a long cache, in bf16 or in codes (``latent_cpu.c``).
+"""CPU kernels of this package: attention of a few queries over a long cache, in bf16 or in codes (``latent_cpu.c``).
 
 PyTorch's kernel converts a bf16 cache, multiplies at a fraction of the CPU's speed, and gives one kv head to one core.
 The kernels here are compiled at their first use, once per version of their source and CPU, into the user's cache folder
@@ -291,7 +291,7 @@ class PackedReader:
             )
         side_by_side = (codes, scales, recent.keys, recent.values)
         if any(x.stride(-1) != 1 for x in side_by_side) or any(x.stride(2) != d for x in recent):
-            raise ValueError("codes, scales and exact tokens have to stand side by side")
+            raise ValueError("codes, scales and the channels of exact tokens must be contiguous")
         for (cos, _), rows in ((angles.blocks, -(-n // PLACES)), (angles.exact, tokens)):
             if cos.shape[0] not in (1, b) or cos.shape[1] < rows or cos.shape[2] != half:
                 raise ValueError(f"angles {tuple(cos.shape)} for {b} sequences of {rows} tokens or blocks, {half} each")

@@ -38,7 +38,7 @@ def attention_mask(
     """
     keys = queries if keys is None else keys
     if keys < queries:
-        raise ValueError(f"the {queries} queries must be the last of the keys, of which there are only {keys}")
+        raise ValueError(f"the {queries} queries are the last of the keys, so give at least as many keys, not {keys}")
     per_row = next((x for x in (padding, documents) if x is not None), None)
     device = device if per_row is None else per_row.device
     q = torch.arange(keys - queries, keys, device=device)[:, None]

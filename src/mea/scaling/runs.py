@@ -116,7 +116,9 @@ def cells_of(runs: Sequence[Run]) -> list[Cell]:
     for run in runs:
         seeds = groups.setdefault((run.arm, run.schedule, run.lr), {})
         if run.seed in seeds:
-            raise ValueError(f"two runs of {run.arm} at learning rate {run.lr:g}, {run.schedule}, seed {run.seed}")
+            raise ValueError(
+                f"two runs of {run.arm} at learning rate {run.lr:g}, {run.schedule}, seed {run.seed}: remove one record"
+            )
         seeds[run.seed] = run
     arms = sorted(dict.fromkeys(run.arm for run in runs), key=lambda arm: arm != BASELINE)  # stable
     ordered = sorted(groups, key=lambda key: (arms.index(key[0]), key[1] != CONSTANT, key[1], key[2]))
@@ -148,7 +150,7 @@ def _run(record: Record) -> Run:
         before = losses[tokens == 0]
         initial = float(before[0]) if len(before) else math.log(config.get("vocabulary") or math.inf)
     if diverged and not math.isfinite(initial):
-        raise ValueError(f"{name} diverged and tells neither results.initial_loss nor config.vocabulary")
+        raise ValueError(f"{name} diverged and has neither results.initial_loss nor config.vocabulary")
     return Run(
         arm=arm,
         lr=float(config["learning_rate"]),

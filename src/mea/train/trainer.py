@@ -98,8 +98,8 @@ def readable(checkpoint: str | None) -> Iterator[None]:
         raise
     except Exception as error:  # what is in a file decides what a reader raises
         raise ValueError(
-            f"{checkpoint} cannot be read ({type(error).__name__}): other versions wrote it, or it was changed; only "
-            "tensors and numbers are ever loaded. Remove it to go on from the checkpoint before"
+            f"{checkpoint} cannot be read ({type(error).__name__}): it was changed or written by another version; "
+            "only tensors and numbers are loaded. Remove it to continue from the previous checkpoint"
         ) from error
 
 

@@ -148,7 +148,7 @@ def test_log_sums_merge_two_parts_of_a_cache():
     [
         ({"n": 300}, "not all in a cache"),
         ({"scales": torch.zeros(1, 209, 3).bfloat16()}, "are not"),
-        ({"codes": torch.zeros(1, 209, 300, dtype=torch.uint8).mT}, "side by side"),
+        ({"codes": torch.zeros(1, 209, 300, dtype=torch.uint8).mT}, "must be contiguous"),
     ],
     ids=lambda x: next(iter(x)) if isinstance(x, dict) else x,
 )

@@ -68,7 +68,7 @@ def test_figures_no_longer_wanted_go_and_others_stay(tmp_path):
 def test_a_file_without_one_place_is_left_alone(tmp_path, text):
     path = tmp_path / "README.md"
     path.write_text(text)
-    with pytest.raises(ValueError, match="put these two lines where it is to go"):
+    with pytest.raises(ValueError, match="must contain these two lines exactly once"):
         write_markdown([section()], path)
     assert path.read_text() == text
     assert not (tmp_path / FIGURES).exists()

@@ -38,7 +38,7 @@ def test_a_branch_is_the_whole_run(constant, settings, cache, tmp_path):
     ("checkpoint", "changes", "message"),
     [
         ("checkpoint-8", {}, "no complete checkpoint"),
-        (BEFORE, {"optim": {"learning_rate": 1.0}}, r"with another optim\.learning_rate"),
+        (BEFORE, {"optim": {"learning_rate": 1.0}}, r"these differ: optim\.learning_rate"),
         (BEFORE, {"model": {"variant": "groupnorm"}, "run": {"seed": 1}}, r"model\.variant, run\.seed"),
         (BEFORE, {"optim": {"decay_fraction": 0.4}}, "decay from 12"),
         (BEFORE, {"optim": {"final_fraction": 0.1}}, "final_fraction = 0"),

@@ -88,7 +88,7 @@ def test_the_second_writer_is_told_and_the_second_of_a_text_waits(settings, cach
     def second(what: str, done: int, total: int) -> None:
         told.append(what)
         if what.startswith("steps") and done == 3:
-            with pytest.raises(ValueError, match=r"another process is writing .*: wait until it has ended"):
+            with pytest.raises(ValueError, match=r"another process is writing .*: wait until it has finished"):
                 pretrain(settings(), tmp_path / "run", cache=cache)
             raise KeyboardInterrupt
 

@@ -40,7 +40,7 @@ def test_a_file_holds_what_differs_from_the_defaults(tmp_path):
         ({**GOOD, "optim": {"tokens": 100}}, "fewer than one batch"),
         ({**GOOD, "run": {"seed": True}}, "run.seed must be a valid integer, not True"),
         ({**GOOD, "run": {"fold_at": 2}}, "run.fold_at must be less than 1, not 2"),
-        ({**GOOD, "run": {"fold_at": 0.5, "shard": True}}, "does not go with run.shard"),
+        ({**GOOD, "run": {"fold_at": 0.5, "shard": True}}, "which run.shard splits"),
         ({**GOOD, "run": []}, r"\[run\] must be a table"),
         ({**GOOD, "run": {"seed": -1}}, "run.seed must be greater than or equal to 0, not -1"),
         ({**GOOD, "run": {"micro_batch_rows": 0}}, "run.micro_batch_rows must be greater than or equal to 1, not 0"),

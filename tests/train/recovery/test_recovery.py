@@ -263,7 +263,7 @@ def test_what_cannot_be_recovered_is_refused(pair, tmp_path):
         ({"batch": 3}, "cannot be cut"),
         ({"lr": 0.0}, "lr must be greater than 0"),
         ({"warmup": 1.0}, "warmup must be less than 1"),
-        ({"copy_fraction": 1.5}, "a share of the windows"),
+        ({"copy_fraction": 1.5}, "a fraction of the windows"),
         ({"windows": 3}, "did you mean 'window'"),
         ({"objective": "attention"}, "objective must be 'logits' or 'text'"),
     ],

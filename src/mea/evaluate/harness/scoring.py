@@ -112,7 +112,9 @@ class Scorer:
         targets = torch.tensor([x for _, index, _ in wanted for x in texts[index].targets], device=self.model.device)
         losses, greedy = self._losses(rows, row_of, token_of, targets)
         if not losses.isfinite().all():
-            raise ValueError("the model's logits are not finite numbers: its weights or activations overflow")
+            raise ValueError(
+                "the model's logits are not finite numbers: its weights or activations overflow; try dtype float32"
+            )
         results, first = [], 0
         for _, index, tokens in wanted:
             last = first + len(tokens)

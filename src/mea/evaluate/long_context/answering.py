@@ -152,7 +152,9 @@ class Answerer:
         logits = self.model(input_ids=row, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
         logits = logits.float().cpu()
         if not math.isfinite(logits.sum().item()):
-            raise ValueError("the model's logits are not finite numbers: its weights or activations overflow")
+            raise ValueError(
+                "the model's logits are not finite numbers: its weights or activations overflow; try dtype float32"
+            )
         return logits
 
     def _empty_cache(self) -> Any:

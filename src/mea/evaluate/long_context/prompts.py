@@ -69,11 +69,15 @@ class Source:
         content = load_text(text)
         self.sentences = sentences(content)
         if len(self.sentences) < 8:
-            raise ValueError(f"{text} has {len(self.sentences)} sentences: too few to hide anything between")
+            raise ValueError(
+                f"{text} has {len(self.sentences)} sentences: too few to hide facts between; give a longer text"
+            )
         words = Counter(re.findall(rf"\b[a-z]{{{LETTERS}}}\b", content))
         self._words = [word for word, _ in words.most_common()]
         if len(self._words) < HEAD + 100:
-            raise ValueError(f"{text} has {len(self._words)} words: too few to ask for")
+            raise ValueError(
+                f"{text} has {len(self._words)} words of the right length: too few for questions; give a longer text"
+            )
 
     def ids(self, text: str) -> list[int]:
         """Tokens of a text without special ones."""

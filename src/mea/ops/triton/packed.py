@@ -149,7 +149,7 @@ class PackedReader:
         if codes.shape[-1] < self.bytes or scales.shape[-1] != 2 * len(self.groups):
             raise ValueError(f"{codes.shape[-1]} bytes and {scales.shape[-1]} scales of a token are not {self.groups}")
         if codes.stride(-1) != 1 or scales.stride(-1) != 1:
-            raise ValueError("codes and scales of a token have to stand side by side")
+            raise ValueError("codes and scales of a token must be contiguous")
         blocks = angles.blocks[0]
         if blocks.shape[0] not in (1, b) or blocks.shape[1] < triton.cdiv(n, 64) or blocks.shape[2] != d // 2:
             raise ValueError(f"angles {tuple(blocks.shape)} for {b} sequences of {n} tokens, {d // 2} each")

@@ -41,7 +41,7 @@ def write_markdown(sections: Sequence[Section], path: str | Path) -> Path:
     old = path.read_text(encoding="utf-8") if path.exists() else f"{START}\n{END}\n"
     if old.count(START) != 1 or old.count(END) != 1 or old.index(START) > old.index(END):
         raise ValueError(
-            f"{path} has no place for the report, or several: put these two lines where it is to go: {START} {END}"
+            f"{path} must contain these two lines exactly once, around the place of the report: {START} {END}"
         )
     before, rest = old.split(START)
     between, after = rest.split(END)

@@ -69,7 +69,9 @@ def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
     base = _tables(checkpoint.parent / SETTINGS)
     changed = [name for name in differing(stored(settings), base) if name not in FREE and name[:7] != "labels."]
     if changed:
-        raise ValueError(f"a run cannot go on from {checkpoint} with another {', '.join(changed)}")
+        raise ValueError(
+            f"a run that starts from {checkpoint} needs its settings, but these differ: {', '.join(changed)}"
+        )
     step, optim = int(checkpoint.name.rpartition("-")[2]), settings.optim
     before_decay = optim.steps - optim.decay_steps
     # Only wsd begins like a constant schedule, and with another end it would warm up from another learning rate.

@@ -38,10 +38,13 @@ def source_files(data: DataSettings) -> list[Path]:
             paths += inside
         elif path.is_file():
             if _kind(path) is None:
-                raise ValueError(f"{path}: known are {', '.join(KINDS)}, plain or compressed as {', '.join(OPENERS)}")
+                raise ValueError(
+                    f"{path} is of an unknown kind: known are {', '.join(KINDS)}, plain or compressed as "
+                    f"{', '.join(OPENERS)}"
+                )
             paths.append(path)
         else:
-            raise FileNotFoundError(f"no training text at {path}")
+            raise FileNotFoundError(f"no training text at {path}: there is no such file or folder")
     return paths
 
 

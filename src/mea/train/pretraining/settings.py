@@ -257,7 +257,7 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         if self.shard and self.fold_at is not None:
-            raise ValueError("run.fold_at changes whole matrices: it does not go with run.shard")
+            raise ValueError("run.fold_at changes whole matrices, which run.shard splits: give one of the two")
 
 
 @dataclass(frozen=True, config=CONFIG)

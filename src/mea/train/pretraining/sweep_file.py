@@ -102,8 +102,8 @@ def read_sweep(path: str | Path, files: list[str] | None = None) -> list[SweepRu
         for seed, lr, arm in itertools.product(stage.seeds, stage.learning_rates, stage.arms):
             if not NAME.fullmatch(arm):
                 raise ValueError(
-                    f"{path}: an arm cannot be called {arm!r}: it names files, so that it may have up to 100 "
-                    "letters, digits, spaces and _ . + - and begins with a letter, digit or _"
+                    f"{path}: an arm cannot be called {arm!r}: arms name files, so give up to 100 letters, digits, "
+                    "spaces and _ . + -, with a letter, digit or _ first"
                 )
             tables = _tables(shared, arm, sweep.arms.get(arm, {"model": {"variant": arm}}), lr, seed, stage.change)
             base = f"{arm}-{lr:g}-{seed}"

@@ -54,7 +54,9 @@ def windows(
     kept_out = torch.cat([part[len(part) - end :] for part, end in zip(rows, ends, strict=True)])
     rest = torch.cat([part[: len(part) - end] for part, end in zip(rows, ends, strict=True)])
     if before + wanted > len(rest):
-        raise ValueError(f"{', '.join(map(str, texts))}: too short for a held-out window of each; give fewer texts")
+        raise ValueError(
+            f"{', '.join(map(str, texts))}: too short for one held-out window each; give longer or fewer texts"
+        )
     order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(settings.seed))
     return repeat_spans(rest[order[before : before + wanted]], settings.copy_fraction, settings.seed), kept_out
 
