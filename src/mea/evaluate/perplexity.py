@@ -79,7 +79,7 @@ def token_losses(
     read
         How a window is read: at once if None, or over a cache (`mea.evaluate.through_cache`).
     what, progress
-        Called with `what`, the windows done and the windows in all.
+        Called with `what`, the windows done and all windows.
     shared
         Each process of ``torchrun`` scores some of the windows; all have to call this, and get all losses.
 

@@ -98,7 +98,7 @@ def decode_seconds(
     caches
         Name -> cache, for models that do not use a preallocated cache.
     progress
-        Called with ``"decoding in turns"``, the steps done and the steps in all.
+        Called with ``"decoding in turns"``, the steps done and all steps.
 
     Raises
     ------

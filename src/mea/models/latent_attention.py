@@ -311,7 +311,7 @@ class LatentCausalLM(_Mixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
-        """Load as usual, and raise an error if the checkpoint lacks weights."""
+        """Load as in transformers, but raise an error if the checkpoint lacks weights."""
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         if info["missing_keys"]:
             missing = sorted(info["missing_keys"])

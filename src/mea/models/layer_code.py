@@ -124,7 +124,7 @@ class PredictiveCode(_Code):
         return _flat(keys, self.key_mean) @ self._dense(self.key_encoder.transpose(0, 1), -1).flatten(0, 1)
 
     def rest_components(self, values: Tensor, seen: Tensor) -> Tensor:
-        """Components of what the rounded key components do not tell about values."""
+        """Components of the values' residual after prediction from the rounded key components."""
         decoder = wide(self.value_decoder[..., : seen.shape[-1]]).flatten(0, 1)
         predicted = seen.to(decoder.dtype) @ decoder.T
         return (_flat(values, self.value_mean) - predicted) @ wide(self.value_encoder).T
@@ -138,7 +138,7 @@ class PredictiveCode(_Code):
     def scores(self, queries: Tensor, components: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """Products ``[b, h, q, t]`` of rotated queries with the coded keys at positions with these angles.
 
-        The components are turned, not rebuilt.
+        The components are rotated; keys are not rebuilt.
         """
         pairs = components[..., : 2 * len(self.frequency)].unflatten(-1, (-1, 2))
         index = self.frequency.long()

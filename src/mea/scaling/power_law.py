@@ -27,7 +27,7 @@ class PowerLaw:
     exponent : array
         The paper's α.
     amplitude : array
-        ``D_c^α / reference^α``: what is above the floor after `reference` tokens.
+        ``D_c^α / reference^α``: the loss above the floor after `reference` tokens.
     floor : array
         The paper's ``L_0``, at least 0.
     reference : float

@@ -1,4 +1,4 @@
-"""Loss spikes: points far from what went before.
+"""Loss spikes: points far from the rolling mean of the points before.
 
 The score is that of OLMo 2 (arXiv 2501.00656): the share of points at least seven standard deviations away
 from the rolling mean of the last 1,000.
@@ -19,8 +19,7 @@ def spike_distances(values: ArrayLike, window: int | None = None) -> NDArray:
     Parameters
     ----------
     values : array ``[n]``
-        One value per step; one that is not finite is infinitely far above, and leaves the windows after it out of
-        account.
+        One value per step; one that is not finite counts as infinitely far above, and later windows ignore it.
     window
         By default `WINDOW`, or a third of a run that is shorter than three windows. The point itself does not belong to
         its window: within 50 points it could never be 7 deviations away.

@@ -79,7 +79,7 @@ def disk_errors(run: Path) -> Iterator[None]:
         if not full and not (isinstance(error, RuntimeError) and shutil.disk_usage(run).free < LITTLE_SPACE):
             raise
         kept, _ = last_complete(run)
-        state = f"{kept.name} is complete; the run goes on from it" if kept else "no checkpoint was written yet"
+        state = f"{kept.name} is complete; the run continues from it" if kept else "no checkpoint was written yet"
         raise OSError(errno.ENOSPC, f"no space left on the disk; {state}", str(run)) from error
 
 

@@ -63,9 +63,9 @@ def choose_blocks(
     Parameters
     ----------
     code_bytes, exact_bytes
-        Of a token in all layers.
+        Bytes of codes and of exact numbers of one token, all layers together.
     multiple
-        Blocks of codes have a multiple of so many tokens.
+        The number of tokens in a block of codes is a multiple of this.
     """
     best, least = None, 0
     for codes in range(max(16, multiple), LARGEST_BLOCK + 1, multiple):
@@ -208,7 +208,7 @@ class PagedCache(AttentionLayerBase):
     Parameters
     ----------
     name
-        Has one number, by which vLLM orders layers.
+        Name with exactly one number in it, by which vLLM orders layers.
     """
 
     def __init__(self, name: str, spec: Any, backend: type):

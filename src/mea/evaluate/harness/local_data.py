@@ -31,7 +31,7 @@ class TaskData:
 
 
 def read_task(folder: str | Path, task: str, limit: int | None = None) -> TaskData:
-    """Read and check one task's rows, the first `limit` of them.
+    """Read and check one task's rows, at most `limit` of them.
 
     Raises
     ------

@@ -78,8 +78,8 @@ def adopt(checkpoint: Path, settings: PretrainSettings, out: Path) -> Path:
     same = optim.schedule == "constant" or (optim.schedule == "wsd" and optim.final_fraction == 0)
     if base.get("optim", {}).get("schedule") != "constant" or not same or step > before_decay:
         raise ValueError(
-            f"a run that goes on from {checkpoint} needs its learning rate up to step {step}: go on from a run with "
-            f"schedule = 'constant', with 'wsd', final_fraction = 0 and at least as many steps before the decay "
+            f"a run that starts from {checkpoint} must share its learning rate to step {step}: give a checkpoint of a "
+            "run at a constant rate, and schedule = 'wsd' with final_fraction = 0 and its decay after this step "
             f"(here: {optim.schedule!r}, final_fraction {optim.final_fraction:g}, decay from {before_decay})"
         )
     adopted, partial = out / checkpoint.name, out / "adopted.partial"

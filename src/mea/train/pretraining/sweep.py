@@ -79,7 +79,7 @@ def sweep(
     results
         Folder of the records; ``NAME.json`` each.
     work_folder
-        Tokenised data and the folders of unfinished runs; a run's is removed when its record is there.
+        Folder of tokenised data and of unfinished runs; a run's folder is removed when its record exists.
     workers
         Number of parallel processes on this machine, which divide its threads among them.
     attempts

@@ -71,9 +71,9 @@ def read_sweep(path: str | Path, files: list[str] | None = None) -> list[SweepRu
     The tables ``data``, ``model``, ``optim`` and ``run`` are what all runs share. Each ``[[stage]]`` has ``arms``,
     ``learning_rates`` and ``seeds``. An arm is the name of an ``[arms.NAME]`` table, which holds what it changes;
     without such a table it is the variant of that name. A stage's ``change`` holds more tables, for all its runs. With
-    ``branch``, a share of the steps, each run goes on there from the run without the change, if that run's checkpoint
-    was kept: ``keep`` at the top of a sweep file keeps those after such a share. The order is by stage, then seed, then
-    learning rate, then arm; a run named twice is one run.
+    ``branch``, a share of the steps, each run starts at this step from the checkpoint of the run without the change, if
+    that was kept: ``keep`` at the top of a sweep file keeps checkpoints after such a share. The order is by stage, then
+    seed, then learning rate, then arm; a run named twice is one run.
 
     Parameters
     ----------
