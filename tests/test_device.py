@@ -19,8 +19,8 @@ SCRIPT = Path(__file__).with_name("elsewhere.py")
     ("what", "methods"),
     [
         ("compress", "predictive"),
-        ("compress", "joint"),
-        ("compress", "svd+post_rope+shared"),
+        pytest.param("compress", "joint", marks=pytest.mark.slow),
+        pytest.param("compress", "svd+post_rope+shared", marks=pytest.mark.slow),
         ("train", "predictive+svd"),
     ],
 )
