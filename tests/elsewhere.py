@@ -1,11 +1,13 @@
-"""Compress, generate and evaluate on a pretended device: run by `test_device.py` in a process of its own.
+"""Compress, generate, evaluate and train on a pretended device: run by `test_device.py` in a process of its own.
 
 Tensors of the device ``elsewhere`` say so, hold their numbers in memory, and an operation that mixes them with ordinary
 ones fails as it does on a GPU: one number alone may be anywhere, and so may indices of a tensor that is elsewhere. The
 device is registered with PyTorch for the whole process.
 """
 
+import copy
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("elsewhere")
 DEVICE = torch.device("elsewhere:0")
+torch.elsewhere.get_amp_supported_dtype = lambda: [torch.bfloat16]  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class There(torch.Tensor):
@@ -85,20 +88,30 @@ LIBRARY.impl(
 LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
 
 
-def main(method: str, folder: str) -> None:
-    """Compress a saved model there, and compare what the result says with what it says here."""
+def fitted(model: Any, names: list[str]) -> list[Any]:
+    """The model compressed by some methods, on random tokens."""
     from mea.compression.api import run_plans
     from mea.compression.calibrate.layerwise import LayerWalk
     from mea.compression.calibrate.text import Calibration
     from mea.compression.options import CompressOptions
     from mea.compression.plan import make_plan
+
+    calibration = Calibration(tokens=1024, window=128)
+    tokens = torch.randint(0, 256, (8, 128), generator=torch.Generator().manual_seed(0))
+    options = [CompressOptions(keep=0.5, method=name, calibration=calibration) for name in names]
+    plans = [make_plan(model.config, 4, one) for one in options]
+    return [result.model for result in run_plans(LayerWalk(model), tokens, plans)]
+
+
+def compress(names: str, folder: str) -> None:
+    """Compress a saved model there by methods, and compare what the results say with what they say here."""
     from mea.evaluate.harness.packing import Scored
     from mea.evaluate.harness.scoring import Scorer
     from mea.evaluate.perplexity import token_losses
-    from mea.models.loading import load, use_device
+    from mea.models.loading import load
     from mea.models.quantized_cache import QuantisedCache
+    from mea.ops.device import use_device
 
-    calibration = Calibration(tokens=1024, window=128)
     tokens = torch.randint(0, 256, (8, 128), generator=torch.Generator().manual_seed(0))
     with Elsewhere():
         torch.__future__.set_overwrite_module_params_on_conversion(True)
@@ -107,18 +120,17 @@ def main(method: str, folder: str) -> None:
             use_device(place)
             model, _ = load(folder)
             assert str(model.device) == place
-            plan = make_plan(model.config, 4, CompressOptions(keep=0.5, method=method, calibration=calibration))
-            compressed = run_plans(LayerWalk(model), tokens, [plan])[0].model
-            assert {str(x.device) for x in [*compressed.parameters(), *compressed.buffers()]} == {place}
+            made = fitted(model, names.split("+"))
+            assert {str(x.device) for one in made for x in [*one.parameters(), *one.buffers()]} == {place}
             prompt = tokens[:1, :100].to(place)
-            caches = [(compressed, None), (model, QuantisedCache(model.config, 4))]
+            caches = [*((one, None) for one in made), (model, QuantisedCache(model.config, 4))]
             words = [
                 one.generate(prompt, max_new_tokens=8, do_sample=False, past_key_values=cache, pad_token_id=0).cpu()
                 for one, cache in caches
             ]
             scored = [Scored(tuple(row[:99].tolist()), tuple(row[90:100].tolist())) for row in tokens[:3]]
-            scores = sorted(x for results, *_ in Scorer(compressed).score(scored) for x in results)
-            losses = token_losses(compressed, tokens.flatten(), 128)
+            scores = sorted(x for results, *_ in Scorer(made[0]).score(scored) for x in results)
+            losses = torch.cat([token_losses(one, tokens.flatten(), 128) for one in made])
             said[place] = torch.cat(words), losses, torch.tensor([value for _, value, _ in scores])
     for one, other in zip(*said.values(), strict=True):
         # Attention is another kernel there: where sums differ in the last digit, a code may fall on the other side of
@@ -126,5 +138,39 @@ def main(method: str, folder: str) -> None:
         torch.testing.assert_close(one, other.cpu(), rtol=0, atol=0.05)
 
 
+def train(names: str, folder: str) -> None:
+    """Train what `compress` makes there for a few steps, and compare the curves with those made here."""
+    from tempfile import TemporaryDirectory
+
+    from mea.compression.methods import METHODS
+    from mea.models.loading import load
+    from mea.ops.device import use_device
+    from mea.train.recovery.api import recover
+    from mea.train.recovery.settings import recovery
+
+    tokens = torch.randint(0, 256, (12, 128), generator=torch.Generator().manual_seed(0))
+    settings = recovery(
+        "distill", trained="attention", precision="float32", tokens=1024, window=128, batch=2, micro_batch=2,
+        lr=1e-2, base_lr=1e-2, held_out=512, evaluations=2, checkpoints=1,
+    )  # fmt: skip
+    with Elsewhere():
+        for name in names.split("+"):
+            said = []
+            for place in ("cpu", str(DEVICE)):
+                use_device(place)
+                torch.__future__.set_overwrite_module_params_on_conversion(True)
+                original, _ = load(folder)
+                student = copy.deepcopy(fitted(original, [name])[0])  # they share weights
+                torch.__future__.set_overwrite_module_params_on_conversion(False)  # an optimiser keeps parameters
+                with TemporaryDirectory() as work:
+                    made = recover(student, original, tokens[:8], tokens[8:], settings, Path(work))
+                assert {str(x.device) for one in (made.model, original) for x in one.parameters()} == {place}
+                said.append([[point["kl"], point["ce"]] for point in made.curve])
+            # Codes may fall on the other side of an edge, as above; otherwise sums differ in their last digits.
+            tolerance, (one, other) = 1e-3 if METHODS[name].coded else 1e-5, map(torch.tensor, said)
+            assert (one[0] - one[-1]).abs().max() > tolerance
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    globals()[sys.argv[1]](*sys.argv[2:])

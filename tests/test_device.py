@@ -6,15 +6,26 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from mea.models.loading import load, use_device
+from mea.cli import app
+from mea.models.loading import load
+from mea.ops.device import use_device
 
 SCRIPT = Path(__file__).with_name("elsewhere.py")
 
 
-@pytest.mark.parametrize("method", ["predictive", "joint"])
-def test_compress_generate_and_evaluate_mix_no_devices(saved, method):
-    run = subprocess.run([sys.executable, str(SCRIPT), method, str(saved)], capture_output=True, text=True)
+@pytest.mark.parametrize(
+    ("what", "methods"),
+    [
+        ("compress", "predictive"),
+        pytest.param("compress", "joint", marks=pytest.mark.slow),
+        pytest.param("compress", "svd+post_rope+shared", marks=pytest.mark.slow),
+        ("train", "predictive+svd"),
+    ],
+)
+def test_compress_generate_evaluate_and_train_mix_no_devices(saved, what, methods):
+    run = subprocess.run([sys.executable, str(SCRIPT), what, methods, str(saved)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
 
 
@@ -22,6 +33,16 @@ def test_compress_generate_and_evaluate_mix_no_devices(saved, method):
 def test_a_device_that_is_not_there_is_refused(name):
     with pytest.raises(ValueError, match="device"):
         use_device(name)
+
+
+@pytest.mark.parametrize(
+    "command", ["compare", "compress", "eval", "generate", "perplexity", "pretrain", "profile", "recover", "sweep"]
+)
+def test_commands_refuse_such_a_device_before_they_read_anything(command):
+    required = {"generate": ["--prompt", "a"], "recover": ["b", "--text", "c"]}.get(command, ["b"])
+    arguments = ["a"] if command in ("eval", "perplexity") else ["a", *required]
+    result = CliRunner().invoke(app, [command, *arguments, "--device", "meta"])
+    assert "no device 'meta' here" in result.stderr
 
 
 @pytest.mark.gpu

@@ -106,6 +106,14 @@ def cases() -> dict[str, Case]:
     return CASES
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """To compile takes seconds: by default one case of each method."""
+    for item in items:
+        if item.path.name == "test_compiled.py" and "-" in item.name:
+            item.add_marker(pytest.mark.slow)
+
+
 @pytest.fixture(params=CASES.values(), ids=CASES.keys())
 def case(request: pytest.FixtureRequest) -> Case:
     return request.param

@@ -18,7 +18,8 @@ from tiny_corpus import SEPARATOR, some_documents
 DATA = Path(__file__).parents[1] / "evaluate" / "data"
 COMMANDS = ("compress", "recover", "eval", "sweep", "pretrain")
 PATHS = {"training_args.bin", "complete.json"}  # hold the folder's path, and a checksum of the other
-TIMES = {"seconds", "date", "commit", "elapsed", "tokens_per_second"}  # in records: differ from run to run
+# Words of the names in records that tell of times, and of checkpoints that a kill left incomplete.
+TIMES = {"seconds", "date", "commit", "incomplete"}
 # Imports once. For every line a child of its own runs the command; with seconds it is killed after these.
 SERVER = """
 import json, os, signal, sys, time

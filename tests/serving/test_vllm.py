@@ -21,6 +21,7 @@ from vllm.distributed import cleanup_dist_env_and_memory
 
 import coded_models
 import mea.vllm
+from mea.vllm.attention import PagedAttention, StepBuilder
 from mea.vllm.cache import choose_blocks, held_blocks
 from mea.vllm.checks import PackedModelConfig
 
@@ -132,6 +133,18 @@ def test_unequal_prompts_in_chunks_and_from_the_prefix_cache(folder, engine, kin
     compare(again, expected)
     assert cached[0] == 0
     assert all(count > len(prompt) // 2 for count, prompt in zip(cached[2:], prompts[2:], strict=True))
+
+
+@pytest.mark.parametrize("reading", ["predictive", "joint"])
+def test_new_tokens_of_several_requests_are_read_together(folder, engine, monkeypatch, reading):
+    """As on a GPU, by the kernels' definition; prompts are read in chunks while others decode."""
+    path = folder("llama", reading)
+    prompts, sizes, read = texts(3, 67, 150, 400), [], PagedAttention.read_rows
+    expected = generated(AutoModelForCausalLM.from_pretrained(path).eval(), prompts)
+    monkeypatch.setattr(StepBuilder, "together", staticmethod(lambda _: True))
+    monkeypatch.setattr(PagedAttention, "read_rows", lambda *args: sizes.append(len(args[1])) or read(*args))
+    compare(served(engine(path, max_num_batched_tokens=100), prompts)[0], expected)
+    assert sizes.count(len(prompts)) > 10
 
 
 def test_preempted_requests_and_a_full_pool(folder, engine):

@@ -95,6 +95,7 @@ def compare(
         str | None, typer.Option(help="Python executable of an environment with cacheshrink.", rich_help_panel=PEERS)
     ] = None,
     dtype: shared.Dtype = "fast",
+    device: shared.Device = "auto",
 ) -> None:
     """Compare ways to make a model's cache smaller at measured bytes, with one protocol."""
     from mea.comparison.configs import method_configs
@@ -103,10 +104,12 @@ def compare(
     from mea.comparison.run import describe_cost, possible
     from mea.comparison.training import one_by_one, same_recovery
     from mea.compression import Calibration
+    from mea.ops.device import use_device
     from mea.report import terminal_table, write_report
     from mea.report.registry import make_sections
     from mea.report.render.markdown import as_csv, write_markdown, write_text
 
+    use_device(device)
     configs = method_configs(
         method or METHODS, keep or (), bits=bits or BITS, backends=backend or [],
         presses=press or [], conversions=conversion or [], recovered=recover_tokens > 0,

@@ -65,7 +65,7 @@ def compress(
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
     from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
-    from mea.models.loading import use_device
+    from mea.ops.device import use_device
     from mea.report.sections.compression import compression_table, plan_table
 
     use_device(device)

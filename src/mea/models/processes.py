@@ -7,11 +7,13 @@ import torch.distributed as dist
 from accelerate import PartialState
 from torch import Tensor
 
+from mea.ops.device import used_device
+
 
 def join() -> None:
     """Form a group with the other processes of ``torchrun``; without torchrun, do nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        PartialState(cpu=not torch.cuda.is_available())
+        PartialState(cpu=used_device().type == "cpu")
 
 
 def place() -> tuple[int, int]:

@@ -7,6 +7,8 @@ import time
 
 import torch
 
+from mea.ops.device import used_device
+
 MMAP_THRESHOLD, TRIM_THRESHOLD = -3, -1  # parameters of glibc's mallopt
 SET_BY_USER = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "LD_PRELOAD")
 
@@ -28,9 +30,8 @@ def fast_dtype(device: torch.device | str = "cpu") -> torch.dtype:
 
 
 def named_dtype(name: str) -> str:
-    """A dtype's name as it is, or for ``"fast"`` that of `fast_dtype` on this machine."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return str(fast_dtype(device)).removeprefix("torch.") if name == "fast" else name
+    """A dtype's name as it is, or for ``"fast"`` that of `fast_dtype` on the device that is used."""
+    return str(fast_dtype(used_device())).removeprefix("torch.") if name == "fast" else name
 
 
 def peak_flops(device: str, precision: str) -> float:

@@ -24,13 +24,17 @@ SCHEDULER = "scheduler.pt"
 LITTLE_SPACE = 64 << 20  # bytes free below which torch's failed writes are put down to a full disk
 
 
-def training_arguments(folder: Path, *, steps: int, rows: int, micro_rows: int | None, **options: Any) -> Any:
+def training_arguments(
+    folder: Path, device: torch.device, *, steps: int, rows: int, micro_rows: int | None, **options: Any
+) -> Any:
     """The Trainer's arguments for `rows` per step, over all processes.
 
     Parameters
     ----------
     folder
         Folder of checkpoints.
+    device
+        Device to train on; with several processes, each one's own GPU.
     micro_rows
         Most rows per forward pass in one process; None for all its rows of a step.
     options
@@ -44,7 +48,7 @@ def training_arguments(folder: Path, *, steps: int, rows: int, micro_rows: int |
     args = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=device.type == "cpu",
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         save_strategy="steps",
@@ -54,6 +58,12 @@ def training_arguments(folder: Path, *, steps: int, rows: int, micro_rows: int |
         disable_tqdm=True,
         **options,
     )
+    if args.world_size == 1 and device.type != "cpu":  # the Trainer would take the first GPU, or all of them
+        args._n_gpu, args.__dict__["_setup_devices"] = 1, device
+        state: Any = args.distributed_state
+        state.device = device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
     share = max(1, rows // args.world_size)
     micro = min(micro_rows or share, share)
     if rows % (micro * args.world_size):

@@ -1,12 +1,14 @@
-"""Attention over the pages of a packed cache, one request after the other.
+"""Attention over the pages of a packed cache.
 
-The reading itself is `mea.models.coded_attention`, so that a served model reads as ``generate()`` does: kernels where
-they fit, keys and values of one layer rebuilt for prompts. Here its `Held` is gathered from pages.
+On a GPU, the new tokens of all requests with `FEW` of them are read together (`mea.models.paged_attention`). Other
+requests are read one after the other by `mea.models.coded_attention`, so that a served model reads as ``generate()``
+does: keys and values of one layer are rebuilt for prompts. Its `Held` is gathered from pages.
 
 Shapes: ``T`` tokens of a step, of all requests; others as in `mea.ops.latent`.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +18,15 @@ from vllm.forward_context import get_forward_context
 from vllm.utils.torch_utils import direct_register_custom_op
 from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, MultipleOf
 
-from mea.models.coded_attention import CodedAttention
 from mea.models.layer_code import CODES
 from mea.models.packed_cache import Held
+from mea.models.paged_attention import PagedCodedAttention, Rows
 from mea.ops.codes import bits_per_token, code_bytes
 from mea.ops.latent import rotate
 from mea.vllm.cache import PagedCache
 
 ALL = 2**40  # tokens that a layer without codes keeps exactly
+FEW = 8  # new tokens of a request, at most, that are read with those of others
 
 
 @dataclass
@@ -33,8 +36,18 @@ class Request:
     start: int
     stop: int
     total: int
-    positions: Tensor  # [1, q]
+    device: torch.device
     shared: SimpleNamespace  # angles, which all layers share
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """Of the new tokens, ``[1, q]``."""
+        return torch.arange(self.total - self.stop + self.start, self.total, device=self.device)[None]
+
+    @property
+    def few(self) -> bool:
+        """Whether its new tokens may be read with those of other requests."""
+        return self.stop - self.start <= FEW
 
     def turns(self, attention: Any, like: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
         """Cosines and sines ``[1, _, d]`` of the new tokens, or of the `whole` text."""
@@ -46,12 +59,23 @@ class Request:
 
 
 @dataclass
+class Few:
+    """The new tokens that are read together: rows `index` of the step's tokens."""
+
+    index: Tensor | slice
+    owner: Tensor  # [b], their requests
+    positions: Tensor  # [b]
+    longest: int  # tokens of a request
+    rows: Rows | None = None  # which all layers share
+
+
+@dataclass
 class Step:
-    """What a step reads and writes of one cache; row ``rows[i]`` goes to token ``places[i]`` of page ``pages[i]``."""
+    """What a step reads and writes of one cache; row ``i`` goes to token ``places[i]`` of page ``pages[i]``."""
 
     requests: list[Request]
+    few: Few | None
     table: Tensor  # [requests, blocks], pages
-    rows: Tensor
     pages: Tensor
     places: Tensor
 
@@ -70,12 +94,31 @@ class StepBuilder(AttentionMetadataBuilder[Step]):
         requests = []
         for start, stop, total in zip(starts, starts[1:], totals, strict=False):
             if stop > start:
-                positions = torch.arange(total - stop + start, total, device=self.device)[None]
-                requests.append(Request(start, stop, total, positions, SimpleNamespace()))
-        slots = common.slot_mapping[: common.num_actual_tokens].long()
-        rows = (slots >= size).nonzero()[:, 0]  # page 0 stands for blocks that a request does not hold
-        slots = slots[rows]
-        return Step(requests, common.block_table_tensor.long(), rows, slots // size, slots % size)
+                requests.append(Request(start, stop, total, self.device, SimpleNamespace()))
+        # Page 0 stands for blocks that a request does not hold: what is written there is never read.
+        slots = common.slot_mapping[: starts[-1]].long().clamp_min(0)
+        few = self._few(common, requests) if self.together(self.device) else None
+        return Step(requests, few, common.block_table_tensor.long(), slots // size, slots % size)
+
+    @staticmethod
+    def together(device: torch.device) -> bool:
+        """Whether new tokens of several requests are read together."""
+        return device.type == "cuda"
+
+    def _few(self, common: Any, requests: list[Request]) -> Few | None:
+        """The tokens of all requests with few of them; nothing waits for the device."""
+        some = [request for request in requests if request.few]
+        if not some:
+            return None
+        token = torch.arange(some[-1].stop, device=self.device)
+        if len(some) < len(requests):
+            rows = [row for request in some for row in range(request.start, request.stop)]
+            token = torch.tensor(rows).to(self.device, non_blocking=True)
+        ends = common.query_start_loc[1:].long()
+        owner = torch.searchsorted(ends, token, right=True)
+        positions = common.seq_lens[owner] - ends[owner] + token
+        index = token if len(some) < len(requests) else slice(0, some[-1].stop)
+        return Few(index, owner, positions, max(request.total for request in some))
 
 
 class PagedBackend(AttentionBackend):
@@ -106,7 +149,7 @@ def layer_bytes(tiers: Any, heads: int, head_dim: int, dtype: torch.dtype) -> tu
     return exact if tiers is None else sum(map(bits_per_token, tiers)) // 8, exact
 
 
-class PagedAttention(CodedAttention, nn.Module):
+class PagedAttention(PagedCodedAttention, nn.Module):
     """Takes the place of a layer's ``attn`` in vLLM's class: queries and keys come before RoPE.
 
     Parameters
@@ -152,7 +195,18 @@ class PagedAttention(CodedAttention, nn.Module):
         )
         parts = self._parts(key.dtype)
         self._write(parts, codes, exact, key, value)
+        few = codes.few
+        if self.code is None or self.exact[1] <= FEW or (query.is_cuda and not self._gpu_fits(query, parts[0])):
+            few = None
+        if few is not None:
+            if few.rows is None:
+                tables = codes.table[few.owner], exact.table[few.owner]
+                few.rows = self.rows(few.positions, few.longest, tables, parts[2].shape[1])
+            read = self.read_rows(query[0].transpose(0, 1)[few.index], parts, few.rows)
+            output[few.index] = read.flatten(1).to(output.dtype)
         for index, request in enumerate(codes.requests):
+            if few is not None and request.few:
+                continue
             rows = slice(request.start, request.stop)
             tables = codes.table[index], exact.table[index]
             read = self._read(parts, tables, request, query[:, :, rows], key[:, :, rows], value[:, :, rows])
@@ -179,7 +233,7 @@ class PagedAttention(CodedAttention, nn.Module):
             pairs = ((codes, parts[:2], packed), (exact, parts[2:], plain))
         for step, targets, numbers in pairs:
             for target, new in zip(targets, numbers, strict=True):
-                target[step.pages, step.places] = new[step.rows]
+                target[step.pages, step.places] = new
 
     def _heads(self, part: Tensor, table: Tensor, start: int, stop: int) -> Tensor:
         """Keys or values ``[1, g, t, d]`` of tokens `start` to `stop`; tokens of a head side by side."""

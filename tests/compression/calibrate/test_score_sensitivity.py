@@ -71,8 +71,9 @@ def test_moments_are_sums_over_tokens_that_count_by_their_costs() -> None:
         costs, found = total.costs(window, projected), total.result()
     rows = keys.transpose(0, 1).flatten(1).double()
     outer = rows[:, :, None] * rows[:, None] * costs.sum((0, 1, 2))[:, None, None]
-    torch.testing.assert_close(found.first, outer[0])
-    torch.testing.assert_close(found.keys, outer[1:].sum(0))
+    for got, parts in ((found.first, outer[:1]), (found.keys, outer[1:])):
+        # In fp32 each factor and its weight's root are rounded, and the products as they are added up.
+        assert ((got - parts.sum(0)).abs() <= (len(parts) + 6) * 2**-24 * parts.abs().sum(0)).all()
     own = queries.unflatten(0, (len(keys), -1))[:, :, EVERY - 1 :: EVERY]
     outer = own[..., :, None] * own[..., None, :] * costs.sum(3)[..., None, None]
     torch.testing.assert_close(found.queries, outer.sum((1, 2)).double(), rtol=1e-5, atol=1e-8)

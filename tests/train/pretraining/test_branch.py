@@ -82,11 +82,12 @@ def test_a_sweep_keeps_checkpoints_and_branches_from_them(tables, tmp_path):
 
     def here(command: list[str], log: str) -> int:
         """In this process, which has everything imported."""
+        assert command[7] == "cpu"
         work(*command[3:])
         assert (Path(log).parent / STEPS).read_text() == "20"  # which the sweep tells of while a run goes on
         return 0
 
-    counts = sweep(runs, tmp_path / "records", tmp_path / "work", launch=here, note=notes.append)
+    counts = sweep(runs, tmp_path / "records", tmp_path / "work", launch=here, device="cpu", note=notes.append)
     assert counts["finished"] == 3, notes
     assert (tmp_path / "work" / "kept" / "mea-0.001-0" / BEFORE).is_dir()
     steps = [read_record(tmp_path / "records" / f"{run.name}.json")["results"]["branched_at_step"] for run in runs]

@@ -203,13 +203,15 @@ def test_the_report_shows_accuracy(alone):
     (section,) = sections([record])
     part = next(part for part in section.parts if part.heading == "Accuracy of recall")
     assert part.table is not None
-    assert part.table.header[3:] == ["mean", "4 pairs", "8 pairs"]
+    assert part.table.header[3:] == ["tokens to half", "mean", "4 pairs", "8 pairs"]
+    curve = zip(record["samples"]["validation_tokens"], record["samples"]["accuracy"], strict=True)
+    half = next((f"{tokens / 1e6:.2f}" for tokens, entry in curve if sum(entry) / 2 >= 0.5), "–")
     ends = [100 * value for value in record["samples"]["accuracy"][-1]]
     assert part.table.lines == [
-        ["transformer", "0.003", "1", f"{sum(ends) / 2:.1f}", f"{ends[0]:.1f}", f"{ends[1]:.1f}"]
+        ["transformer", "0.003", "1", half, f"{sum(ends) / 2:.1f}", f"{ends[0]:.1f}", f"{ends[1]:.1f}"]
     ]
     assert [figure.name for figure in part.figures] == ["recall-pairs-constant", "recall-tokens-constant"]
-    assert "| variant | learning rate | seeds | mean | 4 pairs | 8 pairs |" in markdown([section])
+    assert "| variant | learning rate | seeds | tokens to half | mean | 4 pairs | 8 pairs |" in markdown([section])
     assert "Accuracy against the number of pairs" in render([record])
     check_fields(record, "record.json")
     with pytest.raises(ValueError, match=r"record.json: .*not one value for each of config.pairs"):

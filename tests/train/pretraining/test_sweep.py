@@ -57,7 +57,7 @@ def fake(outcomes: dict[str, list[str]], calls: list[str]):
     """A launcher that plays what should happen to a run, attempt after attempt, and notes what it was asked."""
 
     def launch(command: list[str], log: str) -> int:
-        tables, folder, _cache, record = command[-4:]
+        tables, folder, _cache, record = command[3:7]
         name = record.rpartition("/")[2].removesuffix(".json")
         calls.append(name)
         outcome = outcomes.get(name, ["good"])[calls.count(name) - 1]
@@ -119,7 +119,7 @@ def test_an_interruption_starts_nothing_more(runs, tmp_path):
     play = fake({"frozen-0.001-0": ["interrupt"]}, calls)
 
     def launch(command: list[str], log: str) -> int:
-        if "frozen-0.001-0" not in command[-1]:
+        if "frozen-0.001-0" not in command[6]:
             time.sleep(1)  # longer than the sweep takes to notice, on a busy machine too
         return play(command, log)
 
@@ -156,7 +156,7 @@ def test_the_steps_of_runs_that_go_on_are_told(monkeypatch, runs, tmp_path):
     told, seen = [], threading.Event()
 
     def launch(command: list[str], log: str) -> int:
-        Path(command[-3], sweeps.STEPS).write_text("7")
+        Path(command[4], sweeps.STEPS).write_text("7")
         assert seen.wait(60)
         return fake({}, [])(command, log)
 

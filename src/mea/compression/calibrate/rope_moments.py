@@ -26,7 +26,7 @@ def average_over_positions(
 
 def average_over_phases(moment: Float[Tensor, "*g n n"], head_dim: int) -> Float[Tensor, "*g n n"]:
     """Average over independent uniform phases of the frequencies: the limit of infinitely many positions."""
-    same = torch.eye(head_dim // 2, dtype=torch.complex128)
+    same = torch.eye(head_dim // 2, dtype=torch.complex128, device=moment.device)
     return _scale(moment, same, torch.zeros_like(same))
 
 

@@ -37,9 +37,9 @@ class ScoreMomentsSum:
         n, d = attention.k_proj.weight.shape[0], attention.head_dim
         weight = attention.o_proj.weight.unflatten(1, (n // d, -1, d))
         self.metric = torch.einsum("Dgma,Dgmb->gmab", weight, weight)
-        self.keys = torch.zeros(n, n, dtype=torch.float64)
+        self.keys = weight.new_zeros(n, n, dtype=torch.float64)  # sums of products in fp32
         self.first = torch.zeros_like(self.keys)
-        self.queries = torch.zeros(n // d, d, d, dtype=torch.float64)
+        self.queries = self.keys.new_zeros(n // d, d, d)
 
     def add(self, window: AttentionPass) -> None:
         """Add a window, with one query in `EVERY`."""
@@ -47,10 +47,9 @@ class ScoreMomentsSum:
         queries, keys, _ = projected
         queries = queries.unflatten(0, (len(keys), -1))[:, :, EVERY - 1 :: EVERY]
         costs = self.costs(window, projected)
-        rows = keys.transpose(0, 1).flatten(1).double()
-        weight = costs.sum((0, 1, 2)).double()
-        self.first += weight[0] * torch.outer(rows[0], rows[0])
-        self.keys += (rows[1:] * weight[1:, None]).T @ rows[1:]
+        rows = keys.transpose(0, 1).flatten(1) * costs.sum((0, 1, 2)).sqrt()[:, None]
+        self.first += torch.outer(rows[0], rows[0]).double()
+        self.keys += (rows[1:].T @ rows[1:]).double()
         weighted = queries * costs.sum(3)[..., None]
         self.queries += torch.einsum("gmta,gmtb->gab", weighted, queries).double()
 

@@ -131,9 +131,9 @@ class StatisticsSum:
         self.attention = attention
         n, d = attention.k_proj.weight.shape[0], attention.head_dim
         self.tokens = 0
-        self.keys = torch.zeros(n, n, dtype=torch.float64)
+        self.keys = attention.k_proj.weight.new_zeros(n, n, dtype=torch.float64)  # sums of products in fp32
         self.values, self.cross = torch.zeros_like(self.keys), torch.zeros_like(self.keys)
-        self.queries = torch.zeros(n // d, d, d, dtype=torch.float64)
+        self.queries = self.keys.new_zeros(n // d, d, d)
 
     def add(self, x: Float[Tensor, "t D"]) -> None:
         """Add a window's attention input."""
@@ -150,10 +150,10 @@ class StatisticsSum:
     def result(self, cos: Float[Tensor, "p d"], sin: Float[Tensor, "p d"]) -> LayerStatistics:
         """The moments so far, with the layer's weights."""
         attention, n = self.attention, self.tokens
-        gain = torch.ones(attention.head_dim)
+        gain = attention.k_proj.weight.new_ones(attention.head_dim)
         if hasattr(attention, "k_norm"):
             # Norms differ in how they store a gain (Gemma: minus one): applied to ones, every norm returns its gain.
-            gain = attention.k_norm(torch.ones(attention.head_dim, dtype=attention.k_proj.weight.dtype))
+            gain = attention.k_norm(gain)
         key_weight = with_bias(attention.k_proj) * gain.repeat(self.queries.shape[0])[:, None]
         g, d, _ = self.queries.shape
         output = attention.o_proj.weight.double().unflatten(1, (g, -1, d))  # heads of a group are adjacent

@@ -82,5 +82,5 @@ def _root(moment: Float[Tensor, "d d"]) -> tuple[Float[Tensor, "d d"], Float[Ten
 
 def from_head_mixing(mixing: Float[Tensor, "h_c h_kv"], head_dim: int) -> Factors:
     """Factors of a scalar HLC with orthonormal rows: component heads ``c_j = sum_g mixing_jg x_g``."""
-    encoder = torch.kron(mixing.double(), torch.eye(head_dim, dtype=torch.float64))
+    encoder = torch.kron(mixing.double(), torch.eye(head_dim, dtype=torch.float64, device=mixing.device))
     return Factors(encoder, encoder.T)

@@ -81,8 +81,9 @@ def alternate(
 
 def covariance_values(statistics: LayerStatistics, rank: int) -> Factors:
     """The principal subspace of single tokens' values, without regard to attention."""
-    identity = torch.eye(statistics.head_dim, dtype=torch.float64).expand(statistics.num_kv_heads, -1, -1)
-    return orthonormal(*weighted_subspace(statistics.values, identity, rank))
+    moment = statistics.values
+    identity = torch.eye(statistics.head_dim, dtype=moment.dtype, device=moment.device)
+    return orthonormal(*weighted_subspace(moment, identity.expand(statistics.num_kv_heads, -1, -1), rank))
 
 
 def _per_query_head(decoder: Float[Tensor, "g d r"], c: int, m: int) -> Float[Tensor, "c m d r"]:

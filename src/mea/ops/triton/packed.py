@@ -5,6 +5,8 @@ A reading is two kernels and two small sums. The first kernel stores the weights
 would not fit into registers: 32 heads times 1,400 components in fp32 are 179 KB. So codes of keys are read twice.
 """
 
+import functools
+
 import torch
 import triton
 from jaxtyping import BFloat16, Float, Float32, UInt8
@@ -173,11 +175,24 @@ def to_codes(
     codes = torch.empty(len(flat), width, dtype=torch.uint8, device=device)
     scales = torch.empty(len(flat), 2 * len(groups), dtype=torch.bfloat16, device=device)
     if groups and len(flat):
-        table, _ = _table(groups, 0, 128, device)
         kernels.write_codes[triton.cdiv(len(flat), WRITTEN), len(groups)](
-            flat, codes, scales.view(torch.int16), table, len(flat), flat.shape[1], width, len(groups), T=WRITTEN
+            flat,
+            codes,
+            scales.view(torch.int16),
+            _all_groups(tiers, device),
+            len(flat),
+            flat.shape[1],
+            width,
+            len(groups),
+            T=WRITTEN,
         )
     return codes.view(*shape, width), scales.view(*shape, 2 * len(groups))
+
+
+@functools.cache
+def _all_groups(tiers: tuple[int, ...], device: torch.device) -> Tensor:
+    """The table of whole groups, which is copied to the device once."""
+    return _table(group_sizes(tiers), 0, 128, device)[0]
 
 
 def _table(groups: Groups, keys: int, width: int, device: torch.device) -> tuple[Tensor, tuple[int, int, int]]:

@@ -46,17 +46,31 @@ def _ends(runs: Sequence[Record]) -> NDArray:
     return 100 * np.array([run["samples"]["accuracy"][-1] for run in runs])
 
 
+def _half(runs: Sequence[Record]) -> str:
+    """Million tokens until half of the answers are right, over the seeds that come so far."""
+    found = []
+    for run in runs:
+        right = np.array([np.mean(entry) for entry in run["samples"]["accuracy"]]) >= 0.5
+        if right.any():
+            found.append(run["samples"]["validation_tokens"][int(right.argmax())] / MILLION)
+    if not found:
+        return "–"
+    told = with_interval(float(np.mean(found)), (min(found), max(found)) if len(found) > 1 else None, 2)
+    return told if len(found) == len(runs) else f"{told}, {len(found)} of {len(runs)} seeds"
+
+
 def _table(best: dict[str, list[Record]], pairs: list[int]) -> Table:
     lines = []
     for arm, runs in best.items():
         ends = _ends(runs)
         means, several = np.column_stack([ends.mean(1), ends]), len(runs) > 1
         cells = [with_interval(c.mean(), (c.min(), c.max()) if several else None, 1) for c in means.T]
-        lines.append([arm, learning_rate(runs[0]["config"]["learning_rate"]), str(len(runs)), *cells])
+        lines.append([arm, learning_rate(runs[0]["config"]["learning_rate"]), str(len(runs)), _half(runs), *cells])
     note = (
-        f"Accuracy of answers in %, at the end, each variant at its learning rate with the lowest loss: mean, {SEEDS}."
+        f"Accuracy of answers in %, at the end, each variant at its learning rate with the lowest loss: mean, {SEEDS}. "
+        "Million tokens until half of the answers are right, at the validation that shows it."
     )
-    header = ["variant", "learning rate", "seeds", "mean", *(f"{count} pairs" for count in pairs)]
+    header = ["variant", "learning rate", "seeds", "tokens to half", "mean", *(f"{count} pairs" for count in pairs)]
     top = max(range(len(lines)), key=lambda index: _ends(list(best.values())[index]).mean())
     return Table(header, lines, note, best=(top,))
 

@@ -14,6 +14,7 @@ from transformers.utils import logging as hf_logging
 from mea.models.accounting import parameters, training_flops
 from mea.models.decoder import MeaForCausalLM
 from mea.models.saving import follow_umask, writing
+from mea.ops.device import used_device
 from mea.ops.precision import keep_freed_memory, peak_flops
 from mea.records import Progress, Record, write_record
 from mea.train.checkpoints import last_complete
@@ -38,6 +39,8 @@ def pretrain(
     progress: Progress | None = None,
 ) -> Record:
     """Train a model from random weights, or continue the run in `out`; return its record.
+
+    It is trained on the device of `mea.ops.device.use_device`.
 
     Parameters
     ----------
@@ -80,7 +83,7 @@ def _pretrain(
     hf_logging.disable_progress_bar()
     with disk_errors(out):
         args = _arguments(settings, out)
-        _check_memory(settings, args.world_size)
+        _check_memory(settings, args.world_size, args.device)
         with args.main_process_first():
             check_same_run(settings, out)
             source = open_source(settings, cache, progress)
@@ -137,12 +140,12 @@ def _trainer(
     return trainer, stop
 
 
-def _check_memory(settings: PretrainSettings, processes: int) -> None:
+def _check_memory(settings: PretrainSettings, processes: int, device: torch.device) -> None:
     """Refuse a model that cannot fit: fp32 weights, gradients and two moments have 16 bytes a parameter."""
     count = parameters(settings.model.config(settings.data.model_vocabulary, 0, settings.data.row))
     needed = 16 * count // (processes if settings.run.shard else 1)
-    cuda = torch.cuda.is_available()
-    have = torch.cuda.get_device_properties(0).total_memory if cuda else psutil.virtual_memory().total
+    cuda = device.type == "cuda"
+    have = torch.cuda.get_device_properties(device).total_memory if cuda else psutil.virtual_memory().total
     if needed > have:
         raise ValueError(
             f"training {count:,} parameters takes {needed / 2**30:,.0f} GiB in each process, and this machine has "
@@ -164,6 +167,7 @@ def _arguments(settings: PretrainSettings, out: Path) -> TrainingArguments:
     kind, options = _schedule(settings)
     return training_arguments(
         out,
+        used_device(),
         steps=optim.steps,
         rows=settings.rows_per_batch,
         micro_rows=run.micro_batch_rows,

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from mea.ops.device import use_device
 from mea.records import Progress, read_record
 from mea.train.checkpoints import is_complete
 from mea.train.pretraining.branch import SETTINGS
@@ -31,7 +32,8 @@ from mea.train.pretraining.tokenise import prepare
 STEPS = "steps"  # file in a run's folder: how many it has done
 POLL_SECONDS = 2.0  # between looks at how many steps the runs have done
 Launch = Callable[[list[str], str], int]
-# The command that does one run; the arguments are the run's settings as JSON, its folder, the cache and the record.
+# The command that does one run; the arguments are the run's settings as JSON, its folder, the cache, the record and the
+# device.
 WORKER = "from mea.train.pretraining.sweep import work; import sys; work(*sys.argv[1:])"
 
 
@@ -70,6 +72,7 @@ def sweep(
     minutes: float | None = None,
     progress: Progress | None = None,
     launch: Launch | None = None,
+    device: str = "auto",
     note: Callable[[str], None] = print,
 ) -> dict[str, int]:
     """Do the runs without a record; return how many ``finished``, of these ``diverged``, ``failed`` and are ``left``.
@@ -88,6 +91,8 @@ def sweep(
         Minutes after which no new run starts.
     launch
         Runs a command, its output added to a file, and returns its exit code; None for a process on this machine.
+    device
+        Device of each run, as in `mea.ops.device.use_device`.
     note
         Called at the end of every run.
     """
@@ -105,7 +110,7 @@ def sweep(
     def carry_out(run: SweepRun, base: Future | None) -> str | None:
         if base is not None:
             base.exception()  # ended, well or not: what it kept is where the branch starts
-        return None if time.monotonic() > deadline else _attempt(run, folders, attempts, launch, stopping)
+        return None if time.monotonic() > deadline else _attempt(run, folders, device, attempts, launch, stopping)
 
     with ThreadPoolExecutor(workers) as pool:
         begun: dict[str, Future] = {}  # runs are begun in this order: waiting for one before never ends in waiting
@@ -151,7 +156,9 @@ def _follow(
     return failed
 
 
-def work(tables: str, folder: str, cache: str, record: str, start_from: str | None = None) -> None:
+def work(
+    tables: str, folder: str, cache: str, record: str, device: str = "auto", start_from: str | None = None
+) -> None:
     """Do one run of a sweep, in a process of its own."""
     from mea.train.pretraining.run import pretrain
 
@@ -159,6 +166,7 @@ def work(tables: str, folder: str, cache: str, record: str, start_from: str | No
         if what.startswith(STEPS):
             Path(folder, STEPS).write_text(str(done), encoding="utf-8")
 
+    use_device(device)
     settings = settings_from(json.loads(tables))
     pretrain(settings, folder, cache=cache, record=record, start_from=start_from, progress=tell)
 
@@ -208,10 +216,12 @@ def on_ray(gpus: float) -> Launch:
     return launch
 
 
-def _attempt(run: SweepRun, folders: Folders, attempts: int, launch: Launch, stopping: threading.Event) -> str | None:
+def _attempt(
+    run: SweepRun, folders: Folders, device: str, attempts: int, launch: Launch, stopping: threading.Event
+) -> str | None:
     """Launch a run until its record is there; what to say of it, with the last line of its log, if it never was."""
     record, folder = folders.record(run), folders.run(run)
-    arguments = [json.dumps(run.tables), str(folder), str(folders.data), str(record)]
+    arguments = [json.dumps(run.tables), str(folder), str(folders.data), str(record), device]
     log, error = folder / "log.txt", ""
     if run.branch is not None:
         start = folders.kept(run.base) / _checkpoint(run, run.branch)

@@ -66,13 +66,15 @@ def recover(
 ) -> Recovered:
     """Train a compressed model in place for one stage, and return it in its best state, which may be the start.
 
+    It is trained on the device that it is on.
+
     Parameters
     ----------
     student
         A compressed model, in fp32.
     original
-        The uncompressed model; None for plain pretraining. It is frozen in place; weights with
-        the same values as the student's are shared in memory afterwards.
+        The uncompressed model; None for plain pretraining. It is frozen and moved to the student's device in place;
+        weights with the same values as the student's are shared in memory afterwards.
     rows, held_out
         Windows to train on and held-out windows: `mea.train.recovery.data.windows`.
     folder
@@ -93,7 +95,7 @@ def recover(
     trained = choose(student, settings)
     own = getattr(trained, "get_base_model", lambda: trained)()
     if original is not None:
-        original.requires_grad_(False).eval()
+        original.requires_grad_(False).eval().to(own.device)
         share_frozen(own, original)
     if settings.less_memory:
         own.gradient_checkpointing_enable({"use_reentrant": False})
@@ -177,7 +179,7 @@ def gathered(module: Any, student: Any) -> Any | None:
     state = full_state(module)
     if dist.get_rank():
         return None
-    whole = type(student)(student.config)
+    whole = type(student)(student.config).to(student.device)
     own = {name.removeprefix("student."): tensor for name, tensor in state.items()}
     missing, unexpected = whole.load_state_dict(own, strict=False)
     whole.tie_weights()

@@ -7,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from accelerate import PartialState
 from jaxtyping import Int
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -16,8 +14,10 @@ from transformers import AutoModelForCausalLM
 from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ratio, text_losses
 from mea.models.card import model_card, origin
 from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
+from mea.models.processes import join, place, wait
 from mea.models.saving import check_output, save_folder, writing
 from mea.names import escaped
+from mea.ops.device import used_device
 from mea.ops.precision import peak_flops
 from mea.records import Progress, Record, make_record, write_atomically
 from mea.train.recovery.api import Recovered, check_pair, describe, recover
@@ -42,6 +42,8 @@ def recover_to_folder(
     progress: Progress | None = None,
 ) -> Record:
     """Train a compressed model's folder, stage by stage, and save the best state as an ordinary model folder.
+
+    Models are loaded onto the device of `mea.ops.device.use_device`, trained and measured there.
 
     The folder appears when it is complete. The same call continues an interrupted run from its last checkpoint in
     ``<out>.partial``.
@@ -88,7 +90,7 @@ def _recover_to_folder(
     progress: Progress | None,
 ) -> Record:
     config = _checked_config(source, out, original, stages, texts, sharded)
-    first = PartialState(cpu=not torch.cuda.is_available()).is_main_process
+    join()
     tokenizer = load_tokenizer(source)
     scored = measured_text(tokenizer, measure_tokens)
     drawn = _drawn(tokenizer, texts, stages)
@@ -97,15 +99,14 @@ def _recover_to_folder(
 
     results = _train(source, original, stages, drawn, work, sharded, progress)
     record: Record = {}
-    if first:
+    if place()[0] == 0:
         model = results[-1].model
         measured = _measured(source, original, model, tokenizer, scored, progress)
         record = _record(source, original, config, stages, texts, results, shared, measured, measure_tokens)
         model = model.to(model.config.dtype or torch.float32)
         earlier = [Path(source, "compression.json")]
         save_folder(out, work, model, tokenizer, _card(record, origin(source)), "recovery.json", record, earlier)
-    if dist.is_initialized():
-        dist.barrier()
+    wait()
     return record
 
 
@@ -120,7 +121,7 @@ def recovery_seconds(source: str, settings: Recovery) -> float:
     original = settings.objective != "text"
     trained = settings.steps * settings.step_tokens * (3 + original + settings.less_memory)
     scored = (1 + settings.evaluations) * settings.held_out * (1 + original)
-    peak = peak_flops("cuda" if torch.cuda.is_available() else "cpu", settings.precision)
+    peak = peak_flops(used_device().type, settings.precision)
     return 2 * (model.num_parameters() - embedding) * (trained + scored) / (OF_PEAK * peak)
 
 

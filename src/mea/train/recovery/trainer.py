@@ -79,6 +79,7 @@ class RecoveryTrainer(BaseTrainer):
         steps = settings.steps
         args = training_arguments(
             folder,
+            next(module.parameters()).device,
             steps=steps,
             rows=settings.batch,
             micro_rows=settings.micro_batch,

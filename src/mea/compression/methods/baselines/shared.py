@@ -55,7 +55,7 @@ def split(factors: Factors) -> tuple[Factors, Factors]:
 def values(averaged: AveragedValues, factors: Factors, num_kv_heads: int) -> tuple[Factors, Float[Tensor, "D _"]]:
     """The values' part with its decoder, and the output projection, fitted to averaged latents."""
     encoder, decoder = factors
-    whole = torch.eye(len(encoder))
+    whole = torch.eye(len(encoder), device=encoder.device)
     start = decoder.view(num_kv_heads, -1, len(encoder))
     _, fitted, output = alternate(averaged, whole, start, fit_encoder=lambda _averaged, kept, _decoder: kept)
     return Factors(encoder, fitted.reshape(decoder.shape)), output

@@ -66,11 +66,12 @@ def fit_gauge(
 
 
 def _starts(moment: Num[Tensor, "b g a g a"], components: int) -> list[tuple[Tensor, Tensor]]:
-    b, g, a = moment.shape[:3]
-    plain = torch.eye(a, dtype=moment.dtype).expand(b, g, a, a).clone()
+    (b, g, a), device = moment.shape[:3], moment.device
+    plain = torch.eye(a, dtype=moment.dtype, device=device).expand(b, g, a, a).clone()
+    each = torch.eye(g, dtype=torch.float64, device=device)
     if components == g:  # as they are, the heads lose nothing
-        return [(plain, torch.eye(g, dtype=torch.float64))]
-    alike, member = plain.clone(), torch.zeros(g, components, dtype=torch.float64)
+        return [(plain, each)]
+    alike, member = plain.clone(), each.new_zeros(g, components)
     for component, group in enumerate(grouping(moment, components)):
         alike[:, group], member[group, component] = align(moment, group).mH, 1.0
     together = align(moment, list(range(g)))
@@ -79,9 +80,9 @@ def _starts(moment: Num[Tensor, "b g a g a"], components: int) -> list[tuple[Ten
     generator = torch.Generator().manual_seed(0)
     if components == g - 1:  # what is lost is one combination of heads: coordinates in which it is their sum
         lost = linalg.eigh(moment.reshape(b, g * a, g * a))[1][:, :, :a].reshape(b, g, a, a)
-        zero_sum = linalg.qr(torch.eye(g, dtype=torch.float64)[:, 1:] - 1 / g).Q
+        zero_sum = linalg.qr(each[:, 1:] - 1 / g).Q
         starts.append((linalg.pinv(lost.mH), zero_sum))
-    random = torch.randn(STARTS, g, components, dtype=torch.float64, generator=generator)
+    random = torch.randn(STARTS, g, components, dtype=torch.float64, generator=generator).to(device)
     return starts + [(plain, linalg.qr(scalars).Q) for scalars in random]
 
 

@@ -32,7 +32,8 @@ def neighbours(heads: int, groups: int) -> Int[Tensor, " g"]:
 def _pool(statistics: LayerStatistics, rank: int) -> Factors:
     heads, groups = statistics.num_kv_heads, rank // statistics.head_dim
     member = (torch.arange(groups)[:, None] == neighbours(heads, groups)).double()
-    return from_head_mixing(member / member.sum(1, keepdim=True).sqrt(), statistics.head_dim)
+    mixing = (member / member.sum(1, keepdim=True).sqrt()).to(statistics.keys.device)
+    return from_head_mixing(mixing, statistics.head_dim)
 
 
 METHODS = (Method("gqa-mean", keys, values, whole_heads=True),)

@@ -45,7 +45,9 @@ def grouping(moment: Num[Tensor, "b g a g a"], count: int) -> list[list[int]]:
 
 def align(moment: Num[Tensor, "b g a g a"], group: list[int]) -> Num[Tensor, "b m a a"]:
     """Orthogonal (unitary) maps of the group's heads that bring them nearest to their common mean."""
-    maps = eye(moment.shape[2], dtype=moment.dtype).expand(len(moment), len(group), -1, -1).clone()
+    maps = (
+        eye(moment.shape[2], dtype=moment.dtype, device=moment.device).expand(len(moment), len(group), -1, -1).clone()
+    )
     for _ in range(ROUNDS if len(group) > 1 else 0):
         for member, head in enumerate(group):
             others = [i for i in range(len(group)) if i != member]
@@ -58,7 +60,7 @@ def align(moment: Num[Tensor, "b g a g a"], group: list[int]) -> Num[Tensor, "b 
 def _pool(moment: Num[Tensor, "b g a g a"], count: int) -> Factors:
     b, g, a = moment.shape[:3]
     d = b * a * (2 if moment.is_complex() else 1)
-    decoder = zeros(g, d, count, d, dtype=moment.real.dtype)
+    decoder = zeros(g, d, count, d, dtype=moment.real.dtype, device=moment.device)
     for component, group in enumerate(grouping(moment, count)):
         decoder[group, :, component] = head_matrices(align(moment, group)).transpose(1, 2) / len(group) ** 0.5
     decoder = decoder.reshape(g * d, count * d)
