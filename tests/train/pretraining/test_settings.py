@@ -65,7 +65,7 @@ def test_a_file_holds_what_differs_from_the_defaults(tmp_path):
         (changes(rope_parameters={"rope_theta": "far"}), r"\[model\]: could not convert .* 'far'"),
         (changes(intermediate_size=8, variant="differential_v2"), r"\[model\] .* cannot be built"),
         ({**GOOD, "model": {"attention_options": {"norm": 1}}}, r"\[model\]: attention_options .* do not suit 'mea'"),
-        ({**GOOD, "model": {"variant": "mae"}}, "no variant is called 'mae'.*[Dd]id you mean 'mea'"),
+        ({**GOOD, "model": {"variant": "meaa"}}, "no variant is called 'meaa'.*[Dd]id you mean 'mea'"),
         (
             {"data": {"files": ["a.txt"], "vocabulary": 100}},
             "data.vocabulary must be greater than or equal to 257, not 100",
