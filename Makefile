@@ -33,6 +33,9 @@ help: ## Show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
 setup: $(READY) ## Build the environment in .venv (the other targets do it themselves)
+	@echo "Ready. To try it on SmolLM2-135M:"
+	@echo "  source $(VENV)/bin/activate"
+	@echo "  mea compress $$(find $(VENV)/lib -name 'SmolLM2*.gguf') build/small --dtype bfloat16"
 
 demo: $(READY) ## Compress a real language model and write a report of what it costs to build/demo
 	@$(BIN)/mea demo --out build/demo

@@ -18,6 +18,17 @@ STRETCH = 512  # tokens: as many as are refined and recovered on in one piece
 LEAST = 8  # tokens: a shorter stretch has no room for a copy
 
 
+def check_text(name_or_path: str | Path) -> None:
+    """Raise the errors of `load_text` that do not need the text: no such name, no such file."""
+    path = Path(name_or_path)
+    if str(name_or_path) in TEXTS or path.exists():
+        return
+    if not path.suffix and len(path.parts) == 1:
+        guess = did_you_mean(path, TEXTS)
+        raise ValueError(f"no text named {str(path)!r}{guess}; texts are {', '.join(TEXTS)}, anything else is a file")
+    raise FileNotFoundError(f"there is no text file {path}")
+
+
 def load_text(name_or_path: str | Path) -> str:
     """A packaged text by name, or the text of a file.
 
@@ -37,11 +48,8 @@ def load_text(name_or_path: str | Path) -> str:
     if str(name_or_path) in TEXTS:
         data = (files("mea") / "data" / f"{name_or_path}.txt.gz").read_bytes()
         return gzip.decompress(data).decode("utf-8")
-    path = Path(name_or_path)
-    if not path.exists() and not path.suffix and len(path.parts) == 1:
-        guess = did_you_mean(path, TEXTS)
-        raise ValueError(f"no text named {str(path)!r}{guess}; texts are {', '.join(TEXTS)}, anything else is a file")
-    return _read(path)
+    check_text(name_or_path)
+    return _read(Path(name_or_path))
 
 
 def encode_text(tokenizer: Any, text: str, limit: int | None = None) -> Int[Tensor, " n"]:

@@ -37,7 +37,7 @@ def test_prints_and_records_the_ratio(mea, models_, text, tmp_path):
     ("options", "message"),
     [
         (("--text", "wikitext-2-tets"), "did you mean 'wikitext-2-test'"),
-        (("--text", "gone.txt"), "No such file or directory: gone.txt"),
+        (("--text", "gone.txt"), "there is no text file gone.txt"),
         (("--window", "300"), "longer than the model's context of 256"),
         (("--tokens", "9999"), "the text has 300 tokens, not the 9,999 asked for"),
         (("--tokens", "30"), "fewer than one window of 64"),

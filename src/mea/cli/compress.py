@@ -65,8 +65,10 @@ def compress(
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
     from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
+    from mea.models.saving import check_output
     from mea.ops.device import use_device
     from mea.report.sections.compression import compression_table, plan_table
+    from mea.text import check_text
 
     use_device(device)
     if method.partition(":")[0] in BASELINES:
@@ -74,6 +76,9 @@ def compress(
             f"{method} is a baseline, which mea compare measures: give {listed(CODED_METHODS)}, which lose far less at "
             f"equal bytes, or a whole-head method ({listed(WHOLE_HEAD_METHODS)})"
         )
+    check_text(calibration_text)
+    if not dry_run:
+        check_output(out)
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, seed, copy_fraction)
     options = CompressOptions(
         keep, budget, layout, method, groups, calibration, refine,
@@ -92,7 +97,8 @@ def compress(
 def summary(plan: dict[str, Any]) -> str:
     """The plan of a compression in one line, from `mea.compression.preview`."""
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token"]
+    unit = "16-bit cache" if "tiers" in plan else "cache"
     return (
-        f"{plan['method']}: keep {after / before:.0%} of the cache, {before:,} -> {after:,} bytes per token; "
+        f"{plan['method']}: keep {after / before:.0%} of the {unit}, {before:,} -> {after:,} bytes per token; "
         f"calibrate on {plan['calibration_tokens']:,} tokens; about {plan['seconds'] / 60:,.1f} min on this machine"
     )

@@ -35,7 +35,7 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
             errors.print(Text.assemble(("error: ", "bold red"), _one_line(error)), soft_wrap=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt:
-            errors.print("interrupted")
+            errors.print("interrupted; the same command continues from what was finished")
             raise typer.Exit(130) from None
 
     return run

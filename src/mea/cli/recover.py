@@ -95,11 +95,17 @@ def recover(
 ) -> None:
     """Train a compressed model for a short time to regain quality; an interrupted run continues."""
     from mea.models.loading import load_config
+    from mea.models.saving import check_output
     from mea.ops.device import use_device
+    from mea.text import check_text
     from mea.train.recovery.save import recover_to_folder, recovery_seconds
     from mea.train.recovery.settings import recovery
 
     use_device(device)
+    if not dry_run:
+        check_output(out)
+    for source in text:
+        check_text(source)
     changes = {
         "trained": trained, "tokens": tokens, "window": window, "copy_fraction": copy_fraction,
         "batch": batch, "micro_batch": micro_batch, "lr": lr, "base_lr": base_lr, "held_out": held_out,
@@ -124,3 +130,5 @@ def recover(
     if SPEAKS:
         start, end = record["results"]["held_out_start"]["ce"], record["results"]["held_out"]["ce"]
         output.print(f"held-out loss {start:.4f} → {end:.4f} ({out})")
+        if start == end:
+            output.print("no state was better than the start: the weights are unchanged; train on more tokens")

@@ -24,8 +24,9 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="CSV file of all tables.", rich_help_panel=shared.WHAT)] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=shared.WHAT)] = "",
 ) -> None:
-    """Write one page from records: pretraining, compression, tasks, long contexts."""
+    """Write one page from records of comparisons, profiles, tasks, long contexts and pretraining."""
     from mea.report import as_csv, find_records, make_sections, write_markdown, write_report, write_text
+    from mea.report.registry import not_shown
     from mea.report.render.html import check_packages
 
     if out is None and markdown is None and csv is None:
@@ -34,6 +35,8 @@ def report(
     say = functools.partial(errors.print, soft_wrap=True, highlight=False)
     loaded = find_records(records, lambda message: say(f"left out: {message}"))
     sections = make_sections(loaded)
+    for kind, count in not_shown(loaded).items():
+        say(f"no section shows records of the kind {kind}: {count} left out")
     written = []
     if out:
         command = " ".join(["mea report", *map(_shown, records), "--out", _shown(out)])

@@ -84,7 +84,7 @@ class CompressOptions:
 
     def __post_init__(self) -> None:
         if self.budget is not None and (self.keep is not None or self.layout is not None):
-            raise ValueError("give one budget: keep, bytes at a context length, or a layout")
+            raise ValueError("give one budget: keep, budget (bytes at a context length) or layout")
 
     @classmethod
     def of(cls, options: "CompressOptions | None", fields: dict[str, Any]) -> "CompressOptions":

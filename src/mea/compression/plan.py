@@ -10,6 +10,7 @@ from mea.compression.budget import (
     CacheShape,
     Layout,
     Step,
+    bytes_in_16_bits,
     coded_layout,
     coded_layout_for_bytes,
     layout_for_bytes,
@@ -55,8 +56,9 @@ class Plan:
         return self.options.calibration
 
     def bytes_before(self, context: int) -> int:
-        """Bytes of the given model's cache after `context` tokens of one sequence."""
-        return round(self.shape.bytes(context) * self.cached)
+        """Bytes of the given model's cache after `context` tokens of one sequence; of coded methods, with 16 bits."""
+        whole = bytes_in_16_bits(self.shape, context) if self.method.coded else self.shape.bytes(context)
+        return round(whole * self.cached)
 
     def describe(self) -> dict[str, Any]:
         """The entries for the compressed model's configuration and the record."""

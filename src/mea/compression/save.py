@@ -106,6 +106,8 @@ def _compress_to_folder(
     offload = work / f"offload-{place()[0]}" if config is source_config else None
     model, tokenizer = load(source, dtype, offload_folder=offload)
     before = _bytes_per_token(model, plan, config)
+    if plan.method.coded:
+        before *= 2 / model.dtype.itemsize  # the unit of the budget is the cache with 16 bits
     model = checked_stock_form(model, tokens)
     _check_space(out.parent, model)
     walk = LayerWalk(model, tokens.shape[1])
@@ -221,7 +223,7 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
     )
     rows = [(f"cache bytes per token ({config['dtype']})", f"{before:,.0f}", f"{after:,.0f}")]
     if "tiers" in config:
-        rows[0] = (f"cache bytes per token at {config['context']:,} tokens ({config['dtype']})", *rows[0][1:])
+        rows[0] = (f"cache bytes per token at {config['context']:,} tokens (original with 16 bits)", *rows[0][1:])
         bits = mean_bits(config["tiers"], config["numbers"])
         rows.append(("components of a layer with 8, 4, 2 and 0 bits, mean", "", ", ".join(f"{n:.0f}" for n in bits)))
         exact = f"the first {config['first']} and the newest {config['recent']}"
@@ -237,7 +239,8 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
         ("full_rank", "logit error at full rank"), ("cached", "error of cached decoding in a layer")
     ):  # fmt: skip
         rows.append((f"largest relative {check}, fp32", "", f"{results['self_check'][name]:.1e}"))
-    title = f"{config['model']} with {after / before:.0%} of its KV cache"
+    unit = "16-bit KV cache" if "tiers" in config else "KV cache"
+    title = f"{config['model']} with {after / before:.0%} of its {unit}"
     header = ("measured", "original", "compressed")
     return model_card(title, summary, header, rows, "compression.json", fields, record)
 

@@ -232,7 +232,13 @@ def locate(source: str) -> tuple[str, str | None]:
         check_folder(path)
         return str(path), None
     first = path.parts[0] if len(path.parts) > 1 else ""
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1 or (first and Path(first).is_dir()):
+    if (
+        path.suffix == ".gguf"
+        or path.is_absolute()
+        or source.startswith((".", "~"))
+        or source.count("/") > 1
+        or (first and Path(first).is_dir())
+    ):
         raise ValueError(f"{source} does not exist: there is no such folder or file")
     return source, None
 

@@ -37,7 +37,7 @@ class Calibration:
         if self.window < 64 or self.tokens < 4 * self.window:
             raise ValueError(
                 f"calibration needs at least 4 windows of at least 64 tokens, not {self.tokens} tokens in windows of "
-                f"{self.window}"
+                f"{self.window}: give at least {4 * max(64, self.window):,} tokens, or shorter windows"
             )
 
     def order(self, windows: int) -> Int[Tensor, " n"]:

@@ -38,12 +38,13 @@ def perplexity_table(record: Record) -> TerminalTable:
 def plan_table(preview: dict[str, Any]) -> TerminalTable:
     """What a compression will do and cost, from `mea.compression.preview`."""
     before, after = preview["bytes_per_token_before"], preview["bytes_per_token"]
+    unit = "original with 16 bits" if "tiers" in preview else preview["dtype"]
     copied = preview.get("calibration_copy_fraction")
     spans = f", repeated spans in {copied:.0%} of the windows" if copied else ""
     lines = {
         "method": READINGS.get(preview["method"], preview["method"]),
         **(_bits(preview) if "tiers" in preview else {"ranks (keys, values)": _ranges(preview["ranks"])}),
-        "cache per token": f"{before:,} → {after:,} bytes ({after / before:.1%}), {preview['dtype']}",
+        "cache per token": f"{before:,} → {after:,} bytes ({after / before:.1%}), {unit}",
         f"cache at {preview['context']:,} tokens": f"{size(preview['bytes_at_context_before'])} → "
         + size(preview["bytes_at_context"]),
         "calibration": f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}{spans}",
@@ -61,7 +62,7 @@ def compression_table(record: Record, out: str) -> TerminalTable:
     before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
     lines = [["cache bytes per token", f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}"]]
     if "tiers" in config:
-        lines[0][0] += f" at {config['context']:,} tokens"
+        lines[0][0] += f" at {config['context']:,} tokens, original with 16 bits"
     if "perplexity" in results:
         lines.append([
             f"perplexity, {config['measured_text']}, {config['measured_tokens']:,} tokens",

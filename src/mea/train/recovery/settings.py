@@ -1,5 +1,6 @@
 """Settings of a recovery stage: checked, frozen, with named presets."""
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, StrictBool, StrictInt
@@ -94,7 +95,7 @@ class Recovery:
     def __post_init__(self) -> None:
         check_fraction(self.copy_fraction)
         if self.batch % self.micro_batch:
-            raise ValueError(f"a batch of {self.batch} windows cannot be cut into parts of {self.micro_batch}")
+            raise ValueError(f"batch ({self.batch} windows) must be a multiple of micro_batch ({self.micro_batch})")
         if self.tokens < self.step_tokens:
             raise ValueError(f"{self.tokens:,} tokens are less than one step: {self.batch} windows of {self.window}")
 
@@ -140,6 +141,8 @@ def recovery(stage: str = "distill", *, packed: bool = False, **changes: Any) ->
         raise ValueError(f"the stage {stage!r} {OLD_STAGES[stage]}")
     if stage not in STAGES:
         raise ValueError(f"the stage must be {' or '.join(STAGES)}, not {stage!r}{did_you_mean(stage, STAGES)}")
+    if changes.get("batch") and changes.get("micro_batch") is None:
+        changes["micro_batch"] = math.gcd(changes["batch"], Recovery.micro_batch)
     rates = NEAR_RATES if packed and stage == "distill" else {}
     return build(
         Recovery, STAGES[stage] | rates | {name: value for name, value in changes.items() if value is not None}
