@@ -210,7 +210,9 @@ def test_fewer_components_of_values_alone_go_with_a_norm_of_keys(calibration: Ca
     model = MeaForCausalLM(MeaConfig(**SHAPE, attention="mea", attention_options=options)).eval()
     assert_same(logits(stock_form(model)), logits(model))
     plan = planned(model.config, keep=0.8, calibration=calibration)
-    assert 2 * plan.bytes_before(100) == cache_size(model, 100).bytes  # the model is fp32, the plan's unit 16 bits
+    assert plan.bytes_before(100) == cache_size(model, 100).bytes
+    packed = planned(model.config, keep=0.8, method="predictive", calibration=calibration)
+    assert 2 * packed.bytes_before(100) == cache_size(model, 100).bytes  # the model is fp32, its budget's unit 16 bits
 
 
 def test_fewer_components_do_not_grow(tokenizer: Any, calibration: Calibration, tmp_path: Path) -> None:

@@ -260,7 +260,7 @@ def test_what_cannot_be_recovered_is_refused(pair, tmp_path):
     [
         ({"trained": "atention"}, "did you mean 'attention'"),
         ({"tokens": 63}, "less than one step"),
-        ({"batch": 3}, "cannot be cut"),
+        ({"batch": 3}, "must be a multiple of micro_batch"),
         ({"lr": 0.0}, "lr must be greater than 0"),
         ({"warmup": 1.0}, "warmup must be less than 1"),
         ({"copy_fraction": 1.5}, "a fraction of the windows"),
