@@ -223,7 +223,7 @@ def test_what_a_model_is_too_small_for_is_named(saved, calibration):
     configs = method_configs(["joint", "svd"], bits=())
     kept, reasons = possible(str(saved), configs, calibration, Protocol())
     assert [config.label for config in kept] == ["svd 0.5"]
-    assert all("exact tokens" in reason for reason in reasons.values())
+    assert all("newest tokens exact" in reason for reason in reasons.values())
     assert len(reasons) == 5
 
 

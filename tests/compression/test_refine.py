@@ -28,7 +28,10 @@ def refined(model: Any, tokenizer: Any, calibration: Calibration, **options: Any
 
 @pytest.mark.parametrize(
     ("architecture", "method"),
-    [*((each, "post_rope:uniform") for each in ("llama", *EXTRAS)), ("llama", "shared"), ("llama", "svd")],
+    [
+        *(pytest.param(each, "post_rope:uniform", marks=pytest.mark.slow) for each in EXTRAS),
+        *(("llama", method) for method in ("post_rope:uniform", "shared", "svd")),
+    ],
 )
 def test_layers_come_nearer_to_the_originals(
     architecture: str, method: str, tokenizer: Any, calibration: Calibration
