@@ -42,10 +42,13 @@ def test_the_plan_says_what_will_be_kept(method: str, long_model: Path) -> None:
     assert plan["context"] == 8192
     assert plan["bytes_at_context"] == int(0.2 * 8192 * 2 * 3 * 64)
     assert plan["seconds"] > 0
+    files = sum(path.stat().st_size for path in long_model.glob("*.safetensors"))
+    assert 0.9 * files <= plan["result_bytes"] <= files  # files have headers
     words = text_of(plan_table(plan))
     assert {"predictive": "without rebuilding keys", "joint": "keys rebuilt at every reading"}[method] in words
     assert "8, 4, 2 or 0 for each of 64 components a layer" in words
     assert "the first 4 and the newest 64" in words
+    assert "in float32; --dtype bfloat16 halves it" in words
     refined = preview(str(long_model), method=method, refine=2, calibration=Calibration(tokens=1024, window=128))
     assert refined["seconds"] > plan["seconds"]
 

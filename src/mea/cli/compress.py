@@ -96,9 +96,12 @@ def compress(
 
 def summary(plan: dict[str, Any]) -> str:
     """The plan of a compression in one line, from `mea.compression.preview`."""
+    from mea.report.formatting import size
+
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token"]
     unit = "16-bit cache" if "tiers" in plan else "cache"
     return (
         f"{plan['method']}: keep {after / before:.0%} of the {unit}, {before:,} -> {after:,} bytes per token; "
-        f"calibrate on {plan['calibration_tokens']:,} tokens; about {plan['seconds'] / 60:,.1f} min on this machine"
+        f"calibrate on {plan['calibration_tokens']:,} tokens; about {plan['seconds'] / 60:,.1f} min on this machine; "
+        f"result of about {size(plan['result_bytes'])} ({plan['dtype']})"
     )

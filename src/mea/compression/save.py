@@ -6,8 +6,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Int
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from mea.compression.api import run_plans
 from mea.compression.budget import CodedLayout
@@ -160,9 +162,16 @@ def preview(
         "bytes_at_context_before": plan.bytes_before(context),
         "bytes_at_context": plan.layout.bytes(plan.shape, context),
         "memory": cost.memory,
+        "result_bytes": _weights(config) * kind.itemsize,
         "seconds": cost.seconds,
         **plan.describe(),
     }
+
+
+def _weights(config: Any) -> int:
+    """Numbers in the weights of a model, tied ones once."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def _measure(

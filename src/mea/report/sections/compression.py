@@ -39,6 +39,7 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
     """What a compression will do and cost, from `mea.compression.preview`."""
     before, after = preview["bytes_per_token_before"], preview["bytes_per_token"]
     unit = "original with 16 bits" if "tiers" in preview else preview["dtype"]
+    smaller = "; --dtype bfloat16 halves it" if preview["dtype"] == "float32" else ""
     copied = preview.get("calibration_copy_fraction")
     spans = f", repeated spans in {copied:.0%} of the windows" if copied else ""
     lines = {
@@ -50,6 +51,7 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
         "calibration": f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}{spans}",
         "refinement": f"{preview['refinement']['passes']} passes" if preview.get("refinement") else "",
         "memory beyond the weights": f"about {size(preview['memory'])}",
+        "size of the result": f"about {size(preview['result_bytes'])} in {preview['dtype']}{smaller}",
         "time for the fit": f"about {preview['seconds'] / 60:,.1f} min on this machine",
     }
     table = Table(["", ""], [[name, value] for name, value in lines.items() if value], texts=2)
