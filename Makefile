@@ -49,8 +49,8 @@ docs: .venv-docs/.stamp ## Build the guides as a site in build/site
 	@NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict
 	@echo "build/site/index.html"
 
-test: $(READY) lint ## Lint, types, layers and the tests (at most 10 minutes on 2 quiet cores)
-	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j 2 pytest-compile eval-smoke
+test: $(READY) ## Lint, types, layers and the tests (at most 10 minutes on 2 quiet cores)
+	@OMP_NUM_THREADS=$(HALF) $(MAKE) --no-print-directory -j 2 pytest-compile lint eval-smoke
 	@$(PYTEST) -m "not slow and not compile" --durations=10
 
 test-full: $(READY) lint pytest-compile ## The same with the slow tests
