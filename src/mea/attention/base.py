@@ -165,6 +165,17 @@ class Attention(nn.Module):
         theta = frequencies(self.head_dim, self.rope, device=positions.device)
         return rotary(positions, theta.to(torch.promote_types(dtype, torch.float32)))
 
+    def project(
+        self,
+        x: Float[Tensor, "b t D"],
+        positions: Int[Tensor, "#b t"] | Rotary | None,
+        cache: Cache | None,
+    ) -> tuple[Float[Tensor, "b t h d"], Float[Tensor, "b n s d"], Float[Tensor, "b n s d"]]:
+        """Queries of the new tokens, and keys and values of all tokens, head-major: after norms, RoPE and the cache."""
+        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
+        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
+        return q, *self.remember(k, v, cache)
+
     def remember(
         self, k: Float[Tensor, "b t n width_k"], v: Float[Tensor, "b t m width_v"], cache: Cache | None
     ) -> tuple[Float[Tensor, "b n s width_k"], Float[Tensor, "b m s width_v"]]:

@@ -65,9 +65,7 @@ class DifferentialAttention(Attention):
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
         """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
-        k, v = self.remember(k, v, cache)
+        q, k, v = self.project(x, positions, cache)
         first, second = self._read_halves(q, k, v, mask) if q.shape[1] == 1 else self._read_doubles(q, k, v, mask)
         out = first - self.lam().to(x.dtype) * second
         return self.output(self.head_norm(out) * (1.0 - self.lambda_init))
@@ -128,9 +126,7 @@ class DifferentialAttentionV2(Attention):
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
         """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
-        k, v = self.remember(k, v, cache)
+        q, k, v = self.project(x, positions, cache)
         heads = self.attend(q, k, v, mask)
         gate = self.lambda_proj(x).sigmoid()[..., None]
         return self.output(heads[:, :, 0::2] - gate * heads[:, :, 1::2])

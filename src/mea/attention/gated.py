@@ -42,7 +42,5 @@ class GatedAttention(Attention):
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
         """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
-        k, v = self.remember(k, v, cache)
+        q, k, v = self.project(x, positions, cache)
         return self.output(reference.gated(self.attend(q, k, v, mask), self.heads(self.gate_proj(x))))

@@ -80,7 +80,5 @@ class GroupedQueryAttention(Attention):
         cache
             Cache with the past tokens; the new tokens are appended to it.
         """
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
-        k, v = self.remember(k, v, cache)
+        q, k, v = self.project(x, positions, cache)
         return self.output(self.head_norm(self.attend(q, k, v, mask)))

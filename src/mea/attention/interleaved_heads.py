@@ -78,9 +78,7 @@ class InterleavedHeadAttention(Attention):
         Angles given as `positions` are those of this module's `rotary`. A `mask` given to a causal module is causal:
         the last key that a query may attend to is the query's own token.
         """
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
-        k, v = self.remember(k, v, cache)
+        q, k, v = self.project(x, positions, cache)
         t, s = x.shape[1], k.shape[2]
         if mask is None and self.window is not None:
             mask = attention_mask(t, s, causal=self.causal, window=self.window, device=x.device)

@@ -55,9 +55,7 @@ class TalkingHeadsAttention(Attention):
         cache: Cache | None = None,
     ) -> Float[Tensor, "b t D"]:
         """Attend within `x` and to the tokens in `cache`; arguments as in `GroupedQueryAttention.forward`."""
-        q, k, v = self.heads(self.q_proj(x)), self.heads(self.k_proj(x)), self.heads(self.v_proj(x))
-        q, k = self.rotate(self.q_norm(q), self.k_norm(k), positions, cache)
-        k, v = self.remember(k, v, cache)
+        q, k, v = self.project(x, positions, cache)
         if mask is None:
             mask = attention_mask(q.shape[1], k.shape[2], causal=self.causal, window=self.window, device=x.device)
         if isinstance(mask, BlockMask):
