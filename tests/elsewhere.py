@@ -7,8 +7,10 @@ device is registered with PyTorch for the whole process.
 
 import copy
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,6 +20,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("elsewhere")
 DEVICE = torch.device("elsewhere:0")
 torch.elsewhere.get_amp_supported_dtype = lambda: [torch.bfloat16]  # pyright: ignore[reportAttributeAccessIssue]
+torch.accelerator.get_memory_info = lambda device=None: (2**30, 2**30)
 
 
 class There(torch.Tensor):
@@ -27,14 +30,27 @@ class There(torch.Tensor):
     inner: torch.Tensor
 
     @staticmethod
-    def __new__(cls, inner: torch.Tensor) -> Any:
+    def __new__(cls, inner: torch.Tensor, requires_grad: bool | None = None) -> Any:
+        if requires_grad is not None and not isinstance(inner, There):
+            return torch.nn.Parameter(inner, requires_grad)  # accelerate: a parameter in the place of one elsewhere
         return torch.Tensor._make_wrapper_subclass(
             cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=DEVICE, requires_grad=inner.requires_grad,
+            layout=inner.layout, device=DEVICE,
+            requires_grad=inner.requires_grad if requires_grad is None else requires_grad,
         )  # fmt: skip
 
-    def __init__(self, inner: torch.Tensor):
-        self.inner = inner
+    def __init__(self, inner: torch.Tensor, requires_grad: bool | None = None):
+        self.inner = here(inner)
+        if requires_grad is not None:
+            self._is_param = True
+
+    def storage(self) -> Any:  # tells tied weights apart
+        return self.inner.storage()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        made = There(self.inner.detach().clone()).requires_grad_(self.requires_grad)
+        made.__dict__.update(_is_param=isinstance(self, torch.nn.Parameter))
+        return memo.setdefault(id(self), made)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -64,7 +80,8 @@ def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise RuntimeError(f"{func} of tensors on two devices: {[(str(x.device), tuple(x.shape)) for x in tensors]}")
     to = there[0] if copies and tensors else any(there)
     if wanted is not None:
-        to, kwargs = torch.device(wanted).type == DEVICE.type, kwargs | {"device": torch.device("cpu")}
+        to = torch.device(wanted).type == DEVICE.type
+        kwargs = kwargs | {"device": torch.device("cpu")} if to else kwargs
     result = func(*tree_map(here, args), **tree_map(here, kwargs))
     if args and isinstance(args[0], There) and result is args[0].inner:
         return args[0]  # in place
@@ -170,6 +187,44 @@ def train(names: str, folder: str) -> None:
             tolerance, (one, other) = 1e-3 if METHODS[name].coded else 1e-5, map(torch.tensor, said)
             assert (one[0] - one[-1]).abs().max() > tolerance
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+def stream(names: str, folder: str) -> None:
+    """Compress a saved model there by methods while the device has room for half of its weights only.
+
+    The run is interrupted before it saves, and continued.
+    """
+    from tempfile import TemporaryDirectory
+
+    from mea.compression import save
+    from mea.compression.calibrate.text import Calibration
+    from mea.evaluate.perplexity import token_losses
+    from mea.models.loading import MEMORY_SHARE, load
+    from mea.ops.device import use_device
+
+    calibration = Calibration(tokens=256, window=64, copy_fraction=0)
+    tokens = torch.randint(0, 256, (256,), generator=torch.Generator().manual_seed(0))
+    with Elsewhere(), TemporaryDirectory() as made:
+        torch.__future__.set_overwrite_module_params_on_conversion(True)
+        size = sum(parameter.nbytes for parameter in load(folder)[0].parameters())
+        room = int(size / 2 / MEMORY_SHARE)
+        for name in names.split("+"):
+            said = []
+            for place in ("cpu", str(DEVICE)):
+                use_device(place)
+                torch.accelerator.get_memory_info = lambda device=None: (room, room)
+                model, _ = load(folder)
+                out = Path(made, f"{name}-{place[:3]}")
+                options = {"method": name, "keep": 0.5, "calibration": calibration, "measure_tokens": 0}
+                if place != "cpu":
+                    assert {x.device.type for x in model.parameters()} == {"elsewhere", "meta"}
+                    with patch.object(save, "save_folder", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
+                        save.compress_to_folder(folder, out, **options)
+                    assert not out.exists()
+                save.compress_to_folder(folder, out, **options)
+                torch.accelerator.get_memory_info = lambda device=None: (2**30, 2**30)
+                said.append([token_losses(one, tokens, 128).cpu() for one in (model, load(str(out))[0])])
+            torch.testing.assert_close(*said, rtol=0, atol=0.05)  # see `compress`
 
 
 if __name__ == "__main__":

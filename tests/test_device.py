@@ -22,6 +22,8 @@ SCRIPT = Path(__file__).with_name("elsewhere.py")
         pytest.param("compress", "joint", marks=pytest.mark.slow),
         pytest.param("compress", "svd+post_rope+shared", marks=pytest.mark.slow),
         ("train", "predictive+svd"),
+        ("stream", "predictive"),
+        pytest.param("stream", "joint+svd", marks=pytest.mark.slow),
     ],
 )
 def test_compress_generate_evaluate_and_train_mix_no_devices(saved, what, methods):

@@ -62,7 +62,7 @@ def test_a_folder_that_does_not_fit_into_memory_is_compressed_from_disk(
     options: dict[str, Any] = {"method": "post_rope", "calibration": calibration, "measure_tokens": 0}
     compress_to_folder(str(saved), tmp_path / "expected", **options)
     # As much memory as half of the weights: transformers then leaves the rest on disk.
-    free = loading.weight_bytes(str(saved)) / 2 / loading.MEMORY_SHARE
+    free = (saved / "model.safetensors").stat().st_size / 2 / loading.MEMORY_SHARE
     monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: type("Memory", (), {"available": free}))
     seen = []
     original = loading.AutoModelForCausalLM.from_pretrained

@@ -136,7 +136,7 @@ class FactorStore:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         write_file(self.folder / SETTINGS, json.dumps(self.fingerprint))
-        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         write_file(self._path(kind, index), save(tensors, {**metadata, MARK: self._mark(kind, index, tensors)}))
 
     def _mark(self, kind: str, index: int, tensors: dict[str, Tensor]) -> str:

@@ -6,10 +6,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from mea.compression.api import run_plans
 from mea.compression.budget import CodedLayout
@@ -26,7 +24,7 @@ from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ra
 from mea.evaluate.speed import cache_size
 from mea.models.card import model_card, origin
 from mea.models.fold import stock_config
-from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weights_fingerprint
+from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weightless, weights_fingerprint
 from mea.models.processes import join, place, wait
 from mea.models.saving import check_output, save_folder, writing
 from mea.names import escaped
@@ -104,9 +102,8 @@ def _compress_to_folder(
     measured = measured_text(tokenizer, measure_tokens)
     weights = f"{resolve_dtype(source_config, dtype)} {weights_fingerprint(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
-    # A model that is folded first must be in memory.
-    offload = work / f"offload-{place()[0]}" if config is source_config else None
-    model, tokenizer = load(source, dtype, offload_folder=offload)
+    folded = config is not source_config
+    model, tokenizer = load(source, dtype, offload_folder=work / f"offload-{place()[0]}", whole=folded)
     before = _bytes_per_token(model, plan, config)
     if plan.method.coded:
         before *= 2 / model.dtype.itemsize  # the unit of the budget is the cache with 16 bits
@@ -162,16 +159,10 @@ def preview(
         "bytes_at_context_before": plan.bytes_before(context),
         "bytes_at_context": plan.layout.bytes(plan.shape, context),
         "memory": cost.memory,
-        "result_bytes": _weights(config) * kind.itemsize,
+        "result_bytes": sum(parameter.numel() for parameter in weightless(config).parameters()) * kind.itemsize,
         "seconds": cost.seconds,
         **plan.describe(),
     }
-
-
-def _weights(config: Any) -> int:
-    """Numbers in the weights of a model, tied ones once."""
-    with torch.device("meta"):
-        return sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
 
 
 def _measure(

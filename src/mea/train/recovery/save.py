@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from jaxtyping import Int
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ratio, text_losses
 from mea.models.card import model_card, origin
-from mea.models.loading import load, load_config, load_tokenizer, weights_fingerprint
+from mea.models.loading import load, load_config, load_tokenizer, weightless, weights_fingerprint
 from mea.models.processes import join, place, wait
 from mea.models.saving import check_output, save_folder, writing
 from mea.names import escaped
@@ -115,8 +114,7 @@ def recovery_seconds(source: str, settings: Recovery) -> float:
 
     Each token needs one product with every weight of the student, two more for gradients, and one of the original.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(load_config(source))
+    model = weightless(load_config(source))
     embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
     original = settings.objective != "text"
     trained = settings.steps * settings.step_tokens * (3 + original + settings.less_memory)
@@ -177,8 +175,8 @@ def _train(
     progress: Progress | None,
 ) -> list[Recovered]:
     """The results of the stages; each begins with the best state of the stage before."""
-    model = load(source, "float32")[0]
-    teacher = load(original, "float32")[0] if original else None
+    model = load(source, "float32", whole=True)[0]
+    teacher = load(original, "float32", whole=True)[0] if original else None
     results: list[Recovered] = []
     for number, (settings, (rows, held_out)) in enumerate(zip(stages, drawn, strict=True), start=1):
         folder = work / f"stage-{number}"
