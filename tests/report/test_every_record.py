@@ -101,7 +101,7 @@ def words(cell):
 
 def test_a_record_that_no_section_shows_is_of_a_known_kind(records):
     """A new kind is either shown or named here."""
-    others = {"compression", "perplexity", "recovery", "allocation", "cache_bits", "calibration_text", "four_heads"}
+    others = {"allocation", "cache_bits", "calibration_text", "four_heads"}
     others |= {
         "math or data",
         "reference",

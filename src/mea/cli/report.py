@@ -24,7 +24,7 @@ def report(
     csv: Annotated[Path | None, typer.Option(help="CSV file of all tables.", rich_help_panel=shared.WHAT)] = None,
     title: Annotated[str, typer.Option(help="Heading of the page.", rich_help_panel=shared.WHAT)] = "",
 ) -> None:
-    """Write one page from records of comparisons, profiles, tasks, long contexts and pretraining."""
+    """Write one page from what other commands measured: their records, or the models that they wrote."""
     from mea.report import as_csv, find_records, make_sections, write_markdown, write_report, write_text
     from mea.report.registry import not_shown
     from mea.report.render.html import check_packages

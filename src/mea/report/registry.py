@@ -6,13 +6,14 @@ from dataclasses import replace
 
 from mea.records import Record
 from mea.report.parts import Part, Section
-from mea.report.sections import comparison, comparison_rows, long_context, pretraining, profile, tasks
+from mea.report.sections import comparison, comparison_rows, long_context, own_model, pretraining, profile, tasks
 
 Build = Callable[[Sequence[Record]], list[Section]]
 
 # In the order of the page: kinds of records, and what makes sections of all records of these kinds.
 REGISTRY: list[tuple[tuple[str, ...], Build]] = [
     ((pretraining.RUN, pretraining.FIT), pretraining.sections),
+    (own_model.KINDS, own_model.sections),
     ((comparison_rows.KIND,), comparison.sections),
     ((profile.KIND,), profile.sections),
     ((tasks.TASK, tasks.PAIRED), tasks.sections),

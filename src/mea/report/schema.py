@@ -41,6 +41,12 @@ def _cells_of_samples(record: Any) -> Any:
     return record
 
 
+def _loss_of_codes(record: Any) -> Any:
+    if record.config.tiers and not record.results.layer_expected_loss:
+        raise ValueError("config.tiers is there and results.layer_expected_loss is not")
+    return record
+
+
 def _main_is_measured(results: Any) -> Any:
     if results.main not in results.metrics:
         raise ValueError(f"main names {results.main!r}, which is no metric")
@@ -148,6 +154,29 @@ def _comparisons() -> Any:
     )
 
 
+def _compressions() -> Any:
+    sizes = dict.fromkeys(("cache_bytes_per_token_before", "cache_bytes_per_token", "seconds"), float)
+    scores = ("perplexity_before", "perplexity", "perplexity_ratio", "perplexity_ratio_error")
+    config = {"model": str, "method": str, "calibration_text": str, "measured_text": str, "measured_tokens": int}
+    config |= {"tiers": (list[list[list[int]] | None] | None, None), "numbers": (int | None, None)}
+    results = fields(**sizes, **dict.fromkeys(scores, number), layer_expected_loss=(list[float] | None, None))
+    return Annotated[record(config, results), AfterValidator(_loss_of_codes)]
+
+
+def _recoveries() -> Any:
+    config = {"model": str, "texts": list[str], "stages": list[fields(tokens=int)]}
+    config |= {"measured_text": str, "measured_tokens": int}
+    ratios = dict.fromkeys(("ratio", "ratio_error", "ratio_start", "ratio_start_error"), number)
+    return record(config, fields(held_out_start=fields(ce=float), held_out=fields(ce=float), seconds=float, **ratios))
+
+
+def _perplexities() -> Any:
+    results = fields(
+        scored_tokens=int, perplexity=float, standard_error=number, ratio=number, ratio_standard_error=number
+    )
+    return record({"model": str, "text": str, "against": text}, results)
+
+
 def _profiles() -> Any:
     config = {"model": str, "method": str, "keep": float, "layers": int, "layouts": dict[str, list[int]]}
     config |= {"text": str, "tokens": int, "window": int}
@@ -202,6 +231,9 @@ SCHEMAS: dict[str, TypeAdapter[Any]] = {
         "pretraining": _runs(),
         "fit": _fits(),
         "comparison": _comparisons(),
+        "compression": _compressions(),
+        "recovery": _recoveries(),
+        "perplexity": _perplexities(),
         "profile": _profiles(),
         "task": _tasks(),
         "paired tasks": _paired_tasks(),

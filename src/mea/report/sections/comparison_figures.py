@@ -22,7 +22,7 @@ def figures(methods: Sequence[Row]) -> list[Figure]:
         ratio_against_bytes(methods, "continuations"),
         ratio_by_position(methods),
         loss_by_layer(methods),
-        *map(bits_by_layer, _one_of_each(methods)),
+        *(bits_by_layer(row.name, row.record["config"]) for row in _one_of_each(methods)),
     ]
     return [figure for figure in drawn if figure]
 
@@ -138,26 +138,25 @@ def _one_of_each(methods: Sequence[Row]) -> list[Row]:
     return list({row.series: row for row in reversed(nearest)}.values())[::-1]
 
 
-def bits_by_layer(row: Row) -> Figure:
+def bits_by_layer(name: str, config: dict[str, Any]) -> Figure:
     """How many components of each layer have 8, 4, 2 and 0 bits: what the budget was spent on."""
-    config = row.record["config"]
     layers = [layer or [[0, 0, 0]] * 2 for layer in config["tiers"]]
     parts = ["keys", "values' residual"] if min(map(len, layers)) == 2 else ["keys and values"]
-    with style(f"bits-{row.name}"):
+    with style(f"bits-{name}"):
         figure, axes = axes_of_a_figure("layer", "components")
         left = [0.0] * len(layers)
-        for part, name in enumerate(parts):
+        for part, of in enumerate(parts):
             for tier, (bits, colour) in enumerate(BITS.items()):
                 counts = [layer[part][tier] for layer in layers]
                 look = {"color": colour, "hatch": "///" if part else None, "edgecolor": INK, "linewidth": 0.2}
-                axes.bar(range(len(layers)), counts, bottom=left, width=0.9, label=f"{name}, {bits} bits", **look)
+                axes.bar(range(len(layers)), counts, bottom=left, width=0.9, label=f"{of}, {bits} bits", **look)
                 left = [a + b for a, b in zip(left, counts, strict=True)]
         if config.get("numbers"):
             axes.axhline(config["numbers"], color=INK, linewidth=0.8, linestyle=":")
         axes.xaxis.get_major_locator().set_params(integer=True)
         legend(figure, axes)
-        caption = f"{row.name}: bits of the components of each layer; the others, up to the dotted line, have none."
-        return Figure(f"bits-{row.name}", svg(figure), caption)
+        caption = f"{name}: bits of the components of each layer; the others, up to the dotted line, have none."
+        return Figure(f"bits-{name}", svg(figure), caption)
 
 
 def _by_size(methods: Sequence[Row], series: str) -> list[Row]:

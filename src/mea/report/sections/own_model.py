@@ -1,0 +1,122 @@
+"""What ``mea compress``, ``mea recover`` and ``mea perplexity`` measured on a model of one's own."""
+
+from collections.abc import Sequence
+
+from mea.records import Record
+from mea.report.formatting import ABSENT, with_error
+from mea.report.parts import Figure, Part, Section, Table
+from mea.report.render.svg import axes_of_a_figure, legend, line, logarithmic, style, svg
+from mea.report.sections.comparison_figures import bits_by_layer
+
+COMPRESSION, RECOVERY, PERPLEXITY = KINDS = "compression", "recovery", "perplexity"
+
+
+def sections(records: Sequence[Record]) -> list[Section]:
+    """One section for every compressed model, and one for texts measured one at a time."""
+    compressed = [record for record in records if record["kind"] == COMPRESSION]
+    trained = [record for record in records if record["kind"] == RECOVERY]
+    measured = [record for record in records if record["kind"] == PERPLEXITY]
+    models = dict.fromkeys(record["config"]["model"] for record in compressed)
+    made = [
+        Section(f"Compressed: {model}", _parts([x for x in compressed if x["config"]["model"] == model]))
+        for model in models
+    ]
+    if trained:
+        made.append(Section("Trained after compression", [Part(table=_trained(trained))]))
+    if measured:
+        made.append(Section("Perplexity of single texts", [Part(table=_measured(measured))]))
+    return made
+
+
+def _parts(records: Sequence[Record]) -> list[Part]:
+    packed = [record for record in records if record["config"].get("tiers")]
+    figures = [bits_by_layer(_name(record), record["config"]) for record in packed]
+    if packed:
+        figures.append(_expected_loss(packed))
+    return [Part(table=_compressed(records)), *([Part("Layer by layer", figures=figures)] if figures else [])]
+
+
+def _compressed(records: Sequence[Record]) -> Table:
+    lines = []
+    for record in records:
+        config, results = record["config"], record["results"]
+        before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
+        perplexities = [
+            ABSENT if results.get(name) is None else f"{results[name]:.2f}"
+            for name in ("perplexity_before", "perplexity")
+        ]
+        lines.append([
+            _name(record),
+            config["calibration_text"],
+            f"{after / before:.1%}",
+            f"{after:,.0f}",
+            *perplexities,
+            with_error(results.get("perplexity_ratio"), results.get("perplexity_ratio_error")),
+            f"{results['seconds'] / 60:.1f}",
+        ])  # fmt: skip
+    texts = dict.fromkeys(
+        f"the first {config['measured_tokens']:,} tokens of {config['measured_text']}"
+        for config in (record["config"] for record in records)
+        if config["measured_tokens"]
+    )
+    note = f"Perplexity of {', '.join(texts)}; ± is one standard error. " if texts else ""
+    note += "The cache is a share of the original's; for codes of 8, 4 and 2 bits, of the original's with 16 bits."
+    header = ["method", "calibrated on", "cache", "bytes per token", "original", "compressed", "ratio", "minutes"]
+    return Table(header, lines, note, texts=2)
+
+
+def _trained(records: Sequence[Record]) -> Table:
+    lines = []
+    for record in records:
+        config, results = record["config"], record["results"]
+        ratios = [with_error(results.get(f"ratio{x}"), results.get(f"ratio{x}_error")) for x in ("_start", "")]
+        lines.append([
+            config["model"],
+            ", ".join(config["texts"]),
+            f"{sum(stage['tokens'] for stage in config['stages']):,}",
+            f"{results['held_out_start']['ce']:.4f} → {results['held_out']['ce']:.4f}",
+            ABSENT if ratios == [ABSENT] * 2 else " → ".join(ratios),
+            f"{results['seconds'] / 60:.1f}",
+        ])  # fmt: skip
+    header = ["model", "texts", "tokens", "loss on held-out text, nats", "perplexity ratio", "minutes"]
+    texts = dict.fromkeys(
+        record["config"]["measured_text"] for record in records if record["config"]["measured_tokens"]
+    )
+    note = "Before → after training. The ratio is to the uncompressed model" + (
+        f", on {', '.join(texts)}." if texts else "."
+    )
+    return Table(header, lines, note, texts=2)
+
+
+def _measured(records: Sequence[Record]) -> Table:
+    lines = []
+    for record in records:
+        config, results = record["config"], record["results"]
+        lines.append([
+            config["model"],
+            config["text"],
+            f"{results['scored_tokens']:,}",
+            with_error(results["perplexity"], results["standard_error"]),
+            config.get("against") or ABSENT,
+            with_error(results.get("ratio"), results.get("ratio_standard_error")),
+        ])  # fmt: skip
+    header = ["model", "text", "tokens", "perplexity", "against", "ratio"]
+    return Table(header, lines, "± is one standard error.", texts=2)
+
+
+def _expected_loss(records: Sequence[Record]) -> Figure:
+    with style("expected-loss"):
+        figure, axes = axes_of_a_figure("layer", "expected loss, nats per token")
+        for index, record in enumerate(records):
+            values = record["results"]["layer_expected_loss"]
+            axes.plot(range(len(values)), values, label=_name(record), **line(index, size=4))
+        logarithmic(axes)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        legend(figure, axes)
+        return Figure("expected-loss", svg(figure), "Loss that rounding adds in each layer, by the fit.")
+
+
+def _name(record: Record) -> str:
+    config, results = record["config"], record["results"]
+    share = results["cache_bytes_per_token"] / results["cache_bytes_per_token_before"]
+    return f"{config['method']}, {100 * share:.3g} %"
