@@ -43,6 +43,15 @@ def shown(command: str) -> str:
     return " ".join(re.sub("[│╭╮╰╯─]", " ", CliRunner().invoke(app, [command, "--help"]).stdout).split())
 
 
+@pytest.mark.parametrize("command", FUNCTIONS)
+def test_all_words_of_the_help_are_printed(command):
+    """Square brackets are markup, which disappears, unless they are escaped."""
+    printed = shown(command).replace(" ", "")
+    for parameter in TYPER.commands[command].params:
+        if help_text := getattr(parameter, "help", None):
+            assert help_text.replace("\\[", "[").replace(" ", "") in printed
+
+
 def test_names_in_the_help_are_those_of_the_registries():
     assert list(names.METHODS) == list(dict.fromkeys(method.name for method in METHODS.values()))
     assert [name for name, method in METHODS.items() if method.coded] == list(names.CODED_METHODS)

@@ -32,6 +32,8 @@ def compare(
     keep: Annotated[
         list[float] | None,
         typer.Option(
+            parser=shared.fraction,
+            metavar="<float>",
             help="Fraction of the cache's bytes to keep. May be repeated; by default "
             f"{', '.join(map(str, CODED_KEEPS))}, and {RANKED_KEEPS[0]} with methods that lower ranks.",
             rich_help_panel=shared.WHAT,

@@ -21,7 +21,7 @@ def compress(
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
     keep: Annotated[
         float | None,
-        typer.Option(help=shared.KEEP_HELP, rich_help_panel=shared.BUDGET),
+        typer.Option(parser=shared.fraction, metavar="<float>", help=shared.KEEP_HELP, rich_help_panel=shared.BUDGET),
     ] = None,
     budget: Annotated[
         str | None,
@@ -32,7 +32,7 @@ def compress(
     layout: Annotated[
         str | None,
         typer.Option(
-            help=f"Compressed layers: {listed(LAYOUTS)}; or a JSON file with [r_k, r_v] or null per layer.",
+            help=f"Compressed layers: {listed(LAYOUTS)}; or a JSON file with \\[r_k, r_v] or null per layer.",
             rich_help_panel=shared.BUDGET,
         ),
     ] = None,
@@ -71,10 +71,11 @@ def compress(
     from mea.text import check_text
 
     use_device(device)
-    if method.partition(":")[0] in BASELINES:
+    if method not in (*CODED_METHODS, *WHOLE_HEAD_METHODS):
+        what = "a baseline, which mea compare measures" if method.partition(":")[0] in BASELINES else "no method"
         raise ValueError(
-            f"{method} is a baseline, which mea compare measures: give {listed(CODED_METHODS)}, which lose far less at "
-            f"equal bytes, or a whole-head method ({listed(WHOLE_HEAD_METHODS)})"
+            f"{method} is {what}: give {listed(CODED_METHODS)}, which lose least at equal bytes, or a whole-head "
+            f"method ({listed(WHOLE_HEAD_METHODS)})"
         )
     check_text(calibration_text)
     if not dry_run:

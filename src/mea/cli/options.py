@@ -28,6 +28,17 @@ WHOLE_HEADS_HELP = f"Whole heads: {listed(WHOLE_HEAD_METHODS)}."
 METHOD_HELP = f"Coding: {listed(CODED_METHODS)}. {WHOLE_HEADS_HELP}"
 BASELINES_HELP = f"Baselines: {listed(BASELINES)}, or post_rope:WEIGHTING."
 RANKED_HELP = f"{WHOLE_HEADS_HELP} {BASELINES_HELP}"
+
+
+def fraction(text: object) -> float:
+    """``0.2``, also written ``20%``."""
+    given = str(text)
+    try:
+        return float(given.removesuffix("%")) / (100 if given.endswith("%") else 1)
+    except ValueError:
+        raise typer.BadParameter(f"{given!r} is no fraction such as 0.2 or 20%") from None
+
+
 KEEP_HELP = (
     f"Fraction of the cache's bytes to keep; {DEFAULT_CODED_KEEP:g} by default, {DEFAULT_KEEP:g} with whole heads."
 )

@@ -20,7 +20,12 @@ def profile(
     record: Annotated[Path, typer.Argument(help="Record to write, a .json file; an interrupted run continues there.")],
     keep: Annotated[
         float,
-        typer.Option(help="Fraction of its cache that the compressed layer keeps.", rich_help_panel=shared.BUDGET),
+        typer.Option(
+            parser=shared.fraction,
+            metavar="<float>",
+            help="Fraction of its cache that the compressed layer keeps.",
+            rich_help_panel=shared.BUDGET,
+        ),
     ] = 0.5,
     method: Annotated[str, typer.Option(help=shared.RANKED_HELP, rich_help_panel=shared.METHOD)] = BASELINES[0],
     calibration_text: shared.CalibrationText = shared.CALIBRATION_TEXT,

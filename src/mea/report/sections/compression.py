@@ -48,7 +48,7 @@ def plan_table(preview: dict[str, Any]) -> TerminalTable:
         "cache per token": f"{before:,} → {after:,} bytes ({after / before:.1%}), {unit}",
         f"cache at {preview['context']:,} tokens": f"{size(preview['bytes_at_context_before'])} → "
         + size(preview["bytes_at_context"]),
-        "calibration": f"{preview['calibration_tokens']:,} tokens of {preview['calibration_text']}{spans}",
+        "calibration": f"{preview['calibration_tokens']:,} tokens of the text {preview['calibration_text']}{spans}",
         "refinement": f"{preview['refinement']['passes']} passes" if preview.get("refinement") else "",
         "memory beyond the weights": f"about {size(preview['memory'])}",
         "size of the result": f"about {size(preview['result_bytes'])} in {preview['dtype']}{smaller}",
