@@ -1,108 +1,26 @@
-"""Compress, generate, evaluate and train on a pretended device: run by `test_device.py` in a process of its own.
+"""Compress, generate, evaluate and train on a device and on the CPU: run by `test_device.py` in a process of its own.
 
-Tensors of the device ``elsewhere`` say so, hold their numbers in memory, and an operation that mixes them with ordinary
-ones fails as it does on a GPU: one number alone may be anywhere, and so may indices of a tensor that is elsewhere. The
-device is registered with PyTorch for the whole process.
+The device is a GPU, or the one of `pretended_device.py`.
 """
 
 import copy
 import sys
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
-
-_setup_privateuseone_for_python_backend("elsewhere")
-DEVICE = torch.device("elsewhere:0")
-torch.elsewhere.get_amp_supported_dtype = lambda: [torch.bfloat16]  # pyright: ignore[reportAttributeAccessIssue]
-torch.accelerator.get_memory_info = lambda device=None: (2**30, 2**30)
 
 
-class There(torch.Tensor):
-    """A tensor elsewhere, around one in memory."""
+def there(device: str) -> AbstractContextManager[Any]:
+    """In this context the device exists."""
+    if not device.startswith("elsewhere"):
+        return nullcontext()
+    from pretended_device import Elsewhere
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    inner: torch.Tensor
-
-    @staticmethod
-    def __new__(cls, inner: torch.Tensor, requires_grad: bool | None = None) -> Any:
-        if requires_grad is not None and not isinstance(inner, There):
-            return torch.nn.Parameter(inner, requires_grad)  # accelerate: a parameter in the place of one elsewhere
-        return torch.Tensor._make_wrapper_subclass(
-            cls, inner.shape, strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype,
-            layout=inner.layout, device=DEVICE,
-            requires_grad=inner.requires_grad if requires_grad is None else requires_grad,
-        )  # fmt: skip
-
-    def __init__(self, inner: torch.Tensor, requires_grad: bool | None = None):
-        self.inner = here(inner)
-        if requires_grad is not None:
-            self._is_param = True
-
-    def storage(self) -> Any:  # tells tied weights apart
-        return self.inner.storage()
-
-    def __deepcopy__(self, memo: Any) -> Any:
-        made = There(self.inner.detach().clone()).requires_grad_(self.requires_grad)
-        made.__dict__.update(_is_param=isinstance(self, torch.nn.Parameter))
-        return memo.setdefault(id(self), made)
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run(func, args, kwargs or {})
-
-
-class Elsewhere(TorchDispatchMode):
-    """Makes tensors that are asked for on the device."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return run(func, args, kwargs or {})
-
-
-def here(x: Any) -> Any:
-    return x.inner if isinstance(x, There) else x
-
-
-def run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
-    """Run an operation on the inner tensors if they are all in one place."""
-    name, wanted = func.__name__, kwargs.get("device")
-    tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-    there = [isinstance(x, There) for x in tensors]
-    copies = name.startswith(("copy_", "_to_copy", "_copy_from"))
-    indexes = name.startswith(("index.", "index_put", "_index_put"))
-    mixed = any(there) and not all(is_there or x.dim() == 0 for x, is_there in zip(tensors, there, strict=True))
-    if mixed and not copies and not (indexes and there[0]):
-        raise RuntimeError(f"{func} of tensors on two devices: {[(str(x.device), tuple(x.shape)) for x in tensors]}")
-    to = there[0] if copies and tensors else any(there)
-    if wanted is not None:
-        to = torch.device(wanted).type == DEVICE.type
-        kwargs = kwargs | {"device": torch.device("cpu")} if to else kwargs
-    result = func(*tree_map(here, args), **tree_map(here, kwargs))
-    if args and isinstance(args[0], There) and result is args[0].inner:
-        return args[0]  # in place
-    return tree_map(
-        lambda x: There(x) if to and isinstance(x, torch.Tensor) and not isinstance(x, There) else x, result
-    )
-
-
-def copy_from(source: torch.Tensor, target: torch.Tensor, non_blocking: bool = False) -> torch.Tensor:
-    here(target).copy_(here(source))
-    return target
-
-
-LIBRARY = torch.library.Library("aten", "IMPL")  # what ``torch.tensor`` calls below all modes
-LIBRARY.impl(
-    "empty_strided", lambda *args, **kwargs: There(torch.empty_strided(*args, dtype=kwargs["dtype"])), "PrivateUse1"
-)
-LIBRARY.impl(
-    "empty.memory_format", lambda *args, **kwargs: There(torch.empty(*args, dtype=kwargs["dtype"])), "PrivateUse1"
-)
-LIBRARY.impl("_copy_from", copy_from, "PrivateUse1")
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    return Elsewhere()
 
 
 def fitted(model: Any, names: list[str]) -> list[Any]:
@@ -120,7 +38,7 @@ def fitted(model: Any, names: list[str]) -> list[Any]:
     return [result.model for result in run_plans(LayerWalk(model), tokens, plans)]
 
 
-def compress(names: str, folder: str) -> None:
+def compress(device: str, names: str, folder: str) -> None:
     """Compress a saved model there by methods, and compare what the results say with what they say here."""
     from mea.evaluate.harness.packing import Scored
     from mea.evaluate.harness.scoring import Scorer
@@ -130,10 +48,9 @@ def compress(names: str, folder: str) -> None:
     from mea.ops.device import use_device
 
     tokens = torch.randint(0, 256, (8, 128), generator=torch.Generator().manual_seed(0))
-    with Elsewhere():
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with there(device):
         said = {}
-        for place in ("cpu", str(DEVICE)):
+        for place in ("cpu", device):
             use_device(place)
             model, _ = load(folder)
             assert str(model.device) == place
@@ -155,7 +72,7 @@ def compress(names: str, folder: str) -> None:
         torch.testing.assert_close(one, other.cpu(), rtol=0, atol=0.05)
 
 
-def train(names: str, folder: str) -> None:
+def train(device: str, names: str, folder: str) -> None:
     """Train what `compress` makes there for a few steps, and compare the curves with those made here."""
     from tempfile import TemporaryDirectory
 
@@ -170,10 +87,10 @@ def train(names: str, folder: str) -> None:
         "distill", trained="attention", precision="float32", tokens=1024, window=128, batch=2, micro_batch=2,
         lr=1e-2, base_lr=1e-2, held_out=512, evaluations=2, checkpoints=1,
     )  # fmt: skip
-    with Elsewhere():
+    with there(device):
         for name in names.split("+"):
             said = []
-            for place in ("cpu", str(DEVICE)):
+            for place in ("cpu", device):
                 use_device(place)
                 torch.__future__.set_overwrite_module_params_on_conversion(True)
                 original, _ = load(folder)
@@ -189,7 +106,7 @@ def train(names: str, folder: str) -> None:
             torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
 
 
-def stream(names: str, folder: str) -> None:
+def stream(device: str, names: str, folder: str) -> None:
     """Compress a saved model there by methods while the device has room for half of its weights only.
 
     The run is interrupted before it saves, and continued.
@@ -204,25 +121,26 @@ def stream(names: str, folder: str) -> None:
 
     calibration = Calibration(tokens=256, window=64, copy_fraction=0)
     tokens = torch.randint(0, 256, (256,), generator=torch.Generator().manual_seed(0))
-    with Elsewhere(), TemporaryDirectory() as made:
-        torch.__future__.set_overwrite_module_params_on_conversion(True)
+    with there(device), TemporaryDirectory() as made:
         size = sum(parameter.nbytes for parameter in load(folder)[0].parameters())
-        room = int(size / 2 / MEMORY_SHARE)
+        memory = (int(size / 2 / MEMORY_SHARE),) * 2
         for name in names.split("+"):
             said = []
-            for place in ("cpu", str(DEVICE)):
+            for place in ("cpu", device):
                 use_device(place)
-                torch.accelerator.get_memory_info = lambda device=None: (room, room)
-                model, _ = load(folder)
                 out = Path(made, f"{name}-{place[:3]}")
                 options = {"method": name, "keep": 0.5, "calibration": calibration, "measure_tokens": 0}
-                if place != "cpu":
-                    assert {x.device.type for x in model.parameters()} == {"elsewhere", "meta"}
-                    with patch.object(save, "save_folder", side_effect=KeyboardInterrupt), suppress(KeyboardInterrupt):
-                        save.compress_to_folder(folder, out, **options)
-                    assert not out.exists()
-                save.compress_to_folder(folder, out, **options)
-                torch.accelerator.get_memory_info = lambda device=None: (2**30, 2**30)
+                with patch.object(torch.accelerator, "get_memory_info", return_value=memory):
+                    model, _ = load(folder)
+                    if place != "cpu":
+                        assert {x.device.type for x in model.parameters()} == {device.split(":")[0], "meta"}
+                        with (
+                            patch.object(save, "save_folder", side_effect=KeyboardInterrupt),
+                            suppress(KeyboardInterrupt),
+                        ):
+                            save.compress_to_folder(folder, out, **options)
+                        assert not out.exists()
+                    save.compress_to_folder(folder, out, **options)
                 said.append([token_losses(one, tokens, 128).cpu() for one in (model, load(str(out))[0])])
             torch.testing.assert_close(*said, rtol=0, atol=0.05)  # see `compress`
 

@@ -27,7 +27,22 @@ SCRIPT = Path(__file__).with_name("elsewhere.py")
     ],
 )
 def test_compress_generate_evaluate_and_train_mix_no_devices(saved, what, methods):
-    run = subprocess.run([sys.executable, str(SCRIPT), what, methods, str(saved)], capture_output=True, text=True)
+    run_elsewhere(what, "elsewhere:0", methods, saved)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize(
+    ("what", "methods"),
+    [("compress", "predictive+joint"), ("compress", "svd+post_rope+shared"), ("train", "svd"), ("stream", "joint+svd")],
+)
+def test_so_they_do_on_a_gpu(saved, what, methods):
+    run_elsewhere(what, "cuda:0", methods, saved)
+
+
+def run_elsewhere(what, device, methods, folder):
+    command = [sys.executable, str(SCRIPT), what, device, methods, str(folder)]
+    run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-4000:]
 
 
