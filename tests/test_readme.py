@@ -39,6 +39,8 @@ def test_figures_in_sentences_are_those_of_the_records():
     readme, serving = (" ".join((ROOT / name).read_text().split()) for name in ("README.md", "docs/serving.md"))
     recovery = json.loads((ROOT / "experiments/recovery/records/predictive.json").read_text())["results"]
     assert f"from {recovery['ratio_start']:.3f} to {recovery['ratio']:.3f}" in readme
+    assert "Half an hour on one core" in readme
+    assert 25 < recovery["seconds"] / 60 < 35
     capacity = json.loads((ROOT / "benchmarks/results/serving_capacity.json").read_text())["results"]
     before, after = (capacity[side]["tokens"] for side in ("original", "compressed"))
     assert f"{after / before:.2f} times as many tokens in one GiB" in readme
