@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from coded_models import coded
@@ -93,3 +94,25 @@ def test_a_configuration_that_cannot_be_is_refused(change, message, tmp_path):
     config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
         AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(tmp_path))
+
+
+def test_pushed_to_a_hub_are_the_files_of_a_saved_folder(tmp_path, monkeypatch):
+    """What reaches the hub's client, which is replaced here, is what `save_pretrained` writes, and a card."""
+    pushed = []
+
+    class Hub:
+        """The calls of the hub's client that transformers makes."""
+
+        def create_repo(self, name, **options):
+            return type("Repository", (), {"repo_id": name})
+
+        def create_commit(self, *, operations, **options):
+            pushed.extend(operation.path_in_repo for operation in operations)
+
+    monkeypatch.setattr("transformers.utils.hub.hf_api", Hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *_, **__: ModelCard("# A card"))
+    model = made("llama", "predictive")
+    model.push_to_hub("someone/small")
+    model.save_pretrained(tmp_path)
+    assert {*pushed} - {"README.md"} == {path.name for path in tmp_path.iterdir()} - {"README.md"}
+    assert {"README.md", MODELLING_FILE, "config.json", "model.safetensors"} <= {*pushed}
