@@ -1,6 +1,7 @@
 """Records come back as they were written, are complete or absent, and tell nothing about whose machine it was."""
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -8,7 +9,7 @@ import subprocess
 import pytest
 
 from mea import records
-from mea.records import make_record, read_record, read_records, write_record
+from mea.records import make_record, mean_bits, read_record, read_records, write_record
 
 
 def example(**changes):
@@ -93,3 +94,11 @@ def test_commit_is_that_of_this_checkout():
 def test_no_commit_outside_of_a_checkout(monkeypatch, tmp_path):
     monkeypatch.setattr(records, "__file__", str(tmp_path / "records.py"))
     assert records.commit() is None
+
+
+def test_components_without_bits_are_never_below_zero():
+    """Rounding of the means once left ``-0``, which tables printed."""
+    tiers = [[[96, 16, 16]], [[96, 16, 16]], [[112, 16, 0]], [[96, 16, 16]], [[112, 16, 0]]]
+    eight, four, two, none = mean_bits(tiers, 128)
+    assert eight + four + two + none == pytest.approx(128)
+    assert math.copysign(1, none) == 1

@@ -299,4 +299,4 @@ def mean_bits(tiers: list[Any], numbers: int) -> tuple[float, float, float, floa
     """Mean number of components with 8, 4, 2 and 0 bits in the layers of a packed cache, from its record's fields."""
     layers = [[sum(section[i] for section in layer) for i in range(3)] for layer in tiers if layer is not None]
     eight, four, two = (sum(layer[i] for layer in layers) / max(1, len(layers)) for i in range(3))
-    return eight, four, two, numbers - eight - four - two
+    return eight, four, two, max(0.0, numbers - eight - four - two)
