@@ -202,5 +202,5 @@ def test_a_mistyped_folder_is_not_blamed_on_the_hub(saved: Path, monkeypatch: py
     monkeypatch.chdir(saved.parent.parent)
     with pytest.raises(ValueError, match=r"/orignal does not exist: there is no such folder or file"):
         load_config(f"{saved.parent.name}/orignal")
-    with pytest.raises(ValueError, match="orignal: there is no such folder, and the hub did not give it"):
+    with pytest.raises(ValueError, match="orignal: there is no such folder or file, and the hub did not give it"):
         load_config("orignal")

@@ -7,7 +7,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
-from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, WHOLE_HEAD_METHODS, listed
+from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, METHODS, WHOLE_HEAD_METHODS, listed
 
 EXAMPLES = (
     "mea compress MODEL OUT --keep 0.2",
@@ -71,8 +71,8 @@ def compress(
     from mea.text import check_text
 
     use_device(device)
-    if method not in (*CODED_METHODS, *WHOLE_HEAD_METHODS):
-        what = "a baseline, which mea compare measures" if method.partition(":")[0] in BASELINES else "no method"
+    if method.partition(":")[0] in BASELINES or method not in METHODS:
+        what = "no method" if method.partition(":")[0] not in METHODS else "a baseline, which mea compare measures"
         raise ValueError(
             f"{method} is {what}: give {listed(CODED_METHODS)}, which lose least at equal bytes, or a whole-head "
             f"method ({listed(WHOLE_HEAD_METHODS)})"
@@ -90,6 +90,8 @@ def compress(
         return
     if SPEAKS:
         errors.print(summary(plan), highlight=False, soft_wrap=True)
+        if (kept := out.with_name(f"{out.name}.partial")).is_dir():
+            errors.print(f"continuing from what an interrupted run kept in {kept}", highlight=False, soft_wrap=True)
     with progress() as report:
         record = compress_to_folder(model, out, options, dtype=dtype, measure_tokens=measure, progress=report)
     output.print(compression_table(record, str(out)))

@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -34,8 +35,8 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
         except (ValueError, OSError, ImportError) as error:
             errors.print(Text.assemble(("error: ", "bold red"), _one_line(error)), soft_wrap=True)
             raise typer.Exit(USER_ERROR) from None
-        except KeyboardInterrupt:
-            errors.print("interrupted; the same command continues from what was finished")
+        except KeyboardInterrupt as stop:
+            errors.print(f"interrupted; {stop or 'the same command continues from what was finished'}", soft_wrap=True)
             raise typer.Exit(130) from None
 
     return run
@@ -75,17 +76,22 @@ def _bars() -> Iterator[Progress]:
 @contextmanager
 def _lines() -> Iterator[Progress]:
     """A line when a stage begins, then one every `LINE_SECONDS` from a thread, because steps may take minutes."""
-    stage, ended = ["", 0, 0], threading.Event()
+    stage, began, ended = ["", 0, 0], [0.0, 0], threading.Event()
 
     def show() -> None:
         what, done, total = stage
         if total:
-            errors.print(f"{what}: {done:,} of {total:,} ({done / total:.0%})", soft_wrap=True, highlight=False)
+            line = f"{what}: {done:,} of {total:,} ({done / total:.0%})"
+            seconds = time.monotonic() - began[0]
+            if began[1] < done < total and seconds > LINE_SECONDS:
+                line += f", about {seconds * (total - done) / (done - began[1]) / 60:,.1f} min left"
+            errors.print(line, soft_wrap=True, highlight=False)
 
     def report(what: str, done: int, total: int, /) -> None:
         begins = what.partition(" (")[0] != str(stage[0]).partition(" (")[0]
         stage[:] = what, done, total
         if begins:
+            began[:] = time.monotonic(), done
             show()
 
     def repeat() -> None:

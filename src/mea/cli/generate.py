@@ -41,7 +41,7 @@ def generate(
     """Continue a prompt, and print the text token by token."""
     from mea.evaluate.generation import continue_prompt
     from mea.evaluate.through_cache import check_cache_bits
-    from mea.models.loading import load
+    from mea.models.loading import dtype_name, load
     from mea.ops.device import use_device
 
     use_device(device)
@@ -50,9 +50,10 @@ def generate(
     for source in filter(None, (model, against)):
         with errors.status(f"loading {source}"):
             loaded, tokenizer = load(source, dtype)
+        dtype = dtype_name(loaded)  # the other model has the same
         if against:
             typer.echo(f"--- {source}")
-        continue_prompt(
+        answer = continue_prompt(
             loaded,
             tokenizer,
             prompt,
@@ -65,3 +66,10 @@ def generate(
             stream=lambda piece: typer.echo(piece, nl=False),
         )
         typer.echo()
+        code = getattr(loaded.config, "cache_code", None)
+        if code and not chat and len(tokenizer(prompt + answer).input_ids) <= code["first"] + code["recent"]:
+            errors.print(
+                f"note: the first {code['first']} and the newest {code['recent']} tokens are kept exactly; this text "
+                "has no others, so nothing was read from codes",
+                soft_wrap=True,
+            )

@@ -1,5 +1,6 @@
 """The perplexity of one or two models, given by name, as a record."""
 
+from pathlib import Path
 from typing import Any
 
 from jaxtyping import Float
@@ -7,7 +8,7 @@ from torch import Tensor
 
 from mea.evaluate.perplexity import block_means, perplexity, ratio, text_losses
 from mea.evaluate.through_cache import check_cache_bits, reading_in
-from mea.models.loading import load
+from mea.models.loading import dtype_name, load
 from mea.models.processes import join
 from mea.records import Progress, Record, make_record
 from mea.text import encode_source, load_text, start_token
@@ -61,6 +62,7 @@ def perplexity_record(
     read, read_as, losses = reading_in(cache_bits), None, []
     for name in filter(None, (source, against)):
         model, tokenizer = load(name, dtype)
+        dtype = dtype_name(model)  # `against` has the same
         ids, what = encode_source(tokenizer, text, tokens), f"perplexity of {name}"
         if losses and read_as != (start_token(tokenizer), ids.tolist()):
             raise ValueError(
@@ -70,7 +72,8 @@ def perplexity_record(
         losses.append(text_losses(model, tokenizer, ids, window, what=what, read=read, progress=progress, shared=True))
         read = None  # `against` is read at once
         del model
-    config = {"model": source, "against": against, "text": text, "window": window, "tokens": tokens, "dtype": dtype}
+    names = [name and (Path(name).name if Path(name).exists() else name) for name in (source, against)]
+    config = {"model": names[0], "against": names[1], "text": text, "window": window, "tokens": tokens, "dtype": dtype}
     if cache_bits is not None:
         config["cache_bits"] = cache_bits
     samples = {"block_losses": block_means(losses[0])}

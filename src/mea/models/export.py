@@ -19,7 +19,7 @@ from mea.models.saving import SHARD_SIZE, check_output, complete_folder, writing
 from mea.names import escaped
 
 ZERO = 1e-6  # of a matrix's largest number: what rounding leaves
-INSTEAD = "serve it with mea's plugin for vLLM, or compress again with --method gqa-mean"
+INSTEAD = "serve it with mea's plugin for vLLM, or compress with --method gqa-mean and train the result (mea recover)"
 OWN = ("latent_ranks", "latent_form", "latent_groups", "cache_code", "head_norm_eps", "compression", "auto_map")
 
 

@@ -195,6 +195,12 @@ def resolve_dtype(config: Any, dtype: str) -> torch.dtype:
     return getattr(torch, own) if isinstance(own, str) else own
 
 
+def dtype_name(model: Any) -> str:
+    """The dtype of a model as `load` takes it; ``"auto"`` for one that it does not take."""
+    name = str(model.dtype).removeprefix("torch.")
+    return name if name in DTYPES else "auto"
+
+
 def check_supported(config: Any) -> None:
     """Refuse models that cannot be compressed.
 
@@ -315,7 +321,7 @@ def _explain(error: Exception, folder: str, gguf: str | None) -> str:
     """One line about an error: of a GGUF file with what it most often means, of a hub id with what is not here."""
     line = explain(error)
     if gguf is None and not Path(folder).is_dir():
-        return f"there is no such folder, and the hub did not give it: {line}"
+        return f"there is no such folder or file, and the hub did not give it: {line}"
     if gguf is None or isinstance(error, ImportError) or "support" in line:
         return line
     return f"{line}; the file is damaged or incomplete, copy or download it again"

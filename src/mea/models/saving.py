@@ -74,9 +74,12 @@ def writing(out: Path, work: Path, kept: str) -> Iterator[None]:
         ) from None
     try:
         yield
-    except BaseException:
-        if new and work.is_dir() and not any(work.glob(kept)):
+    except BaseException as error:
+        finished = work.is_dir() and any(work.glob(kept))
+        if new and not finished:
             shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt) and not finished:
+            raise KeyboardInterrupt("nothing was finished yet: the same command starts again") from error
         raise
     finally:
         Path(lock.lock_file).unlink(missing_ok=True)  # before the release: the next process makes its own

@@ -4,7 +4,7 @@
 is rewritten here.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -246,11 +246,13 @@ class LayerWalk:
         hidden: Float[Tensor, "n t D"],
         generator: torch.Generator,
         skips: Sequence[int] = (),
+        advance: Callable[[], None] = lambda: None,
     ) -> Float[Tensor, "n t D"]:
         """Gradients of the loss with respect to the last layer's output, for labels drawn from the model itself.
 
         The loss is summed over tokens, in nats. `skips` counts the windows of other processes before each window: their
-        labels are drawn and dropped, so that labels do not depend on the number of processes.
+        labels are drawn and dropped, so that labels do not depend on the number of processes. `advance` is called after
+        each window.
 
         Raises
         ------
@@ -278,6 +280,7 @@ class LayerWalk:
                         loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
                         parts.append(torch.autograd.grad(loss, start)[0])
                     gradients.append(torch.cat(parts, 1))
+                    advance()
         finally:
             model.lm_head, decoder.norm = head, norm
         return torch.cat(gradients)

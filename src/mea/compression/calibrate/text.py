@@ -60,8 +60,8 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
     rows, wanted = windows(ids, calibration.window, start_token(tokenizer)), calibration.tokens // calibration.window
     if len(rows) < wanted:
         raise ValueError(
-            f"{calibration.text} has {len(ids):,} tokens, {len(rows)} calibration windows of {calibration.window}; "
-            f"the calibration needs {wanted}: give a longer text or fewer tokens"
+            f"{calibration.text} has {len(ids):,} tokens, and the calibration needs {wanted} windows of "
+            f"{calibration.window:,}: give a longer text, or fewer tokens (calibration_tokens)"
         )
     chosen = rows[calibration.order(len(rows))[:wanted].sort().values]
     return repeat_spans(chosen, calibration.copy_fraction, calibration.seed)

@@ -10,6 +10,7 @@ Layers run one at a time, forwards and then backwards, so that only one layer's 
 ``torchrun`` each process reads some of the windows (`mea.models.processes`), and all get the moments of all windows.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,9 +26,10 @@ from mea.compression.checkpoint import FactorStore
 from mea.models.processes import interleaved, place, summed
 from mea.records import Progress
 
-PART = 2**30  # bytes of hidden states that are kept between the two passes
+PART = 2**30  # most bytes of hidden states that are kept between the two passes
+SHARES = 4  # least number of parts of the text: after each the sums can be kept
 SAMPLE = 2**30  # bytes of keys and values that are kept for fits with rounding
-KEPT_EVERY = 120.0  # seconds between the states from which an interrupted calibration continues
+KEPT_EVERY = 60.0  # seconds between the states from which an interrupted calibration continues
 RANK = 1e-10  # eigenvalues below this part of the largest are zero
 GAIN = 1e-3  # directions with less than this part of the weights' largest gain may vanish in fp32 products
 
@@ -135,11 +137,11 @@ def layer_moments(
     """
     layers, (count, length) = walk.layers, tokens.shape
     size = 4 * length * walk.model.config.hidden_size * (len(layers) + 1)
-    windows = max(1, PART // size)
     sums = [_Sum() for _ in layers]
     generator = torch.Generator().manual_seed(seed)
     rank, processes = place()
     own = tokens[rank::processes]
+    windows = max(1, min(PART // size, math.ceil(len(own) / SHARES)))
     if not len(own):
         raise ValueError(f"{count} windows of calibration text are fewer than {processes} processes: start fewer")
     skips = [rank, *[processes - 1] * (len(own) - 1)]
@@ -149,7 +151,9 @@ def layer_moments(
     inputs = walk.inputs(length)
     shares, kind = own.split(windows), f"sums-{rank}-of-{processes}"
     begun, kept_at = _continue(store, kind, sums, generator), time.monotonic()
-    done, steps = 2 * len(layers) * begun, 2 * len(layers) * len(shares)
+    # A step is a layer, forward or backward, or a window through the output layer.
+    done = 2 * len(layers) * begun + sum(map(len, shares[:begun]))
+    steps = 2 * len(layers) * len(shares) + len(own)
 
     def advance() -> None:
         nonlocal done
@@ -168,7 +172,7 @@ def layer_moments(
                 )
                 check_activations(hidden[-1], index, loaded)
                 advance()
-        gradient = walk.loss_gradients(rows, hidden.pop(), generator, skips[: len(rows)])
+        gradient = walk.loss_gradients(rows, hidden.pop(), generator, skips[: len(rows)], advance)
         del skips[: len(rows)]
         for index in reversed(range(len(layers))):
             states, loaded = hidden.pop(), resident(layers[index])

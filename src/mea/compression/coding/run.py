@@ -50,6 +50,8 @@ def code_plans(
             kind = plan.method.name, plan.layout.ranks
             if made[0] != kind:  # plans of one kind differ in their bits only
                 made = kind, _readings(plan, moments)
+            if progress:
+                progress(f"choosing bits and checking ({plan.method.name})", len(results), len(plans))
             result = _coded(walk, tokens, plan, [copy.copy(reading) for reading in made[1]])
             results.append(replace(result, seconds=shared + time.perf_counter() - start))
     return results

@@ -61,7 +61,16 @@ def _compressed(records: Sequence[Record]) -> Table:
     )
     note = f"Perplexity of {', '.join(texts)}; ± is one standard error. " if texts else ""
     note += "The cache is a share of the original's; for codes of 8, 4 and 2 bits, of the original's with 16 bits."
-    header = ["method", "calibrated on", "cache", "bytes per token", "original", "compressed", "ratio", "minutes"]
+    header = [
+        "method",
+        "calibrated on",
+        "cache",
+        "bytes per token",
+        "perplexity before",
+        "after",
+        "ratio",
+        "fit, min",
+    ]
     return Table(header, lines, note, texts=2)
 
 
@@ -106,7 +115,7 @@ def _measured(records: Sequence[Record]) -> Table:
 
 def _expected_loss(records: Sequence[Record]) -> Figure:
     with style("expected-loss"):
-        figure, axes = axes_of_a_figure("layer", "expected loss, nats per token")
+        figure, axes = axes_of_a_figure("layer", "expected loss, nats per token (log)")
         for index, record in enumerate(records):
             values = record["results"]["layer_expected_loss"]
             axes.plot(range(len(values)), values, label=_name(record), **line(index, size=4))
