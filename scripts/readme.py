@@ -55,7 +55,7 @@ def time(name: str) -> str:
 def table(by_name: dict[str, Row], names: list[str]) -> list[str]:
     """Lines of Markdown, one row for each name."""
     lines = [
-        "| bytes | method and options | perplexity, WikiText-2 | technical prose | time |",
+        "| bytes | method and options | perplexity (×), WikiText-2 | technical prose | time per token (×) |",
         "|---|---|---|---|---|",
     ]
     for name in names:
@@ -72,11 +72,11 @@ def note(by_name: dict[str, Row]) -> str:
     first, second = (f"{text['perplexity']:.1f} on {text['tokens']:,} tokens" for text in texts.values())
     text = f"""
     {whole.model}, without training. Options are those of `mea compress MODEL OUT`; `--cache-bits`, of `mea generate`,
-    needs no compression. *Bytes* are those of all tensors of the cache at 8,192 tokens, relative to the
-    16-bit cache. Perplexity is relative to the uncompressed model's ({first} of WikiText-2 test, {second} of
-    technical prose), ± one standard error, read through the cache. *Time* is that of one token after 8,192 tokens,
-    relative to the uncompressed model in its fastest form: median and quartiles on {machine["cores"]} cores
-    ({machine["processor"]}, bf16, not idle); – is not measured.
+    needs no compression. Everything is relative to the uncompressed model (1 is equal)
+    and its 16-bit cache. *Bytes* are those of all tensors of the cache at 8,192 tokens. *Perplexity* is read through
+    the cache, ± one standard error; the uncompressed model has {first} of WikiText-2 test and {second} of technical
+    prose. *Time* is that of one token after 8,192 tokens: median and quartiles on {machine["cores"]} cores
+    ({machine["processor"]}, bf16, not idle), the uncompressed model in its fastest form; – is not measured.
     """
     return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False)
 

@@ -44,7 +44,7 @@ KEEP_HELP = (
 )
 
 Model = Annotated[str, typer.Argument(help="Hub id, local folder or GGUF file.", show_default=False)]
-Against = Annotated[str | None, typer.Option(help="Model to compare with.", rich_help_panel=WHAT)]
+Against = Annotated[str | None, typer.Option(help="Model to compare with, in the same dtype.", rich_help_panel=WHAT)]
 Text = Annotated[str, typer.Option(help=f"Text to score: {TEXT_HELP}", rich_help_panel=MEASUREMENT)]
 Window = Annotated[
     int, typer.Option(help="Tokens of one window of the text; windows do not overlap.", rich_help_panel=MEASUREMENT)
