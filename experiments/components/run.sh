@@ -25,3 +25,4 @@ for SEED in 0 1 2; do
   done
   measure $MODEL --cache-bits 4 --record $OUT/records/bits-4-$SEED.json
 done
+mea report $OUT/records --markdown $OUT/README.md
