@@ -118,11 +118,14 @@ def stream(device: str, names: str, folder: str) -> None:
     from mea.evaluate.perplexity import token_losses
     from mea.models.loading import MEMORY_SHARE, load
     from mea.ops.device import use_device
+    from mea.text import load_text
 
-    calibration = Calibration(tokens=256, window=64, copy_fraction=0)
     tokens = torch.randint(0, 256, (256,), generator=torch.Generator().manual_seed(0))
     with there(device), TemporaryDirectory() as made:
         size = sum(parameter.nbytes for parameter in load(folder)[0].parameters())
+        text = Path(made, "calibration.txt")
+        text.write_text(load_text("calibration")[:4000], encoding="utf-8")
+        calibration = Calibration(str(text), tokens=256, window=64, copy_fraction=0)
         memory = (int(size / 2 / MEMORY_SHARE),) * 2
         for name in names.split("+"):
             said = []
