@@ -105,6 +105,7 @@ def summary(plan: dict[str, Any]) -> str:
     unit = "16-bit cache" if "tiers" in plan else "cache"
     return (
         f"{plan['method']}: keep {after / before:.0%} of the {unit}, {before:,} -> {after:,} bytes per token; "
-        f"calibrate on {plan['calibration_tokens']:,} tokens; about {plan['seconds'] / 60:,.1f} min on this machine; "
+        f"calibrate on {plan['calibration_tokens']:,} tokens, in about "
+        f"{plan['seconds'] / 60:,.1f} min on this machine, before checks and measurement; "
         f"result of about {size(plan['result_bytes'])} ({plan['dtype']})"
     )

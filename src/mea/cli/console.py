@@ -36,7 +36,8 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
             errors.print(Text.assemble(("error: ", "bold red"), _one_line(error)), soft_wrap=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt as stop:
-            errors.print(f"interrupted; {stop or 'the same command continues from what was finished'}", soft_wrap=True)
+            said = str(stop) or "the same command continues from what was finished"
+            errors.print(f"interrupted; {said}", soft_wrap=True)
             raise typer.Exit(130) from None
 
     return run
