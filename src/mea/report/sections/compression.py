@@ -75,8 +75,8 @@ def compression_table(record: Record, out: str) -> TerminalTable:
     errors = results["self_check"]
     note = (
         f"Checked: the largest relative difference is {errors['full_rank']:.0e} between the original's logits and "
-        f"those at full rank, in fp32, and {errors['cached']:.0e} between decoding with the cache and one pass over all "
-        f"tokens{', in fp64' if 'tiers' in config else ''}. ± is one standard error."
+        f"those at full rank, in fp32, and {errors['cached']:.0e} between decoding with the cache and one pass over "
+        f"all tokens{', in fp64' if 'tiers' in config else ''}. ± is one standard error."
     )
     if "tiers" in config:
         bits = mean_bits(config["tiers"], config["numbers"])
