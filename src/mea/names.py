@@ -67,3 +67,12 @@ def listed(names: Iterable[object]) -> str:
     """``a, b or c``."""
     *most, last = map(str, names)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def size(count: float | int) -> str:
+    """A number of bytes: ``5.6 MiB``."""
+    power = 0
+    while count >= 1024 and power < 4:
+        count, power = count / 1024, power + 1
+    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
+    return f"{count:.1f} {unit}" if power else f"{count:.0f} B"

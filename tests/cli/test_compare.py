@@ -71,6 +71,7 @@ def test_profile_writes_its_record(mea, models_, text, tmp_path):
         (("--method", "svd", "--groups", 3), "cannot be divided into 3 equal groups"),
         (("--method", "post_rope"), "post_rope is a baseline, which mea compare measures: give predictive or joint"),
         (("--method", "post_rope:uniform"), "or a whole-head method (svd, gauge, gqa-mean or gqa-procrustes)"),
+        (("--method", "predictive:uniform"), "predictive:uniform is no method: give predictive or joint"),
     ],
 )
 def test_mistakes_are_one_line(mea, models_, tmp_path, options, message):

@@ -7,7 +7,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
-from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, METHODS, WHOLE_HEAD_METHODS, listed
+from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, METHODS, WHOLE_HEAD_METHODS, listed, size
 
 EXAMPLES = (
     "mea compress MODEL OUT --keep 0.2",
@@ -65,14 +65,15 @@ def compress(
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
     from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
-    from mea.models.saving import check_output
+    from mea.models.saving import check_output, unfinished
     from mea.ops.device import use_device
     from mea.report.sections.compression import compression_table, plan_table
     from mea.text import check_text
 
     use_device(device)
-    if method.partition(":")[0] in BASELINES or method not in METHODS:
-        what = "no method" if method.partition(":")[0] not in METHODS else "a baseline, which mea compare measures"
+    baseline = method.partition(":")[0] in BASELINES
+    if baseline or method not in METHODS:
+        what = "a baseline, which mea compare measures" if baseline else "no method"
         raise ValueError(
             f"{method} is {what}: give {listed(CODED_METHODS)}, which lose least at equal bytes, or a whole-head "
             f"method ({listed(WHOLE_HEAD_METHODS)})"
@@ -90,7 +91,7 @@ def compress(
         return
     if SPEAKS:
         errors.print(summary(plan), highlight=False, soft_wrap=True)
-        if (kept := out.with_name(f"{out.name}.partial")).is_dir():
+        if (kept := unfinished(out)).is_dir():
             errors.print(f"continuing from what an interrupted run kept in {kept}", highlight=False, soft_wrap=True)
     with progress() as report:
         record = compress_to_folder(model, out, options, dtype=dtype, measure_tokens=measure, progress=report)
@@ -99,8 +100,6 @@ def compress(
 
 def summary(plan: dict[str, Any]) -> str:
     """The plan of a compression in one line, from `mea.compression.preview`."""
-    from mea.report.formatting import size
-
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token"]
     unit = "16-bit cache" if "tiers" in plan else "cache"
     return (

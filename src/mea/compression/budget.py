@@ -13,6 +13,7 @@ from typing import Any
 
 from mea.models.packed_cache import packed_tokens
 from mea.names import LAYOUTS as PRESETS
+from mea.names import size
 from mea.ops.codes import Tiers, bits_per_token
 from mea.records import read_json
 
@@ -195,17 +196,12 @@ def coded_layout_for_bytes(shape: CacheShape, context: int, budget: int) -> Code
         Exact tokens alone take more.
     """
     ranks = ((shape.width, shape.width),) * len(shape.windows)
-    return _with_room(CodedLayout(ranks, budget, context), shape, f"{mebibytes(budget)} for {context:,} tokens")
+    return _with_room(CodedLayout(ranks, budget, context), shape, f"{size(budget)} for {context:,} tokens")
 
 
 def _check_keep(keep: float) -> None:
     if not 0 < keep <= 1:
         raise ValueError(f"keep is the fraction of the cache's bytes to keep, above 0 and at most 1, not {keep}")
-
-
-def mebibytes(count: int) -> str:
-    """A number of bytes, in bytes below one MiB."""
-    return f"{count:,} bytes" if count < 2**20 else f"{count / 2**20:,.1f} MiB"
 
 
 def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout:
@@ -214,8 +210,8 @@ def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout
     least = exact + int(tokens * LEAST_BITS * 2 * shape.width / 8)
     if layout.budget < least:
         raise ValueError(
-            f"no packed cache meets {what}: this allows {mebibytes(layout.budget)} at {layout.context:,} tokens, and "
-            f"the smallest packed cache takes {mebibytes(least)} ({layout.first} first and {layout.recent} newest "
+            f"no packed cache meets {what}: this allows {size(layout.budget)} at {layout.context:,} tokens, and "
+            f"the smallest packed cache takes {size(least)} ({layout.first} first and {layout.recent} newest "
             f"tokens exact, {LEAST_BITS} bits per number for the others); allow more bytes or a longer context"
         )
     return layout

@@ -26,7 +26,7 @@ from mea.models.card import model_card, origin
 from mea.models.fold import stock_config
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weightless, weights_fingerprint
 from mea.models.processes import join, place, wait
-from mea.models.saving import check_output, save_folder, writing
+from mea.models.saving import check_output, save_folder, unfinished, writing
 from mea.names import escaped
 from mea.records import Progress, make_record, mean_bits
 
@@ -77,7 +77,7 @@ def compress_to_folder(
     """
     out = Path(out)
     check_output(out)
-    work = out.with_name(out.name + ".partial")
+    work = unfinished(out)
     options = CompressOptions.of(options, fields)
     with writing(out, work, "layers/*.safetensors"):
         return _compress_to_folder(source, out, work, options, dtype, measure_tokens, progress)

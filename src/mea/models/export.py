@@ -15,7 +15,7 @@ from torch import Tensor
 from mea.models.card import MADE_HERE, model_card, origin
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.models.loading import load, load_config, no_bars_in_logs
-from mea.models.saving import SHARD_SIZE, check_output, complete_folder, writing
+from mea.models.saving import SHARD_SIZE, check_output, complete_folder, unfinished, writing
 from mea.names import escaped
 
 ZERO = 1e-6  # of a matrix's largest number: what rounding leaves
@@ -43,7 +43,7 @@ def export(source: str, out: str | Path) -> None:
     check_output(out)
     config = load_config(source)
     stock_config(config)
-    work = out.with_name(out.name + ".partial")
+    work = unfinished(out)
     model, tokenizer = load(source)
     stock = stock_heads(model)
     with writing(out, work, "*"), complete_folder(out, work) as folder, no_bars_in_logs():

@@ -17,6 +17,11 @@ from mea.records import Record, write_record
 SHARD_SIZE = "4GB"  # a shard is in memory as a whole while it is written
 
 
+def unfinished(out: Path) -> Path:
+    """The folder of what is kept of an output folder until that is complete."""
+    return out.with_name(f"{out.name}.partial")
+
+
 def check_output(out: Path) -> None:
     """Refuse an output path that exists and is not an empty folder.
 

@@ -43,12 +43,3 @@ def with_error(value: float | int | None, error: float | int | None) -> str:
 def learning_rate(value: float | int | None) -> str:
     """A learning rate: ``0.0063``."""
     return ABSENT if value is None else f"{value:.3g}"
-
-
-def size(count: float | int) -> str:
-    """A number of bytes: ``5.6 MiB``."""
-    power = 0
-    while count >= 1024 and power < 4:
-        count, power = count / 1024, power + 1
-    unit = ("B", "KiB", "MiB", "GiB", "TiB")[power]
-    return f"{count:.1f} {unit}" if power else f"{count:.0f} B"

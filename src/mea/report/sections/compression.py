@@ -2,8 +2,9 @@
 
 from typing import Any
 
+from mea.names import size
 from mea.records import Record, mean_bits
-from mea.report.formatting import size, with_error
+from mea.report.formatting import with_error
 from mea.report.parts import Part, Table
 from mea.report.render.terminal import TerminalTable
 

@@ -14,7 +14,7 @@ from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ra
 from mea.models.card import model_card, origin
 from mea.models.loading import load, load_config, load_tokenizer, weightless, weights_fingerprint
 from mea.models.processes import join, place, wait
-from mea.models.saving import check_output, save_folder, writing
+from mea.models.saving import check_output, save_folder, unfinished, writing
 from mea.names import escaped
 from mea.ops.device import used_device
 from mea.ops.precision import peak_flops
@@ -75,7 +75,7 @@ def recover_to_folder(
     """
     out = Path(out)
     check_output(out)
-    work = out.with_name(out.name + ".partial")
+    work = unfinished(out)
     with writing(out, work, "stage-*/checkpoint-*"):
         return _recover_to_folder(source, out, work, stages, texts, original, sharded, measure_tokens, progress)
 
