@@ -9,6 +9,8 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input
+# Of pip's words one short line for each package.
+BRIEF := { grep --line-buffered -oE '^(Collecting|Installing|Building).{,68}' || true; }
 # The newest interpreter on the path that is new enough; `make PYTHON=...` overrides.
 PYTHON ?= $(firstword $(foreach p,python3 python3.13 python3.12 python3.11,$(shell \
 	$(p) -c 'import sys; sys.version_info >= (3, 11) and print("$(p)")' 2>/dev/null)))
@@ -124,8 +126,8 @@ DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["proje
 # torch goes first and alone: another package that asks for "some torch" may otherwise choose a build of several GB.
 $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing into $(VENV) what constraints.txt pins (the first time takes minutes)"
-	@$(PIP) install -qq -c constraints.txt torch
-	@$(PIP) install -qq -c constraints.txt -e '.[dev,eval,gguf,lora,report,scaling,train]'
+	@$(PIP) install -c constraints.txt torch | $(BRIEF)
+	@$(PIP) install -c constraints.txt -e '.[dev,eval,gguf,lora,report,scaling,train]' | $(BRIEF)
 	@touch $@
 
 # This package carries the weights of SmolLM2-135M. Its dependencies are the means to run them elsewhere, compile for

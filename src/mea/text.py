@@ -12,21 +12,11 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from mea.names import TEXTS, did_you_mean
+from mea.names import TEXTS
+from mea.paths import check_text
 
 STRETCH = 512  # tokens: as many as are refined and recovered on in one piece
 LEAST = 8  # tokens: a shorter stretch has no room for a copy
-
-
-def check_text(name_or_path: str | Path) -> None:
-    """Raise the errors of `load_text` that do not need the text: no such name, no such file."""
-    path = Path(name_or_path)
-    if str(name_or_path) in TEXTS or path.exists():
-        return
-    if not path.suffix and len(path.parts) == 1:
-        guess = did_you_mean(path, TEXTS)
-        raise ValueError(f"no text named {str(path)!r}{guess}; texts are {', '.join(TEXTS)}, anything else is a file")
-    raise FileNotFoundError(f"there is no text file {path}")
 
 
 def load_text(name_or_path: str | Path) -> str:

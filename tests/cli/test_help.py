@@ -163,7 +163,21 @@ print(*sorted({name.partition(".")[0] for name in sys.modules}))
 """
 
 
-@pytest.mark.parametrize("arguments", [None, ["--help"], *([command, "--help"] for command in FUNCTIONS)], ids=str)
+MISTAKES = [
+    ["compress", "./absent", "out"],
+    ["compress", "gpt2", "out", "--method", "sdv"],
+    ["compress", "gpt2", "out", "--calibration-text", "absent.txt"],
+    ["compress", "gpt2", "/", "--keep", "0.2"],
+    ["perplexity", "gpt2", "--text", "absent.txt"],
+    ["generate", "gpt2", "prompt", "--against", "./absent"],
+    ["recover", "gpt2", "out", "--text", "absent.txt"],
+    ["eval", "./absent", "--suite", "zero-shot"],
+]
+
+
+@pytest.mark.parametrize(
+    "arguments", [None, ["--help"], *([command, "--help"] for command in FUNCTIONS), *MISTAKES], ids=str
+)
 def test_nothing_heavy_is_imported_for(arguments):
     """Seconds depend on the machine; what takes them is the import of these packages."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONSTARTUP"}

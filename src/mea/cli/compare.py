@@ -8,6 +8,7 @@ import typer
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, RANKED_KEEPS, listed
+from mea.paths import check_model, check_text
 
 EXAMPLES = (
     "mea compare MODEL OUT --method predictive --keep 0.2 --keep 0.1",
@@ -100,6 +101,11 @@ def compare(
     device: shared.Device = "auto",
 ) -> None:
     """Compare ways to make a model's cache smaller at measured bytes, with one protocol."""
+    check_model(model)
+    for source in text or ():
+        check_text(source)
+    if recover_tokens and not recover_text:
+        raise ValueError("no text to train on: give at least one (--recover-text FILE)")
     from mea.comparison.configs import method_configs
     from mea.comparison.protocol import Protocol
     from mea.comparison.run import compare as run
@@ -120,8 +126,6 @@ def compare(
     protocol = Protocol(texts, window, positions=(), prompt="", decode_steps=decode_steps, context=context, dtype=dtype)
     peers = {name: python for name, python in (("kvpress", kvpress), ("cacheshrink", cacheshrink)) if python}
     calibration = Calibration(tokens=calibration_tokens, window=calibration_window, copy_fraction=copy_fraction)
-    if recover_tokens and not recover_text:
-        raise ValueError("no text to train on: give at least one (--recover-text FILE)")
     if not (method and keep):  # the model may be too small for some of the defaults
         configs, reasons = possible(model, configs, calibration, protocol)
         for label, reason in reasons.items():

@@ -8,6 +8,7 @@ import typer
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
 from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, METHODS, WHOLE_HEAD_METHODS, listed, size
+from mea.paths import check_model, check_output, check_text, unfinished
 
 EXAMPLES = (
     "mea compress MODEL OUT --keep 0.2",
@@ -64,13 +65,6 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan, its memory and its time.")] = False,
 ) -> None:
     """Compress a model's KV cache, check the result, and save it as an ordinary model."""
-    from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
-    from mea.models.saving import check_output, unfinished
-    from mea.ops.device import use_device
-    from mea.report.sections.compression import compression_table, plan_table
-    from mea.text import check_text
-
-    use_device(device)
     baseline = method.partition(":")[0] in BASELINES
     if baseline or method not in METHODS:
         what = "a baseline, which mea compare measures" if baseline else "no method"
@@ -78,9 +72,15 @@ def compress(
             f"{method} is {what}: give {listed(CODED_METHODS)}, which lose least at equal bytes, or a whole-head "
             f"method ({listed(WHOLE_HEAD_METHODS)})"
         )
+    check_model(model)
     check_text(calibration_text)
     if not dry_run:
         check_output(out)
+    from mea.compression import Calibration, CompressOptions, compress_to_folder, preview
+    from mea.ops.device import use_device
+    from mea.report.sections.compression import compression_table, plan_table
+
+    use_device(device)
     calibration = Calibration(calibration_text, calibration_tokens, calibration_window, seed, copy_fraction)
     options = CompressOptions(
         keep, budget, layout, method, groups, calibration, refine,
@@ -92,7 +92,11 @@ def compress(
     if SPEAKS:
         errors.print(summary(plan), highlight=False, soft_wrap=True)
         if (kept := unfinished(out)).is_dir():
-            errors.print(f"continuing from what an interrupted run kept in {kept}", highlight=False, soft_wrap=True)
+            errors.print(
+                f"continuing from what an interrupted run kept in {kept}: the time left is shown below",
+                highlight=False,
+                soft_wrap=True,
+            )
     with progress() as report:
         record = compress_to_folder(model, out, options, dtype=dtype, measure_tokens=measure, progress=report)
     output.print(compression_table(record, str(out)))

@@ -47,7 +47,7 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
 def progress() -> Iterator[Progress]:
     """A function that shows progress: one bar for each stage, or a line every `LINE_SECONDS` if stderr is a log.
 
-    Text in brackets after a stage's name may change from call to call.
+    Text in brackets after a stage's name may change from call to call. A total of 0 is one that is not known.
     """
     if not SPEAKS:
         yield lambda what, done, total, /: None
@@ -60,16 +60,23 @@ def progress() -> Iterator[Progress]:
 def _bars() -> Iterator[Progress]:
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
+    from rich.table import Column
 
-    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    name = Column(max_width=36, no_wrap=True, overflow="ellipsis")  # all columns fit into 80 characters
+    columns = (
+        TextColumn("{task.description}", markup=False, table_column=name),
+        BarColumn(bar_width=14),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
     with Bars(*columns, TimeRemainingColumn(), console=errors) as bars:
         tasks: dict[str, Any] = {}
 
         def report(what: str, done: int, total: int, /) -> None:
             name = what.partition(" (")[0]
             if name not in tasks:
-                tasks[name] = bars.add_task(what, total=total)
-            bars.update(tasks[name], description=what, completed=done, total=total)
+                tasks[name] = bars.add_task(what, total=total or None)
+            bars.update(tasks[name], description=what, completed=done, total=total or None)
 
         yield report
 
@@ -81,12 +88,11 @@ def _lines() -> Iterator[Progress]:
 
     def show() -> None:
         what, done, total = stage
-        if total:
-            line = f"{what}: {done:,} of {total:,} ({done / total:.0%})"
-            seconds = time.monotonic() - began[0]
-            if began[1] < done < total and seconds > LINE_SECONDS:
-                line += f", about {seconds * (total - done) / (done - began[1]) / 60:,.1f} min left"
-            errors.print(line, soft_wrap=True, highlight=False)
+        line = f"{what}: {done:,} of {total:,} ({done / total:.0%})" if total else what
+        seconds = time.monotonic() - began[0]
+        if began[1] < done < total and seconds > LINE_SECONDS:
+            line += f", about {seconds * (total - done) / (done - began[1]) / 60:,.1f} min left"
+        errors.print(line, soft_wrap=True, highlight=False)
 
     def report(what: str, done: int, total: int, /) -> None:
         begins = what.partition(" (")[0] != str(stage[0]).partition(" (")[0]
@@ -97,7 +103,9 @@ def _lines() -> Iterator[Progress]:
 
     def repeat() -> None:
         while not ended.wait(LINE_SECONDS):
-            show()
+            what, done, total = stage
+            if what and (done < total or not total):  # not what has ended
+                show()
 
     thread = threading.Thread(target=repeat, daemon=True)
     thread.start()

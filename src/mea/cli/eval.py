@@ -9,6 +9,7 @@ import typer
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import CACHE_BITS, SUITES, listed
+from mea.paths import check_model
 
 EXAMPLES = (
     "mea eval COMPRESSED --against MODEL --suite zero-shot",
@@ -71,6 +72,8 @@ def evaluate(
     device: shared.Device = "auto",
 ) -> None:
     """Score a model on tasks or long contexts, alone or compared with another one item by item."""
+    for source in filter(None, (model, against)):
+        check_model(source)
     from mea.evaluate.suites import LONG_CONTEXT
     from mea.ops.device import use_device
 

@@ -7,6 +7,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import output
+from mea.paths import check_model, check_output
 
 EXAMPLES = (
     "mea export OUT STOCK",
@@ -19,6 +20,8 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
 ) -> None:
     """Write a model compressed to whole heads as a stock checkpoint, which any engine loads."""
+    check_model(model)
+    check_output(out)
     from mea.models.export import export as run
 
     run(model, out)

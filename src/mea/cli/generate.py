@@ -6,6 +6,7 @@ import typer
 
 from mea.cli import options as shared
 from mea.cli.console import errors
+from mea.paths import check_model
 
 EXAMPLES = (
     "mea generate MODEL --prompt 'Once upon a time' --cache-bits 8",
@@ -39,6 +40,8 @@ def generate(
     cache_bits: shared.CacheBits = None,
 ) -> None:
     """Continue a prompt, and print the text token by token."""
+    for source in filter(None, (model, against)):
+        check_model(source)
     from mea.evaluate.generation import continue_prompt
     from mea.evaluate.through_cache import check_cache_bits
     from mea.models.loading import dtype_name, load

@@ -8,6 +8,7 @@ import typer
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, output, progress
 from mea.names import TEXTS
+from mea.paths import check_model, check_text
 
 EXAMPLES = (
     "mea perplexity MODEL --text technical --tokens 8192",
@@ -35,6 +36,9 @@ def perplexity(
     cache_bits: shared.CacheBits = None,
 ) -> None:
     """Measure a model's perplexity on a text, and its ratio to another model's."""
+    for name in filter(None, (model, against)):
+        check_model(name)
+    check_text(text)
     from mea.evaluate.perplexity_record import perplexity_record
     from mea.ops.device import use_device
     from mea.records import write_record

@@ -8,6 +8,7 @@ import typer
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import BASELINES
+from mea.paths import check_model, check_text
 
 EXAMPLES = (
     "mea profile MODEL profile.json",
@@ -44,6 +45,9 @@ def profile(
     device: shared.Device = "auto",
 ) -> None:
     """Compress one layer at a time, and show how much loss each layer's compression adds."""
+    check_model(model)
+    for source in filter(None, (calibration_text, text)):
+        check_text(source)
     from mea.compression import Calibration, CompressOptions
     from mea.compression.profile import describe_cost
     from mea.compression.profile import profile as run

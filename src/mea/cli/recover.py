@@ -8,6 +8,7 @@ import typer
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
 from mea.names import DEFAULT_STAGE, STAGES, TRAINED, listed
+from mea.paths import check_model, check_output, check_text
 
 EXAMPLES = (
     "mea recover COMPRESSED OUT --original MODEL --text FILE",
@@ -94,18 +95,18 @@ def recover(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
 ) -> None:
     """Train a compressed model for a short time to regain quality; an interrupted run continues."""
+    for name in filter(None, (model, original)):
+        check_model(name)
+    for source in text:
+        check_text(source)
+    if not dry_run:
+        check_output(out)
     from mea.models.loading import load_config
-    from mea.models.saving import check_output
     from mea.ops.device import use_device
-    from mea.text import check_text
     from mea.train.recovery.save import recover_to_folder, recovery_seconds
     from mea.train.recovery.settings import recovery
 
     use_device(device)
-    if not dry_run:
-        check_output(out)
-    for source in text:
-        check_text(source)
     changes = {
         "trained": trained, "tokens": tokens, "window": window, "copy_fraction": copy_fraction,
         "batch": batch, "micro_batch": micro_batch, "lr": lr, "base_lr": base_lr, "held_out": held_out,

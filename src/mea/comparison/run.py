@@ -76,7 +76,7 @@ def compare(
     missing = [config for config in configs if not files[config.label].exists]
     _plans(load_config(source), missing, calibration, protocol)  # refuses what cannot be before any work
     if missing or not files[ORIGINAL].exists:
-        model, tokenizer = load(source, "float32", whole=True)
+        model, tokenizer = load(source, "float32", whole=True, progress=progress)
         measurement = Measurement(model, tokenizer, protocol, progress)
         _Run(files, measurement, calibration, training, peers or {}, progress)(missing)
     return [read_record(file.path) for file in files.values()]

@@ -209,10 +209,12 @@ def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout
     tokens = sum(count for count, pair in zip(layout.coded_tokens(shape), layout.ranks, strict=True) if pair)
     least = exact + int(tokens * LEAST_BITS * 2 * shape.width / 8)
     if layout.budget < least:
+        whole = bytes_in_16_bits(shape, layout.context)
         raise ValueError(
             f"no packed cache meets {what}: this allows {size(layout.budget)} at {layout.context:,} tokens, and "
-            f"the smallest packed cache takes {size(least)} ({layout.first} first and {layout.recent} newest "
-            f"tokens exact, {LEAST_BITS} bits per number for the others); allow more bytes or a longer context"
+            f"the smallest packed cache takes {size(least)}, {math.ceil(1000 * least / whole) / 10} % of the 16-bit "
+            f"cache ({layout.first} first and {layout.recent} newest tokens exact, {LEAST_BITS} bits per number for "
+            "the others); allow more bytes or a longer context"
         )
     return layout
 

@@ -76,7 +76,7 @@ def profile(
     record = _begun(out, config)
     if record and len(record["results"]["layers"]) == config["layers"]:
         return record
-    model, tokenizer = load(source, dtype)
+    model, tokenizer = load(source, dtype, progress=progress)
     fitted_on = calibration_tokens(tokenizer, plan.calibration)
     walk = LayerWalk(checked_stock_form(model, fitted_on), max(window, fitted_on.shape[1]))
     held_out = _HeldOut(walk, held_out_tokens(tokenizer, plan.calibration, tokens, window, text))

@@ -10,11 +10,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from mea.compression.api import run_plans
-from mea.compression.budget import CodedLayout
+from mea.compression.budget import FIRST, RECENT, CodedLayout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.checkpoint import FactorStore
-from mea.compression.convert import checked_stock_form
+from mea.compression.convert import checked_stock_form, compressed_config, latent_config
 from mea.compression.cost import estimate
 from mea.compression.options import CompressOptions
 from mea.compression.plan import Plan, make_plan
@@ -24,10 +24,12 @@ from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ra
 from mea.evaluate.speed import cache_size
 from mea.models.card import model_card, origin
 from mea.models.fold import stock_config
+from mea.models.layer_code import CODES
 from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype, weightless, weights_fingerprint
 from mea.models.processes import join, place, wait
-from mea.models.saving import check_output, save_folder, unfinished, writing
+from mea.models.saving import save_folder, writing
 from mea.names import escaped
+from mea.paths import check_output, unfinished
 from mea.records import Progress, make_record, mean_bits
 
 CACHE_TOKENS = 256
@@ -103,7 +105,9 @@ def _compress_to_folder(
     weights = f"{resolve_dtype(source_config, dtype)} {weights_fingerprint(source)}"
     store = FactorStore(work / "layers", fingerprint(config, plan, tokens, weights))
     folded = config is not source_config
-    model, tokenizer = load(source, dtype, offload_folder=work / f"offload-{place()[0]}", whole=folded)
+    model, tokenizer = load(
+        source, dtype, offload_folder=work / f"offload-{place()[0]}", whole=folded, progress=progress
+    )
     before = _bytes_per_token(model, plan, config)
     if plan.method.coded:
         before *= 2 / model.dtype.itemsize  # the unit of the budget is the cache with 16 bits
@@ -159,10 +163,20 @@ def preview(
         "bytes_at_context_before": plan.bytes_before(context),
         "bytes_at_context": plan.layout.bytes(plan.shape, context),
         "memory": cost.memory,
-        "result_bytes": sum(parameter.numel() for parameter in weightless(config).parameters()) * kind.itemsize,
+        "result_bytes": kind.itemsize * sum(p.numel() for p in weightless(_largest(config, plan)).parameters()),
         "seconds": cost.seconds,
         **plan.describe(),
     }
+
+
+def _largest(config: Any, plan: Plan) -> Any:
+    """The configuration of the result; of a packed cache with all components, while its bits are not known."""
+    if not plan.method.coded:
+        return latent_config(config, plan.layout, {}, plan.method.form, plan.method.groups)
+    sections, numbers = CODES[plan.method.name].sections, 2 * plan.shape.width
+    tiers = [pair and [[0, 0, numbers // sections]] * sections for pair in plan.layout.ranks]
+    code = {"reading": plan.method.name, "first": FIRST, "recent": RECENT, "tiers": tiers}
+    return compressed_config(config, cache_code=code)
 
 
 def _measure(
@@ -238,7 +252,8 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
     for name, check in (
         ("full_rank", "logit error at full rank"), ("cached", "error of cached decoding in a layer")
     ):  # fmt: skip
-        rows.append((f"largest relative {check}, fp32", "", f"{results['self_check'][name]:.1e}"))
+        precision = "fp64" if name == "cached" and "tiers" in config else "fp32"
+        rows.append((f"largest relative {check}, {precision}", "", f"{results['self_check'][name]:.1e}"))
     unit = "16-bit KV cache" if "tiers" in config else "KV cache"
     title = f"{config['model']} with {after / before:.0%} of its {unit}"
     header = ("measured", "original", "compressed")

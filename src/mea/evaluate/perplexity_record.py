@@ -61,9 +61,9 @@ def perplexity_record(
     join()
     read, read_as, losses = reading_in(cache_bits), None, []
     for name in filter(None, (source, against)):
-        model, tokenizer = load(name, dtype)
+        model, tokenizer = load(name, dtype, progress=progress)
         dtype = dtype_name(model)  # `against` has the same
-        ids, what = encode_source(tokenizer, text, tokens), f"perplexity of {name}"
+        ids, what = encode_source(tokenizer, text, tokens), f"perplexity of {Path(name).name}"
         if losses and read_as != (start_token(tokenizer), ids.tolist()):
             raise ValueError(
                 f"{source} and {name} read the text as different tokens, so that their perplexities cannot be compared"

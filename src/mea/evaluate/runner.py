@@ -149,7 +149,7 @@ class _Run(NamedTuple):
             record = existing_record(self.out / f"{name}.json", self.suite.kind, fingerprint)
             if record is None:
                 if opened is None:
-                    loaded, tokenizer = load(model.source, self.suite.dtype)
+                    loaded, tokenizer = load(model.source, self.suite.dtype, progress=self.progress)
                     opened = self.suite.open(loaded, tokenizer)
                     facts = {"model": model.source, "label": model.label, "compression": model.compression}
                     facts["parameters"] = loaded.num_parameters()

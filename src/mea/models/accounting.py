@@ -117,16 +117,14 @@ def _keys_values(config: MeaConfig, n: int) -> int:
     """Projections of keys and values and their mixing, without a cache of components."""
     heads, d, h_kv, width = _heads(config), config.head_dim or 0, config.num_key_value_heads or 1, config.hidden_size
     options = config.attention_options or {}
-    if heads.shared:
-        mixing = (4 if heads.frequency else 2) + 2
-        return 2 * n * width * heads.key * d + mixing * n * heads.key * h_kv * d
-    h_c, fold, total = min(heads.key, heads.value), options.get("fold", "auto"), 0
+    values = heads.key if heads.shared else heads.value
+    h_c, fold, total = min(heads.key, values), options.get("fold", "auto"), 0
     cheaper = folding_is_cheaper(n, width, h_c, h_kv)
-    # A norm between components and mixing, as there is for fewer key components, keeps the two apart.
-    apart = bool(options.get("qk_norm")) and h_c < h_kv
+    # A norm between components and mixing, as there is for fewer or shared key components, keeps the two apart.
+    apart = bool(options.get("qk_norm")) and (h_c < h_kv or heads.shared)
     for count, mixed, real, folds in (
         (heads.key, heads.mixed_keys, 4 if heads.frequency else 2, not apart),
-        (heads.value, heads.mixed_values, 2, True),
+        (values, heads.mixed_values, 2, True),
     ):
         if mixed and folds and (fold == "always" or (fold == "auto" and cheaper)):
             total += real * count * h_kv * d * (width + config.attention_bias) + 2 * n * width * h_kv * d

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mea.models.card import MADE_HERE, model_card, origin
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
-from mea.models.loading import load, load_config, no_bars_in_logs
-from mea.models.saving import SHARD_SIZE, check_output, complete_folder, unfinished, writing
+from mea.models.loading import hidden_bars, load, load_config
+from mea.models.saving import SHARD_SIZE, complete_folder, writing
 from mea.names import escaped
+from mea.paths import check_output, unfinished
 
 ZERO = 1e-6  # of a matrix's largest number: what rounding leaves
 INSTEAD = "serve it with mea's plugin for vLLM, or compress with --method gqa-mean and train the result (mea recover)"
@@ -46,7 +47,7 @@ def export(source: str, out: str | Path) -> None:
     work = unfinished(out)
     model, tokenizer = load(source)
     stock = stock_heads(model)
-    with writing(out, work, "*"), complete_folder(out, work) as folder, no_bars_in_logs():
+    with writing(out, work, "*"), complete_folder(out, work) as folder, hidden_bars():
         stock.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(_card(source, config, stock), encoding="utf-8")

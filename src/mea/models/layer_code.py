@@ -80,7 +80,7 @@ class PredictiveCode(_Code):
         Of keys before RoPE, and of values.
     """
 
-    reading = "predictive"
+    reading, sections = "predictive", 2
 
     def __init__(self, num_kv_heads: int, head_dim: int, tiers: list[list[int]]):
         super().__init__()
@@ -195,7 +195,7 @@ class JointCode(_Code):
         Of keys before RoPE, and of values.
     """
 
-    reading = "joint"
+    reading, sections = "joint", 1
 
     def __init__(self, num_kv_heads: int, head_dim: int, tiers: list[list[int]]):
         super().__init__()

@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 import torch
 from accelerate import infer_auto_device_map
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
 from mea.models.gate import check_folder, check_gguf, check_tokenizer, explain
@@ -25,6 +25,8 @@ from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.names import DTYPES
 from mea.ops.device import free_memory, used_device
 from mea.ops.precision import named_dtype
+from mea.paths import check_model
+from mea.records import Progress
 
 MEMORY_SHARE = 0.7  # of the free memory of a device or in RAM, for weights
 
@@ -86,7 +88,11 @@ def _read_tokenizer(source: str, folder: str, gguf: str | None) -> Any:
 
 
 def load(
-    source: str, dtype: str = "auto", offload_folder: str | os.PathLike | None = None, whole: bool = False
+    source: str,
+    dtype: str = "auto",
+    offload_folder: str | os.PathLike | None = None,
+    whole: bool = False,
+    progress: Progress | None = None,
 ) -> tuple[Any, Any]:
     """Load a causal language model and its tokenizer, onto the device of `mea.ops.device.use_device`.
 
@@ -105,6 +111,8 @@ def load(
     whole
         Refuse a model that does not fit into the memory of the device as a whole, as for training; a GGUF file always
         has to.
+    progress
+        Called when the weights begin to load and when they are there, instead of transformers' bar.
 
     Raises
     ------
@@ -121,8 +129,12 @@ def load(
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` refuses them by name
     try:
         options |= _placed(config, options["dtype"], offload_folder, whole or gguf is not None)
-        with no_bars_in_logs():
+        if progress:
+            progress(f"loading {Path(source).name}", 0, 0)
+        with hidden_bars(hide=progress is not None):
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
+        if progress:
+            progress(f"loading {Path(source).name}", 1, 1)
     except Exception as error:
         raise ValueError(f"cannot load the weights of {source}: {_explain(error, folder, gguf)}") from error
     model, info = loaded
@@ -137,9 +149,11 @@ def load(
 
 
 @contextmanager
-def no_bars_in_logs() -> Iterator[None]:
-    """Hide transformers' progress bars where they would fill a log: where stderr is no terminal."""
-    hidden = logging.is_progress_bar_enabled() and not sys.stderr.isatty()
+def hidden_bars(hide: bool = False) -> Iterator[None]:
+    """Hide transformers' progress bars, at least where they would fill a log: where stderr is no terminal."""
+    hidden = logging.is_progress_bar_enabled() and (hide or not sys.stderr.isatty())
+    gguf: Any = modeling_gguf_pytorch_utils
+    gguf.tqdm = logging.tqdm  # which heeds the switch; the module's own does not
     if hidden:
         logging.disable_progress_bar()
     try:
@@ -242,15 +256,7 @@ def locate(source: str) -> tuple[str, str | None]:
     if path.is_dir():
         check_folder(path)
         return str(path), None
-    first = path.parts[0] if len(path.parts) > 1 else ""
-    if (
-        path.suffix == ".gguf"
-        or path.is_absolute()
-        or source.startswith((".", "~"))
-        or source.count("/") > 1
-        or (first and Path(first).is_dir())
-    ):
-        raise ValueError(f"{source} does not exist: there is no such folder or file")
+    check_model(source)
     return source, None
 
 

@@ -11,27 +11,11 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
-from mea.models.loading import no_bars_in_logs
+from mea.models.loading import hidden_bars
+from mea.paths import check_output
 from mea.records import Record, write_record
 
 SHARD_SIZE = "4GB"  # a shard is in memory as a whole while it is written
-
-
-def unfinished(out: Path) -> Path:
-    """The folder of what is kept of an output folder until that is complete."""
-    return out.with_name(f"{out.name}.partial")
-
-
-def check_output(out: Path) -> None:
-    """Refuse an output path that exists and is not an empty folder.
-
-    Raises
-    ------
-    ValueError
-        The folder is not empty, or is no folder.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder; choose another, or remove it first")
 
 
 def not_written(path: Path, error: Exception) -> OSError:
@@ -147,7 +131,7 @@ def save_folder(
         As `complete_folder`.
     """
     with complete_folder(out, work) as folder:
-        with no_bars_in_logs():
+        with hidden_bars():
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")

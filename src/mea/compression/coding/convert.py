@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -59,8 +59,11 @@ def check_codes(
     tokens: Int[Tensor, "n t"],
     readings: Sequence[Reading | None],
     codes: Sequence[LayerCode | None],
+    advance: Callable[[int], None] = lambda _layer: None,
 ) -> dict[str, float]:
     """The two checks of every conversion, on a few tokens; `full_rank` and `cached` errors.
+
+    `advance` is called with the layer that begins.
 
     1. With all components and without rounding, the logits are the original's, in fp32.
     2. In every layer, attention token by token over the packed cache equals the pass over all tokens at once, in fp64:
@@ -75,7 +78,8 @@ def check_codes(
     inputs = walk.inputs(ids.shape[1])
     original = full = chosen = walk.embed(ids).float()
     cached = 0.0
-    for layer, reading, code, given in zip(walk.layers, readings, codes, inputs, strict=True):
+    for index, (layer, reading, code, given) in enumerate(zip(walk.layers, readings, codes, inputs, strict=True)):
+        advance(index)
         loaded = resident(layer)
         original = loaded(original, **given.options)
         if reading is None or code is None:

@@ -1,6 +1,6 @@
 """Fit the codes of all layers to a budget: bits by one threshold, then encoders and decoders."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
@@ -148,10 +148,16 @@ class Predictive:
 READINGS: dict[str, type[Reading]] = {"predictive": Predictive, "joint": Joint}
 
 
-def fit_codes(readings: Sequence[Reading | None], tokens: Sequence[int], bits: int) -> list[LayerCode | None]:
+def fit_codes(
+    readings: Sequence[Reading | None],
+    tokens: Sequence[int],
+    bits: int,
+    advance: Callable[[int, int], None] = lambda _round, _layer: None,
+) -> list[LayerCode | None]:
     """Codes of all layers that take at most `bits`, if layer ``i`` codes ``tokens[i]`` tokens.
 
-    A layer without a reading stays ordinary, one without tokens to code gets the most bits.
+    A layer without a reading stays ordinary, one without tokens to code gets the most bits. `advance` is called with
+    the round, from 1, and the layer that begin.
 
     Raises
     ------
@@ -160,10 +166,11 @@ def fit_codes(readings: Sequence[Reading | None], tokens: Sequence[int], bits: i
     """
     used = [(reading, max(1, count)) for reading, count in zip(readings, tokens, strict=True) if reading is not None]
     tiers: list[Tiers] = []
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
         sections = [Section(losses.cpu(), count) for reading, count in used for losses in reading.sections()]
         tiers = allocate(sections, bits)
-        for reading, own in zip([reading for reading, _ in used], _by_layer(used, tiers), strict=True):
+        for index, ((reading, _), own) in enumerate(zip(used, _by_layer(used, tiers), strict=True)):
+            advance(number, index)
             reading.update(own)
     codes = iter([reading.code(own) for (reading, _), own in zip(used, _by_layer(used, tiers), strict=True)])
     return [None if reading is None else next(codes) for reading in readings]

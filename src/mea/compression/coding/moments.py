@@ -161,6 +161,8 @@ def layer_moments(
         if progress:
             progress("calibrating", done, steps)
 
+    if progress:
+        progress("calibrating", done, steps)
     del skips[: windows * begun]
     for number, rows in enumerate(shares[begun:], start=begun + 1):
         with torch.no_grad():

@@ -2,8 +2,9 @@
 
 import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from jaxtyping import Int
@@ -13,11 +14,14 @@ from mea.compression.budget import CodedLayout
 from mea.compression.calibrate.layerwise import LayerWalk, evaluating
 from mea.compression.checkpoint import FactorStore
 from mea.compression.coding.convert import assemble_coded, check_codes, coded_config
-from mea.compression.coding.fit import READINGS, LayerCode, Reading, fit_codes
+from mea.compression.coding.fit import READINGS, ROUNDS, LayerCode, Reading, fit_codes
 from mea.compression.coding.moments import LayerMoments, layer_moments
 from mea.compression.plan import Plan
 from mea.compression.result import Compressed
 from mea.records import Progress
+
+PARTS = ROUNDS + 2  # of a plan: its readings, the rounds of its bits, and its check
+Advance = Callable[[int, int], None]  # called with the part and the layer that begin
 
 
 def code_plans(
@@ -46,20 +50,27 @@ def code_plans(
         shared, results = time.perf_counter() - start, []
         made: tuple[Any, list[Reading | None]] = (None, [])
         for plan in plans:
-            start = time.perf_counter()
-            kind = plan.method.name, plan.layout.ranks
+            start, kind = time.perf_counter(), (plan.method.name, plan.layout.ranks)
+
+            def advance(part: int, layer: int, name: str = plan.method.name) -> None:
+                if progress:
+                    before = PARTS * len(results) + part
+                    total = PARTS * len(plans) * len(moments)
+                    progress(f"choosing bits and checking ({name})", before * len(moments) + layer, total)
+
             if made[0] != kind:  # plans of one kind differ in their bits only
-                made = kind, _readings(plan, moments)
-            if progress:
-                progress(f"choosing bits and checking ({plan.method.name})", len(results), len(plans))
-            result = _coded(walk, tokens, plan, [copy.copy(reading) for reading in made[1]])
+                made = kind, _readings(plan, moments, advance)
+            result = _coded(walk, tokens, plan, [copy.copy(reading) for reading in made[1]], advance)
             results.append(replace(result, seconds=shared + time.perf_counter() - start))
     return results
 
 
-def _readings(plan: Plan, moments: Sequence[LayerMoments]) -> list[Reading | None]:
-    kind = READINGS[plan.method.name]
-    return [None if pair is None else kind(found) for pair, found in zip(plan.layout.ranks, moments, strict=True)]
+def _readings(plan: Plan, moments: Sequence[LayerMoments], advance: Advance) -> list[Reading | None]:
+    kind, readings = READINGS[plan.method.name], []
+    for index, (pair, found) in enumerate(zip(plan.layout.ranks, moments, strict=True)):
+        advance(0, index)
+        readings.append(None if pair is None else kind(found))
+    return readings
 
 
 def _moments(
@@ -79,15 +90,21 @@ def _moments(
     return moments
 
 
-def _coded(walk: LayerWalk, tokens: Int[Tensor, "n t"], plan: Plan, readings: Sequence[Reading | None]) -> Compressed:
+def _coded(
+    walk: LayerWalk,
+    tokens: Int[Tensor, "n t"],
+    plan: Plan,
+    readings: Sequence[Reading | None],
+    advance: Advance,
+) -> Compressed:
     """One plan carried out, without its time; the readings change."""
     layout, name = plan.layout, plan.method.name
     assert isinstance(layout, CodedLayout)
     room = layout.budget - layout.exact_bytes(plan.shape, layout.context)
-    codes = fit_codes(readings, layout.coded_tokens(plan.shape), 8 * room)
+    codes = fit_codes(readings, layout.coded_tokens(plan.shape), 8 * room, advance)
     plan = replace(plan, layout=replace(layout, tiers=_tiers(codes)))
     config = coded_config(walk.model.config, name, (layout.first, layout.recent), codes, plan.describe())
-    errors = check_codes(walk, tokens, readings, codes)
+    errors = check_codes(walk, tokens, readings, codes, partial(advance, PARTS - 1))
     model = assemble_coded(walk.model, codes, config)
     return Compressed(model, plan, [0.0 if code is None else code.loss for code in codes], errors, 0.0)
 

@@ -14,10 +14,11 @@ from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ra
 from mea.models.card import model_card, origin
 from mea.models.loading import load, load_config, load_tokenizer, weightless, weights_fingerprint
 from mea.models.processes import join, place, wait
-from mea.models.saving import check_output, save_folder, unfinished, writing
+from mea.models.saving import save_folder, writing
 from mea.names import escaped
 from mea.ops.device import used_device
 from mea.ops.precision import peak_flops
+from mea.paths import check_output, unfinished
 from mea.records import Progress, Record, make_record, write_atomically
 from mea.train.recovery.api import Recovered, check_pair, describe, recover
 from mea.train.recovery.data import overlaps, windows
@@ -184,8 +185,8 @@ def _train(
     progress: Progress | None,
 ) -> list[Recovered]:
     """The results of the stages; each begins with the best state of the stage before."""
-    model = load(source, "float32", whole=True)[0]
-    teacher = load(original, "float32", whole=True)[0] if original else None
+    model = load(source, "float32", whole=True, progress=progress)[0]
+    teacher = load(original, "float32", whole=True, progress=progress)[0] if original else None
     results: list[Recovered] = []
     for number, (settings, (rows, held_out)) in enumerate(zip(stages, drawn, strict=True), start=1):
         folder = work / f"stage-{number}"
