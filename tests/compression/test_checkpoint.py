@@ -93,7 +93,7 @@ class Interrupted(Exception):
 
 def interrupt(saved: Path, out: Path, calibration: Calibration, after: int = 1, **changes: Any) -> None:
     def stop(what: str, done: int, of: int) -> None:
-        if done == after:
+        if done == after and not what.startswith("loading"):
             raise Interrupted
 
     with pytest.raises(Interrupted):

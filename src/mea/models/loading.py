@@ -127,16 +127,16 @@ def load(
     else:
         options |= {"use_safetensors": True}
     options |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # `_check_loaded` refuses them by name
+    if progress:
+        progress(f"loading {Path(source).name}", 0, 0)
     try:
         options |= _placed(config, options["dtype"], offload_folder, whole or gguf is not None)
-        if progress:
-            progress(f"loading {Path(source).name}", 0, 0)
         with hidden_bars(hide=progress is not None):
             loaded: Any = AutoModelForCausalLM.from_pretrained(folder, **options)
-        if progress:
-            progress(f"loading {Path(source).name}", 1, 1)
     except Exception as error:
         raise ValueError(f"cannot load the weights of {source}: {_explain(error, folder, gguf)}") from error
+    if progress:
+        progress(f"loading {Path(source).name}", 1, 1)
     model, info = loaded
     _check_loaded(source, model, info)
     # A dequantised model is an ordinary model, and these entries cannot be saved.
