@@ -135,7 +135,7 @@ def test_bits_on_top_of_codes_are_refused_before_weights_are_read(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for module in (perplexity_record, runner):
-        monkeypatch.setattr(module, "load", lambda *_: pytest.fail("weights were loaded"))
+        monkeypatch.setattr(module, "load", lambda *_, **__: pytest.fail("weights were loaded"))
     message = "compressed already, .* leave out cache bits"
     with pytest.raises(ValueError, match=message):
         perplexity_record.perplexity_record(str(folder), cache_bits=4)

@@ -70,7 +70,7 @@ def compared(folders, plan, tmp_path_factory):
 @pytest.fixture
 def unloaded(monkeypatch):
     """Weights must not be read."""
-    monkeypatch.setattr(runner, "load", lambda *_: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(runner, "load", lambda *_, **__: pytest.fail("weights were loaded"))
 
 
 @pytest.mark.parametrize("task", MAKERS)
