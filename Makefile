@@ -37,7 +37,8 @@ help: ## Show this list
 setup: $(READY) ## Build the environment in .venv (the other targets do it themselves)
 	@echo "Ready. To try it on SmolLM2-135M:"
 	@echo "  source $(VENV)/bin/activate"
-	@echo "  mea compress $$(find $(VENV)/lib -name 'SmolLM2*.gguf') build/small --dtype bfloat16"
+	@echo "  MODEL=\$$(find $(VENV)/lib -name 'SmolLM2*.gguf')"
+	@echo '  mea compress $$MODEL small --dtype bfloat16'
 
 demo: $(READY) ## Compress a real language model and write a report of what it costs to build/demo
 	@$(BIN)/mea demo --out build/demo
@@ -125,7 +126,7 @@ DOCS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["proje
 
 # torch goes first and alone: another package that asks for "some torch" may otherwise choose a build of several GB.
 $(DEPENDENCIES): pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing into $(VENV) what constraints.txt pins (the first time takes minutes)"
+	@echo "Installing into $(VENV) what constraints.txt pins (minutes, some without output)"
 	@$(PIP) install -c constraints.txt torch | $(BRIEF)
 	@$(PIP) install -c constraints.txt -e '.[dev,eval,gguf,lora,report,scaling,train]' | $(BRIEF)
 	@touch $@

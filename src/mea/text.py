@@ -12,8 +12,8 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mea.arguments import check_text
 from mea.names import TEXTS
-from mea.paths import check_text
 
 STRETCH = 512  # tokens: as many as are refined and recovered on in one piece
 LEAST = 8  # tokens: a shorter stretch has no room for a copy

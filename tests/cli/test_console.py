@@ -17,3 +17,13 @@ def test_an_interruption_says_what_is_kept(said, printed, capsys):
         command()
     assert stop.value.exit_code == 130
     assert capsys.readouterr().err == f"interrupted; {printed}\n"
+
+
+def test_a_command_without_state_starts_again(capsys):
+    @friendly
+    def perplexity():
+        raise KeyboardInterrupt
+
+    with pytest.raises(typer.Exit):
+        perplexity()
+    assert capsys.readouterr().err == "interrupted; the same command starts again\n"

@@ -3,6 +3,7 @@
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from mea.evaluate import perplexity_record
 from mea.evaluate.perplexity import perplexity, ratio, token_losses
 from mea.records import read_record
 from mea.report.sections.comparison_rows import with_error
@@ -55,7 +56,8 @@ def test_mistakes_are_one_line(mea, models_, text, options, message):
     assert result.stderr.splitlines()[-1].startswith("error: ")
 
 
-def test_models_of_different_tokens_are_not_compared(mea, models_, text):
+def test_models_of_different_tokens_are_refused_before_any_is_loaded(mea, models_, text, monkeypatch):
+    monkeypatch.setattr(perplexity_record, "load", None)
     result = mea("perplexity", models_["a"], "--text", text, "--window", 64, "--against", models_["other"])
     assert result.exit_code == 2
     assert "read the text as different tokens" in result.stderr

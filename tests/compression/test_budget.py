@@ -9,13 +9,13 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from compression.small import planned
+from mea.arguments import parse_budget
 from mea.compression.budget import (
     CacheShape,
     Layout,
     Step,
     layout_for_bytes,
     layout_for_keep,
-    parse_budget,
     preset_layout,
     read_layout,
 )

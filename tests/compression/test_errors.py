@@ -138,7 +138,7 @@ def test_calibration_that_cannot_be(refused: Any, tmp_path: Path) -> None:
     short.write_text("too little of it. " * 20)
     text = refused(calibration=Calibration(str(short), tokens=1024, window=64))
     assert "has 360 tokens, and the calibration needs 16 windows of 64" in text
-    assert "a longer text, or fewer tokens" in text
+    assert "a longer text, or fewer calibration tokens" in text
     assert "longer than the model's context of 512" in refused(calibration=Calibration(tokens=4096, window=1024))
     with pytest.raises(ValueError, match="at least 4 windows of at least 64 tokens, not 100"):
         Calibration(tokens=100, window=64)

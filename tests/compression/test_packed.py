@@ -165,3 +165,10 @@ def test_the_planned_size_of_lower_ranks_is_exact(long_model: Path, calibration:
     compress_to_folder(str(long_model), tmp_path / "out", measure_tokens=0, **options)
     saved = sum(parameter.numel() * 4 for parameter in load(str(tmp_path / "out"))[0].parameters())
     assert preview(str(long_model), **options)["result_bytes"] == saved
+
+
+def test_a_budget_above_8_bits_is_planned_as_what_it_gives(long_model: Path, calibration: Any, tmp_path: Path) -> None:
+    plan = preview(str(long_model), keep=0.9, calibration=calibration)
+    record = compress_to_folder(str(long_model), tmp_path / "out", keep=0.9, calibration=calibration, measure_tokens=0)
+    assert record["config"]["tiers"] == [[[32, 0, 0], [32, 0, 0]]] * 3
+    assert record["results"]["cache_bytes_per_token"] == pytest.approx(plan["bytes_per_token"], abs=1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from fuzz.mutations import Ground, examples, gguf_bytes, gguf_parts, mutated_bytes, mutated_gguf, mutated_text
 from fuzz.mutations import small_records as records
+from mea.arguments import parse_budget
 from mea.compression.budget import (
     CacheShape,
     Step,
@@ -18,7 +19,6 @@ from mea.compression.budget import (
     coded_layout_for_bytes,
     layout_for_bytes,
     layout_for_keep,
-    parse_budget,
     preset_layout,
 )
 from mea.report.schema import check_fields

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from mea.arguments import check_model, check_text
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, RANKED_KEEPS, listed
-from mea.paths import check_model, check_text
 
 EXAMPLES = (
     "mea compare MODEL OUT --method predictive --keep 0.2 --keep 0.1",

@@ -5,10 +5,20 @@ from typing import Annotated, Any
 
 import typer
 
+from mea.arguments import check_budget, check_model, check_output, check_text, unfinished
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
-from mea.names import BASELINES, CODED_METHODS, DEFAULT_METHOD, LAYOUTS, METHODS, WHOLE_HEAD_METHODS, listed, size
-from mea.paths import check_model, check_output, check_text, unfinished
+from mea.names import (
+    BASELINES,
+    CODED_METHODS,
+    DEFAULT_METHOD,
+    LAYOUTS,
+    METHODS,
+    WHOLE_HEAD_METHODS,
+    did_you_mean,
+    listed,
+    size,
+)
 
 EXAMPLES = (
     "mea compress MODEL OUT --keep 0.2",
@@ -70,8 +80,9 @@ def compress(
         what = "a baseline, which mea compare measures" if baseline else "no method"
         raise ValueError(
             f"{method} is {what}: give {listed(CODED_METHODS)}, which lose least at equal bytes, or a whole-head "
-            f"method ({listed(WHOLE_HEAD_METHODS)})"
+            f"method ({listed(WHOLE_HEAD_METHODS)}){'' if baseline else did_you_mean(method, METHODS)}"
         )
+    check_budget(keep, budget, layout)
     check_model(model)
     check_text(calibration_text)
     if not dry_run:
@@ -90,24 +101,21 @@ def compress(
         output.print(plan_table(plan))
         return
     if SPEAKS:
-        errors.print(summary(plan), highlight=False, soft_wrap=True)
+        errors.print(summary(plan, keep), highlight=False, soft_wrap=True)
         if (kept := unfinished(out)).is_dir():
-            errors.print(
-                f"continuing from what an interrupted run kept in {kept}: the time left is shown below",
-                highlight=False,
-                soft_wrap=True,
-            )
+            errors.print(f"{kept} holds an interrupted run: the same settings continue there", soft_wrap=True)
     with progress() as report:
         record = compress_to_folder(model, out, options, dtype=dtype, measure_tokens=measure, progress=report)
     output.print(compression_table(record, str(out)))
 
 
-def summary(plan: dict[str, Any]) -> str:
-    """The plan of a compression in one line, from `mea.compression.preview`."""
+def summary(plan: dict[str, Any], keep: float | None) -> str:
+    """The plan of a compression that was to `keep` a fraction, in one line, from `mea.compression.preview`."""
     before, after = plan["bytes_per_token_before"], plan["bytes_per_token"]
     unit = "16-bit cache" if "tiers" in plan else "cache"
+    most = ", the most of a packed cache" if "tiers" in plan and after / before < (keep or 0) - 0.01 else ""
     return (
-        f"{plan['method']}: keep {after / before:.0%} of the {unit}, {before:,} -> {after:,} bytes per token; "
+        f"{plan['method']}: keep {after / before:.0%} of the {unit}{most}, {before:,} -> {after:,} bytes per token; "
         f"calibrate on {plan['calibration_tokens']:,} tokens, in about "
         f"{plan['seconds'] / 60:,.1f} min on this machine, before checks and measurement; "
         f"result of about {size(plan['result_bytes'])} ({plan['dtype']})"

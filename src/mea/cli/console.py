@@ -19,6 +19,7 @@ from mea.records import Progress
 SPEAKS = os.environ.get("RANK", "0") == "0"  # of the processes of torchrun, only the first prints results
 output, errors = Console(markup=False, quiet=not SPEAKS), Console(stderr=True, markup=False)
 USER_ERROR = 2  # exit code of errors that the user can fix
+STATELESS = ("generate", "export", "perplexity", "report", "fit")  # commands of which an interrupted run keeps nothing
 LINE_SECONDS = 15.0  # between two lines of progress if stderr is no terminal
 
 
@@ -36,7 +37,8 @@ def friendly(command: Callable[..., Any]) -> Callable[..., Any]:
             errors.print(Text.assemble(("error: ", "bold red"), _one_line(error)), soft_wrap=True)
             raise typer.Exit(USER_ERROR) from None
         except KeyboardInterrupt as stop:
-            said = str(stop) or "the same command continues from what was finished"
+            kept = command.__name__ not in STATELESS
+            said = str(stop) or f"the same command {'continues from what was finished' if kept else 'starts again'}"
             errors.print(f"interrupted; {said}", soft_wrap=True)
             raise typer.Exit(130) from None
 

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
+from mea.arguments import check_model
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import CACHE_BITS, SUITES, listed
-from mea.paths import check_model
 
 EXAMPLES = (
     "mea eval COMPRESSED --against MODEL --suite zero-shot",

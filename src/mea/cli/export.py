@@ -5,9 +5,9 @@ from typing import Annotated
 
 import typer
 
+from mea.arguments import check_model, check_output
 from mea.cli import options as shared
 from mea.cli.console import output
-from mea.paths import check_model, check_output
 
 EXAMPLES = (
     "mea export OUT STOCK",

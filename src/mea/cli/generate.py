@@ -1,12 +1,13 @@
 """``mea generate``."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mea.arguments import check_model
 from mea.cli import options as shared
 from mea.cli.console import errors
-from mea.paths import check_model
 
 EXAMPLES = (
     "mea generate MODEL --prompt 'Once upon a time' --cache-bits 8",
@@ -51,11 +52,11 @@ def generate(
     for source in filter(None, (model, against)):
         check_cache_bits(source, cache_bits)
     for source in filter(None, (model, against)):
-        with errors.status(f"loading {source}"):
-            loaded, tokenizer = load(source, dtype)
+        with errors.status(f"loading {Path(source).name}"):
+            loaded, tokenizer = load(source, dtype, progress=lambda *_: None)  # without transformers' bar
         dtype = dtype_name(loaded)  # the other model has the same
         if against:
-            typer.echo(f"--- {source}")
+            typer.echo(f"--- {Path(source).name}")
         answer = continue_prompt(
             loaded,
             tokenizer,

@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from mea.arguments import check_model, check_text
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, output, progress
 from mea.names import TEXTS
-from mea.paths import check_model, check_text
 
 EXAMPLES = (
     "mea perplexity MODEL --text technical --tokens 8192",

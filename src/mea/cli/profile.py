@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from mea.arguments import check_model, check_text
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import BASELINES
-from mea.paths import check_model, check_text
 
 EXAMPLES = (
     "mea profile MODEL profile.json",

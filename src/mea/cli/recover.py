@@ -5,10 +5,10 @@ from typing import Annotated
 
 import typer
 
+from mea.arguments import check_model, check_output, check_text
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
 from mea.names import DEFAULT_STAGE, STAGES, TRAINED, listed
-from mea.paths import check_model, check_output, check_text
 
 EXAMPLES = (
     "mea recover COMPRESSED OUT --original MODEL --text FILE",

@@ -6,11 +6,11 @@ the cache of the real model.
 """
 
 import math
-import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from mea.arguments import check_keep
 from mea.models.packed_cache import packed_tokens
 from mea.names import LAYOUTS as PRESETS
 from mea.names import size
@@ -20,7 +20,6 @@ from mea.records import read_json
 Ranks = tuple[int, int] | None
 CONTEXT = 8192  # tokens at which a packed cache keeps its promise of bytes
 FIRST, RECENT = 4, 64  # tokens of a packed cache that are exact
-LARGEST = 2**63  # tokens and bytes of a budget
 LEAST_BITS = 0.5  # a number, of codes: below, no model was of use
 
 
@@ -177,7 +176,7 @@ def coded_layout(shape: CacheShape, keep: float, context: int, layers: range | N
     ValueError
         `keep` is not a fraction, or exact tokens alone take more.
     """
-    _check_keep(keep)
+    check_keep(keep)
     count, width = len(shape.windows), shape.width
     coded = set(range(count) if layers is None else layers)
     ranks = tuple((width, width) if layer in coded else None for layer in range(count))
@@ -199,11 +198,6 @@ def coded_layout_for_bytes(shape: CacheShape, context: int, budget: int) -> Code
     return _with_room(CodedLayout(ranks, budget, context), shape, f"{size(budget)} for {context:,} tokens")
 
 
-def _check_keep(keep: float) -> None:
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep is the fraction of the cache's bytes to keep, above 0 and at most 1, not {keep}")
-
-
 def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout:
     exact = layout.exact_bytes(shape, layout.context)
     tokens = sum(count for count, pair in zip(layout.coded_tokens(shape), layout.ranks, strict=True) if pair)
@@ -216,7 +210,11 @@ def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout
             f"cache ({layout.first} first and {layout.recent} newest tokens exact, {LEAST_BITS} bits per number for "
             "the others); allow more bytes or a longer context"
         )
-    return layout
+    n = shape.width
+    most = exact + tokens * max(
+        token_bytes((2 * n, 0, 0)), 2 * token_bytes((n, 0, 0))
+    )  # 8 bits, in one or two sections
+    return replace(layout, budget=min(layout.budget, most))
 
 
 @dataclass(frozen=True)
@@ -247,28 +245,6 @@ class Step:
         return self.size * (2 if self.paired else 1)
 
 
-def parse_budget(text: str) -> tuple[int, int]:
-    """Read ``"64k tokens in 2 GiB"`` as ``(context in tokens, bytes)``.
-
-    Raises
-    ------
-    ValueError
-        The text has another form.
-    """
-    number = r"(\d+(?:\.\d+)?)"
-    pattern = rf"\s*{number}\s*([kKmM]?)\s*(?:tokens?)?\s+in\s+{number}\s*(?:([kKmMgGtT])(i?))?[bB]\s*"
-    match = re.fullmatch(pattern, text)
-    if not match:
-        raise ValueError(f"a budget reads like '64k tokens in 2 GiB' or '8192 in 100 MB', not {text!r}")
-    count, scale, amount, unit, binary = match.groups()
-    tokens = float(count) * {"": 1, "k": 1024, "m": 1024**2}[scale.lower()]  # infinite, of too many digits
-    base = 1024 if binary else 1000
-    size = float(amount) * base ** " kmgt".index((unit or " ").lower())
-    if not (1 <= tokens <= LARGEST and 1 <= size <= LARGEST):
-        raise ValueError(f"a budget needs from 1 to 2^63 tokens and bytes, not {text!r}")
-    return int(tokens), int(size)
-
-
 def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | None = None) -> Layout:
     """The largest equal ranks with at most a fraction `keep` of the uncompressed bytes of `layers`, at any length.
 
@@ -277,7 +253,7 @@ def layout_for_keep(shape: CacheShape, keep: float, step: Step, layers: range | 
     ValueError
         `keep` is not a fraction, or no layout is that small.
     """
-    _check_keep(keep)
+    check_keep(keep)
     layers = range(len(shape.windows)) if layers is None else layers
     numbers = int(2 * shape.width * keep * len(layers) + 1e-9)
     spread = _spread(shape, numbers, [1] * len(layers), step, f"keep {keep:g}", _shortest_first(shape, layers))

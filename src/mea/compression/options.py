@@ -5,6 +5,7 @@ from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
+from mea.arguments import check_budget
 from mea.compression.calibrate.text import Calibration
 from mea.names import DEFAULT_METHOD, did_you_mean, listed
 
@@ -83,8 +84,7 @@ class CompressOptions:
     refine: Refinement | int = 0
 
     def __post_init__(self) -> None:
-        if self.budget is not None and (self.keep is not None or self.layout is not None):
-            raise ValueError("give one budget: keep, budget (bytes at a context length) or layout")
+        check_budget(self.keep, self.budget, self.layout)
 
     @classmethod
     def of(cls, options: "CompressOptions | None", fields: dict[str, Any]) -> "CompressOptions":

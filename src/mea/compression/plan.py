@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mea.arguments import parse_budget
 from mea.compression.budget import (
     CONTEXT,
     PRESETS,
@@ -15,7 +16,6 @@ from mea.compression.budget import (
     coded_layout_for_bytes,
     layout_for_bytes,
     layout_for_keep,
-    parse_budget,
     preset_layers,
     preset_layout,
     read_layout,

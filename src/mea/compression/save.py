@@ -9,6 +9,7 @@ from typing import Any
 from jaxtyping import Int
 from torch import Tensor
 
+from mea.arguments import check_output, unfinished
 from mea.compression.api import run_plans
 from mea.compression.budget import FIRST, RECENT, CodedLayout
 from mea.compression.calibrate.layerwise import LayerWalk
@@ -29,7 +30,6 @@ from mea.models.loading import load, load_config, load_tokenizer, resolve_dtype,
 from mea.models.processes import join, place, wait
 from mea.models.saving import save_folder, writing
 from mea.names import escaped
-from mea.paths import check_output, unfinished
 from mea.records import Progress, make_record, mean_bits
 
 CACHE_TOKENS = 256
@@ -232,7 +232,7 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
     method = ", ".join(f"{name} `{config[name]}`" for name in ("method", "weighting") if name in config)
     summary = (
         f"Compressed with mea {record['versions'].get('mea', '')}: {method}, calibrated on "
-        f"{config['calibration_tokens']:,} tokens of {escaped(config['calibration_text'])}"
+        f"{config['calibration_tokens']:,} tokens of the text `{escaped(config['calibration_text'])}`"
         f"{f', {fraction:.0%} of the windows with repeated spans' if fraction else ''}, no training."
     )
     rows = [(f"cache bytes per token ({config['dtype']})", f"{before:,.0f}", f"{after:,.0f}")]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mea.evaluate.perplexity import block_means, perplexity, ratio, text_losses
 from mea.evaluate.through_cache import check_cache_bits, reading_in
-from mea.models.loading import dtype_name, load
+from mea.models.loading import dtype_name, load, load_config, load_tokenizer
 from mea.models.processes import join
 from mea.records import Progress, Record, make_record
 from mea.text import encode_source, load_text, start_token
@@ -59,21 +59,25 @@ def perplexity_record(
     check_cache_bits(source, cache_bits)
     load_text(text)  # an error before any model is loaded
     join()
-    read, read_as, losses = reading_in(cache_bits), None, []
-    for name in filter(None, (source, against)):
+    names, read_as = [name for name in (source, against) if name], []
+    for name in names:
+        load_config(name)
+        tokenizer = load_tokenizer(name)
+        read_as.append((start_token(tokenizer), encode_source(tokenizer, text, tokens).tolist()))
+    if read_as[0] != read_as[-1]:
+        raise ValueError(
+            f"{source} and {against} read the text as different tokens, so that their perplexities cannot be compared"
+        )
+    read, losses = reading_in(cache_bits), []
+    for name in names:
         model, tokenizer = load(name, dtype, progress=progress)
         dtype = dtype_name(model)  # `against` has the same
         ids, what = encode_source(tokenizer, text, tokens), f"perplexity of {Path(name).name}"
-        if losses and read_as != (start_token(tokenizer), ids.tolist()):
-            raise ValueError(
-                f"{source} and {name} read the text as different tokens, so that their perplexities cannot be compared"
-            )
-        read_as = start_token(tokenizer), ids.tolist()
         losses.append(text_losses(model, tokenizer, ids, window, what=what, read=read, progress=progress, shared=True))
         read = None  # `against` is read at once
         del model
-    names = [name and (Path(name).name if Path(name).exists() else name) for name in (source, against)]
-    config = {"model": names[0], "against": names[1], "text": text, "window": window, "tokens": tokens, "dtype": dtype}
+    told = [name and (Path(name).name if Path(name).exists() else name) for name in (source, against)]
+    config = {"model": told[0], "against": told[1], "text": text, "window": window, "tokens": tokens, "dtype": dtype}
     if cache_bits is not None:
         config["cache_bits"] = cache_bits
     samples = {"block_losses": block_means(losses[0])}

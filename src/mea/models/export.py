@@ -12,12 +12,12 @@ import torch
 import transformers
 from torch import Tensor
 
+from mea.arguments import check_output, unfinished
 from mea.models.card import MADE_HERE, model_card, origin
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.models.loading import hidden_bars, load, load_config
 from mea.models.saving import SHARD_SIZE, complete_folder, writing
 from mea.names import escaped
-from mea.paths import check_output, unfinished
 
 ZERO = 1e-6  # of a matrix's largest number: what rounding leaves
 INSTEAD = "serve it with mea's plugin for vLLM, or compress with --method gqa-mean and train the result (mea recover)"

@@ -20,12 +20,12 @@ from accelerate import infer_auto_device_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
+from mea.arguments import check_model
 from mea.models.gate import check_folder, check_gguf, check_tokenizer, explain
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.names import DTYPES
 from mea.ops.device import free_memory, used_device
 from mea.ops.precision import named_dtype
-from mea.paths import check_model
 from mea.records import Progress
 
 MEMORY_SHARE = 0.7  # of the free memory of a device or in RAM, for weights

@@ -11,8 +11,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
+from mea.arguments import check_output
 from mea.models.loading import hidden_bars
-from mea.paths import check_output
 from mea.records import Record, write_record
 
 SHARD_SIZE = "4GB"  # a shard is in memory as a whole while it is written
@@ -131,7 +131,7 @@ def save_folder(
         As `complete_folder`.
     """
     with complete_folder(out, work) as folder:
-        with hidden_bars():
+        with hidden_bars(hide=True):
             model.save_pretrained(folder, max_shard_size=SHARD_SIZE)
         tokenizer.save_pretrained(folder)
         (folder / "README.md").write_text(card, encoding="utf-8")

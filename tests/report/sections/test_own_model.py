@@ -21,7 +21,7 @@ def test_a_compression_shows_what_it_cost_and_what_its_bits_are_spent_on(record)
     (section,) = make_sections([record])
     table, layers = section.parts
     assert section.heading == "Compressed: small"
-    expected = ["predictive, 25 %", "mine.txt", "25.0%", "128", "20.00", "20.50", "1.025 ± 0.002", "1.5"]
+    expected = ["predictive, 25 %", "25.0%", "1.025 ± 0.002", "20.00", "20.50", "128", "mine.txt", "1.5"]
     assert table.table.lines == [expected]
     assert [figure.name for figure in layers.figures] == ["bits-predictive, 25 %", "expected-loss"]
 
@@ -32,7 +32,7 @@ def test_without_a_measured_text_there_is_no_perplexity(record):
     record["config"]["measured_tokens"] = 0
     check_fields(record, "compression.json")
     (section,) = make_sections([record])
-    assert section.parts[0].table.lines[0][4:7] == ["–"] * 3
+    assert section.parts[0].table.lines[0][2:5] == ["–"] * 3
     assert "Perplexity" not in section.parts[0].table.note
 
 

@@ -61,7 +61,7 @@ def calibration_tokens(tokenizer: Any, calibration: Calibration) -> Int[Tensor, 
     if len(rows) < wanted:
         raise ValueError(
             f"{calibration.text} has {len(ids):,} tokens, and the calibration needs {wanted} windows of "
-            f"{calibration.window:,}: give a longer text, or fewer tokens (calibration_tokens)"
+            f"{calibration.window:,}: give a longer text, or fewer calibration tokens"
         )
     chosen = rows[calibration.order(len(rows))[:wanted].sort().values]
     return repeat_spans(chosen, calibration.copy_fraction, calibration.seed)

@@ -14,6 +14,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ PART = 2**30  # most bytes of hidden states that are kept between the two passes
 SHARES = 4  # least number of parts of the text: after each the sums can be kept
 SAMPLE = 2**30  # bytes of keys and values that are kept for fits with rounding
 KEPT_EVERY = 60.0  # seconds between the states from which an interrupted calibration continues
+BACK, HEAD = 3, 5  # times of a backward pass, and of a weight of the output layer in both passes, as forward passes
 RANK = 1e-10  # eigenvalues below this part of the largest are zero
 GAIN = 1e-3  # directions with less than this part of the weights' largest gain may vanish in fp32 products
 
@@ -151,44 +153,54 @@ def layer_moments(
     inputs = walk.inputs(length)
     shares, kind = own.split(windows), f"sums-{rank}-of-{processes}"
     begun, kept_at = _continue(store, kind, sums, generator), time.monotonic()
-    # A step is a layer, forward or backward, or a window through the output layer.
-    done = 2 * len(layers) * begun + sum(map(len, shares[:begun]))
-    steps = 2 * len(layers) * len(shares) + len(own)
+    # In units of a window through a layer; weights are what takes time.
+    through = sum(parameter.numel() for parameter in layers[0].parameters())
+    head = max(1, round(HEAD * walk.model.lm_head.weight.numel() / through))
+    window_steps = (1 + BACK) * len(layers) + head
+    done, steps = sum(map(len, shares[:begun])) * window_steps, len(own) * window_steps
 
-    def advance() -> None:
+    def advance(units: int) -> None:
         nonlocal done
-        done += 1
+        done += units
         if progress:
             progress("calibrating", done, steps)
 
-    if progress:
-        progress("calibrating", done, steps)
+    advance(0)
     del skips[: windows * begun]
-    for number, rows in enumerate(shares[begun:], start=begun + 1):
-        with torch.no_grad():
-            hidden = [walk.embed(rows).float()]
-            for index, layer in enumerate(layers):
-                loaded = resident(layer)
-                hidden.append(
-                    torch.cat([loaded(window, **inputs[index].without_cache) for window in hidden[-1].split(1)])
-                )
-                check_activations(hidden[-1], index, loaded)
-                advance()
-        gradient = walk.loss_gradients(rows, hidden.pop(), generator, skips[: len(rows)], advance)
-        del skips[: len(rows)]
-        for index in reversed(range(len(layers))):
-            states, loaded = hidden.pop(), resident(layers[index])
-            before = []
-            for window, upstream in zip(states.split(1), gradient.split(1), strict=True):
-                parts = _backward(loaded, window, inputs[index], upstream)
-                before.append(parts[0])
-                sums[index].add(parts[1][first:], parts[2][first:], kept)
-            gradient = torch.cat(before)
-            check_finite(gradient, index, "gradients", loaded)
-            advance()
-        if store and number < len(shares) and time.monotonic() - kept_at >= KEPT_EVERY:
-            store.put_state(kind, number, _state(sums, generator))
-            kept_at = time.monotonic()
+    kept_shares = begun
+    try:
+        for number, rows in enumerate(shares[begun:], start=begun + 1):
+            with torch.no_grad():
+                hidden = [walk.embed(rows).float()]
+                for index, layer in enumerate(layers):
+                    loaded = resident(layer)
+                    hidden.append(
+                        torch.cat([loaded(window, **inputs[index].without_cache) for window in hidden[-1].split(1)])
+                    )
+                    check_activations(hidden[-1], index, loaded)
+                    advance(len(rows))
+            gradient = walk.loss_gradients(rows, hidden.pop(), generator, skips[: len(rows)], partial(advance, head))
+            del skips[: len(rows)]
+            for index in reversed(range(len(layers))):
+                states, loaded = hidden.pop(), resident(layers[index])
+                before = []
+                for window, upstream in zip(states.split(1), gradient.split(1), strict=True):
+                    parts = _backward(loaded, window, inputs[index], upstream)
+                    before.append(parts[0])
+                    sums[index].add(parts[1][first:], parts[2][first:], kept)
+                gradient = torch.cat(before)
+                check_finite(gradient, index, "gradients", loaded)
+                advance(BACK * len(rows))
+            if store and number < len(shares) and time.monotonic() - kept_at >= KEPT_EVERY:
+                store.put_state(kind, number, _state(sums, generator))
+                kept_shares, kept_at = number, time.monotonic()
+    except KeyboardInterrupt:
+        if kept_shares:
+            part = sum(map(len, shares[:kept_shares])) / len(own)
+            raise KeyboardInterrupt(
+                f"{part:.0%} of the calibration is kept: the same command continues there"
+            ) from None
+        raise
     moments = [total.result(attention.head_dim) for total in sums]
     for index, found in enumerate(moments):
         layer = resident(layers[index])

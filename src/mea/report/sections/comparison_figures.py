@@ -141,7 +141,7 @@ def _one_of_each(methods: Sequence[Row]) -> list[Row]:
 def bits_by_layer(name: str, config: dict[str, Any]) -> Figure:
     """How many components of each layer have 8, 4, 2 and 0 bits: what the budget was spent on."""
     layers = [layer or [[0, 0, 0]] * 2 for layer in config["tiers"]]
-    parts = ["keys", "values' residual"] if min(map(len, layers)) == 2 else ["keys and values"]
+    parts = ["keys", "values less their prediction from keys"] if min(map(len, layers)) == 2 else ["keys and values"]
     with style(f"bits-{name}"):
         figure, axes = axes_of_a_figure("layer", "components")
         left = [0.0] * len(layers)

@@ -64,11 +64,9 @@ def compression_table(record: Record, out: str) -> TerminalTable:
     config, results = record["config"], record["results"]
     before, after = results["cache_bytes_per_token_before"], results["cache_bytes_per_token"]
     lines = [["cache bytes per token", f"{before:,.0f}", f"{after:,.0f}", f"{after / before:.3f}"]]
-    if "tiers" in config:
-        lines[0][0] += f" at {config['context']:,} tokens, original with 16 bits"
     if "perplexity" in results:
         lines.append([
-            f"perplexity, {config['measured_text']}, {config['measured_tokens']:,} tokens",
+            "perplexity",
             f"{results['perplexity_before']:.2f}",
             f"{results['perplexity']:.2f}",
             with_error(results["perplexity_ratio"], results["perplexity_ratio_error"]),
@@ -79,7 +77,10 @@ def compression_table(record: Record, out: str) -> TerminalTable:
         f"those at full rank, in fp32, and {errors['cached']:.0e} between decoding with the cache and one pass over "
         f"all tokens{', in fp64' if 'tiers' in config else ''}. ± is one standard error."
     )
+    if "perplexity" in results:
+        note = f"Perplexity of the first {config['measured_tokens']:,} tokens of {config['measured_text']}. {note}"
     if "tiers" in config:
+        note = f"Bytes at {config['context']:,} tokens, the original's in 16 bits. {note}"
         bits = mean_bits(config["tiers"], config["numbers"])
         note += " Components of a layer with 8, 4, 2 and 0 bits, on average: " + ", ".join(f"{n:.0f}" for n in bits)
         note += f" (of {config['numbers']:,}); exact are the first {config['first']} and the newest {config['recent']} "

@@ -47,11 +47,11 @@ def _compressed(records: Sequence[Record]) -> Table:
         ]
         lines.append([
             _name(record),
-            config["calibration_text"],
             f"{after / before:.1%}",
-            f"{after:,.0f}",
-            *perplexities,
             with_error(results.get("perplexity_ratio"), results.get("perplexity_ratio_error")),
+            *perplexities,
+            f"{after:,.0f}",
+            config["calibration_text"],
             f"{results['seconds'] / 60:.1f}",
         ])  # fmt: skip
     texts = dict.fromkeys(
@@ -60,18 +60,18 @@ def _compressed(records: Sequence[Record]) -> Table:
         if config["measured_tokens"]
     )
     note = f"Perplexity of {', '.join(texts)}; ± is one standard error. " if texts else ""
-    note += "The cache is a share of the original's; for codes of 8, 4 and 2 bits, of the original's with 16 bits."
+    note += "The cache is a share of the original's, which has 16 bits a number where the result has codes."
     header = [
         "method",
-        "calibrated on",
         "cache",
-        "bytes per token",
+        "perplexity ratio",
         "perplexity before",
         "after",
-        "ratio",
+        "bytes per token",
+        "calibration text",
         "fit, min",
     ]
-    return Table(header, lines, note, texts=2)
+    return Table(header, lines, note)
 
 
 def _trained(records: Sequence[Record]) -> Table:

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
+from mea.arguments import check_output, unfinished
 from mea.evaluate.perplexity import MEASURED_TEXT, measured_text, perplexity, ratio, text_losses
 from mea.models.card import model_card, origin
 from mea.models.loading import load, load_config, load_tokenizer, weightless, weights_fingerprint
@@ -18,7 +19,6 @@ from mea.models.saving import save_folder, writing
 from mea.names import escaped
 from mea.ops.device import used_device
 from mea.ops.precision import peak_flops
-from mea.paths import check_output, unfinished
 from mea.records import Progress, Record, make_record, write_atomically
 from mea.train.recovery.api import Recovered, check_pair, describe, recover
 from mea.train.recovery.data import overlaps, windows
