@@ -295,8 +295,8 @@ def _validate_value(value: Any, name: str, where: str) -> None:
         raise ValueError(f"{where}: {name} is a {type(value).__name__}, which JSON does not have")
 
 
-def mean_bits(tiers: list[Any], numbers: int) -> tuple[float, float, float, float]:
-    """Mean number of components with 8, 4, 2 and 0 bits in the layers of a packed cache, from its record's fields."""
+def mean_bits(tiers: list[Any], numbers: int) -> tuple[int, int, int, int]:
+    """Components with 8, 4, 2 and 0 bits in the mean layer of a packed cache, from its record's fields; all of them."""
     layers = [[sum(section[i] for section in layer) for i in range(3)] for layer in tiers if layer is not None]
-    eight, four, two = (sum(layer[i] for layer in layers) / max(1, len(layers)) for i in range(3))
-    return eight, four, two, max(0.0, numbers - eight - four - two)
+    eight, four, two = (round(sum(layer[i] for layer in layers) / max(1, len(layers))) for i in range(3))
+    return eight, four, two, max(0, numbers - eight - four - two)

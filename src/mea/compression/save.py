@@ -239,7 +239,7 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
     if "tiers" in config:
         rows[0] = (f"cache bytes per token at {config['context']:,} tokens (original with 16 bits)", *rows[0][1:])
         bits = mean_bits(config["tiers"], config["numbers"])
-        rows.append(("components of a layer with 8, 4, 2 and 0 bits, mean", "", ", ".join(f"{n:.0f}" for n in bits)))
+        rows.append(("components of a layer with 8, 4, 2 and 0 bits, mean", "", ", ".join(map(str, bits))))
         exact = f"the first {config['first']} and the newest {config['recent']}"
         rows.append(("tokens that are kept exactly", "all", exact))
     if "perplexity" in results:
@@ -249,9 +249,8 @@ def _card(record: dict[str, Any], fields: dict[str, Any]) -> str:
             f"{results['perplexity']:.2f} "
             f"({results['perplexity_ratio']:.3f} ± {results['perplexity_ratio_error']:.3f} times)",
         ))  # fmt: skip
-    for name, check in (
-        ("full_rank", "logit error at full rank"), ("cached", "error of cached decoding in a layer")
-    ):  # fmt: skip
+    whole = "with all components in full precision" if "tiers" in config else "at full rank"
+    for name, check in (("full_rank", f"logit error {whole}"), ("cached", "error of cached decoding in a layer")):
         precision = "fp64" if name == "cached" and "tiers" in config else "fp32"
         rows.append((f"largest relative {check}, {precision}", "", f"{results['self_check'][name]:.1e}"))
     unit = "16-bit KV cache" if "tiers" in config else "KV cache"

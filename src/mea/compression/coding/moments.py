@@ -30,7 +30,7 @@ from mea.records import Progress
 PART = 2**30  # most bytes of hidden states that are kept between the two passes
 SHARES = 4  # least number of parts of the text: after each the sums can be kept
 SAMPLE = 2**30  # bytes of keys and values that are kept for fits with rounding
-KEPT_EVERY = 60.0  # seconds between the states from which an interrupted calibration continues
+KEPT_EVERY = 30.0  # seconds between the states from which an interrupted calibration continues
 BACK, HEAD = 3, 5  # times of a backward pass, and of a weight of the output layer in both passes, as forward passes
 RANK = 1e-10  # eigenvalues below this part of the largest are zero
 GAIN = 1e-3  # directions with less than this part of the weights' largest gain may vanish in fp32 products

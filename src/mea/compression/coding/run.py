@@ -62,6 +62,7 @@ def code_plans(
                 made = kind, _readings(plan, moments, advance)
             result = _coded(walk, tokens, plan, [copy.copy(reading) for reading in made[1]], advance)
             results.append(replace(result, seconds=shared + time.perf_counter() - start))
+            advance(0, 0)  # of the next plan, or the end
     return results
 
 

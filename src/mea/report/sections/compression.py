@@ -72,17 +72,20 @@ def compression_table(record: Record, out: str) -> TerminalTable:
             with_error(results["perplexity_ratio"], results["perplexity_ratio_error"]),
         ])  # fmt: skip
     errors = results["self_check"]
+    whole, decoded = "with all components in full precision", ", in fp64"
+    if "tiers" not in config:
+        whole, decoded = "at full rank", ""
     note = (
         f"Checked: the largest relative difference is {errors['full_rank']:.0e} between the original's logits and "
-        f"those at full rank, in fp32, and {errors['cached']:.0e} between decoding with the cache and one pass over "
-        f"all tokens{', in fp64' if 'tiers' in config else ''}. ± is one standard error."
+        f"those {whole}, in fp32, and {errors['cached']:.0e} between decoding with the cache and one pass over "
+        f"all tokens{decoded}. ± is one standard error."
     )
     if "perplexity" in results:
         note = f"Perplexity of the first {config['measured_tokens']:,} tokens of {config['measured_text']}. {note}"
     if "tiers" in config:
         note = f"Bytes at {config['context']:,} tokens, the original's in 16 bits. {note}"
         bits = mean_bits(config["tiers"], config["numbers"])
-        note += " Components of a layer with 8, 4, 2 and 0 bits, on average: " + ", ".join(f"{n:.0f}" for n in bits)
+        note += " Components of a layer with 8, 4, 2 and 0 bits, on average: " + ", ".join(map(str, bits))
         note += f" (of {config['numbers']:,}); exact are the first {config['first']} and the newest {config['recent']} "
         note += "tokens."
     header = ["measured", config["model"], "compressed", "ratio"]

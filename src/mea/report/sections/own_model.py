@@ -103,14 +103,14 @@ def _measured(records: Sequence[Record]) -> Table:
         config, results = record["config"], record["results"]
         lines.append([
             config["model"],
+            with_error(results["perplexity"], results["standard_error"]),
+            with_error(results.get("ratio"), results.get("ratio_standard_error")),
+            config.get("against") or ABSENT,
             config["text"],
             f"{results['scored_tokens']:,}",
-            with_error(results["perplexity"], results["standard_error"]),
-            config.get("against") or ABSENT,
-            with_error(results.get("ratio"), results.get("ratio_standard_error")),
         ])  # fmt: skip
-    header = ["model", "text", "tokens", "perplexity", "against", "ratio"]
-    return Table(header, lines, "± is one standard error.", texts=2)
+    header = ["model", "perplexity", "ratio", "against", "text", "tokens"]
+    return Table(header, lines, "± is one standard error.")
 
 
 def _expected_loss(records: Sequence[Record]) -> Figure:
