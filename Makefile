@@ -80,10 +80,10 @@ pytest-compile: $(READY)
 		JAXTYPING_DISABLE=1 $(BIN)/python -m pytest -q -m "compile$(if $(filter test-full,$(MAKECMDGOALS)),, and not slow)"; \
 	fi
 
-eval-smoke: $(READY) ## The zero-shot tasks on 20 rows each, by the packaged model (2 minutes on 2 cores)
+eval-smoke: $(READY) ## The zero-shot tasks on 10 rows each, by the packaged model (a minute on 2 cores)
 	@rm -rf build/eval-smoke
 	@$(BIN)/mea eval "$$($(BIN)/python -c 'from mea.models.loading import packaged_model as m; print(m())')" \
-		--suite zero-shot --data tests/evaluate/data --limit 20 --dtype fast --out build/eval-smoke
+		--suite zero-shot --data tests/evaluate/data --limit 10 --dtype fast --out build/eval-smoke
 
 # The build for CPUs has a name of its own, under which vLLM does not find its version: hence the metadata. It asks for
 # torchvision and others, of which indexes have builds for GPUs that do not load beside torch for CPUs; text needs none.

@@ -57,7 +57,7 @@ def test_a_device_that_is_not_there_is_refused(name):
     "command", ["compare", "compress", "eval", "generate", "perplexity", "pretrain", "profile", "recover", "sweep"]
 )
 def test_commands_refuse_such_a_device_before_they_read_anything(command):
-    required = {"generate": ["--prompt", "a"], "recover": ["b", "--text", "c"]}.get(command, ["b"])
+    required = {"generate": ["--prompt", "a"], "recover": ["b", "--text", "technical"]}.get(command, ["b"])
     arguments = ["a"] if command in ("eval", "perplexity") else ["a", *required]
     result = CliRunner().invoke(app, [command, *arguments, "--device", "meta"])
     assert "no device 'meta' here" in result.stderr
