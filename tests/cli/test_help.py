@@ -150,6 +150,15 @@ def test_a_log_gets_a_line_for_each_stage_and_again_while_it_lasts(monkeypatch, 
     assert sum(line.startswith("fitting (layer 2): 250 of 1,000 (25%), about 0.0 min left") for line in lines) > 1
 
 
+def test_a_log_gets_the_end_of_each_stage(capsys):
+    with console.progress() as report:
+        for stage in ("first", "second"):
+            for done in range(3):
+                report(stage, done, 2)
+    ends = ["first: 0 of 2 (0%)", "first: 2 of 2 (100%)", "second: 0 of 2 (0%)", "second: 2 of 2 (100%)"]
+    assert capsys.readouterr().err.splitlines() == ends
+
+
 PROGRAM = """
 import contextlib, io, json, sys
 arguments = json.loads(sys.argv[1])

@@ -101,9 +101,11 @@ def compress(
         output.print(plan_table(plan))
         return
     if SPEAKS:
-        errors.print(summary(plan, keep), highlight=False, soft_wrap=True)
+        errors.print(summary(plan, keep), highlight=False, soft_wrap=not errors.is_terminal)
         if (kept := unfinished(out)).is_dir():
-            errors.print(f"{kept} holds an interrupted run: the same settings continue there", soft_wrap=True)
+            errors.print(
+                f"{kept} holds an interrupted run: the same settings continue there, in less time", soft_wrap=True
+            )
     with progress() as report:
         record = compress_to_folder(model, out, options, dtype=dtype, measure_tokens=measure, progress=report)
     output.print(compression_table(record, str(out)))

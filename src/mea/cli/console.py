@@ -87,9 +87,10 @@ def _bars() -> Iterator[Progress]:
 def _lines() -> Iterator[Progress]:
     """A line when a stage begins, then one every `LINE_SECONDS` from a thread, because steps may take minutes."""
     stage, began, ended = ["", 0, 0], [0.0, 0], threading.Event()
+    shown: list[Any] = []
 
     def show() -> None:
-        what, done, total = stage
+        shown[:] = what, done, total = stage
         line = f"{what}: {done:,} of {total:,} ({done / total:.0%})" if total else what
         seconds = time.monotonic() - began[0]
         if began[1] < done < total and seconds > LINE_SECONDS:
@@ -98,6 +99,8 @@ def _lines() -> Iterator[Progress]:
 
     def report(what: str, done: int, total: int, /) -> None:
         begins = what.partition(" (")[0] != str(stage[0]).partition(" (")[0]
+        if begins and stage != shown and stage[1] == stage[2] > 1:
+            show()  # the end of the stage before
         stage[:] = what, done, total
         if begins:
             began[:] = time.monotonic(), done
@@ -116,6 +119,8 @@ def _lines() -> Iterator[Progress]:
     finally:
         ended.set()
         thread.join()
+        if stage != shown and stage[1] == stage[2] > 1:
+            show()
 
 
 def _one_line(error: Exception) -> str:

@@ -40,6 +40,7 @@ class FactorStore:
 
     def __init__(self, folder: Path, fingerprint: str):
         self.folder, self.fingerprint = folder, fingerprint
+        self.seconds = 0.0  # of the interrupted run, up to the state that was read
         settings = folder / SETTINGS
         if any(folder.glob("*.safetensors")) and (not settings.is_file() or _read(settings) != fingerprint):
             raise ValueError(

@@ -314,7 +314,9 @@ def test_an_interrupted_calibration_goes_on_where_it_was(tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt, match="50% of the calibration is kept"):
         layer_moments(walk, ids, 4, seed=0, progress=interrupt, store=FactorStore(tmp_path, "run"))
-    again = layer_moments(walk, ids, 4, seed=0, progress=interrupt, store=FactorStore(tmp_path, "run"))
+    store = FactorStore(tmp_path, "run")
+    again = layer_moments(walk, ids, 4, seed=0, progress=interrupt, store=store)
+    assert store.seconds > 0  # of the interrupted run, for the record
     layers = len(walk.layers)
     (head,) = {b - a for a, b in pairwise(begun)} - {1, 3, -1}  # units of the output layer; one was repeated
     half = 3 * ([1] * layers + [head] + [3] * layers)

@@ -152,7 +152,8 @@ def layer_moments(
     kept = max(16, SAMPLE // (4 * width * len(layers) * count))
     inputs = walk.inputs(length)
     shares, kind = own.split(windows), f"sums-{rank}-of-{processes}"
-    begun, kept_at = _continue(store, kind, sums, generator), time.monotonic()
+    begun, started = _continue(store, kind, sums, generator), time.monotonic()
+    kept_at = started
     # In units of a window through a layer; weights are what takes time.
     through = sum(parameter.numel() for parameter in layers[0].parameters())
     head = max(1, round(HEAD * walk.model.lm_head.weight.numel() / through))
@@ -192,7 +193,8 @@ def layer_moments(
                 check_finite(gradient, index, "gradients", loaded)
                 advance(BACK * len(rows))
             if store and number < len(shares) and time.monotonic() - kept_at >= KEPT_EVERY:
-                store.put_state(kind, number, _state(sums, generator))
+                seconds = store.seconds + time.monotonic() - started
+                store.put_state(kind, number, _state(sums, generator) | {"seconds": torch.tensor(seconds)})
                 kept_shares, kept_at = number, time.monotonic()
     except KeyboardInterrupt:
         if kept_shares:
@@ -218,7 +220,8 @@ def _state(sums: Sequence[_Sum], generator: torch.Generator) -> dict[str, Tensor
 def _continue(store: FactorStore | None, kind: str, sums: Sequence[_Sum], generator: torch.Generator) -> int:
     """Read the sums that were kept, if any; how many shares of the text are in them."""
     begun, tensors = store.get_state(kind) if store else (0, {})
-    if begun:
+    if store and begun:
+        store.seconds = tensors["seconds"].item()
         generator.set_state(tensors["generator"])
         for i, total in enumerate(sums):
             total.load({key.split(".")[1]: x for key, x in tensors.items() if key.startswith(f"{i}.")})

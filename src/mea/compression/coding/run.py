@@ -47,7 +47,7 @@ def code_plans(
     start = time.perf_counter()
     with evaluating(walk.model):
         moments = _moments(walk, tokens, plans[0], store, progress)
-        shared, results = time.perf_counter() - start, []
+        shared, results = time.perf_counter() - start + (store.seconds if store else 0.0), []
         made: tuple[Any, list[Reading | None]] = (None, [])
         for plan in plans:
             start, kind = time.perf_counter(), (plan.method.name, plan.layout.ranks)
