@@ -8,25 +8,26 @@ from mea.names import TEXTS, did_you_mean
 LARGEST = 2**63  # tokens and bytes of a budget
 
 
-def check_model(source: str) -> None:
-    """Refuse what is neither there nor reads like a hub id.
+def check_models(*sources: str | None) -> None:
+    """Refuse what is neither there nor reads like a hub id; None is no model.
 
     Raises
     ------
     ValueError
         No such folder or file.
     """
-    path = Path(source).expanduser()
-    first = path.parts[0] if len(path.parts) > 1 else ""
-    local = (
-        path.suffix == ".gguf"
-        or path.is_absolute()
-        or source.startswith((".", "~"))
-        or source.count("/") > 1
-        or (first and Path(first).is_dir())
-    )
-    if local and not path.exists():
-        raise ValueError(f"{source} does not exist: there is no such folder or file")
+    for source in filter(None, sources):
+        path = Path(source).expanduser()
+        first = path.parts[0] if len(path.parts) > 1 else ""
+        local = (
+            path.suffix == ".gguf"
+            or path.is_absolute()
+            or source.startswith((".", "~"))
+            or source.count("/") > 1
+            or (first and Path(first).is_dir())
+        )
+        if local and not path.exists():
+            raise ValueError(f"{source} does not exist: there is no such folder or file")
 
 
 def check_text(name_or_path: str | Path) -> None:

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mea.arguments import check_model, check_text
+from mea.arguments import check_models, check_text
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import CACHE_BITS, CODED_KEEPS, CODED_METHODS, RANKED_KEEPS, listed
@@ -101,7 +101,7 @@ def compare(
     device: shared.Device = "auto",
 ) -> None:
     """Compare ways to make a model's cache smaller at measured bytes, with one protocol."""
-    check_model(model)
+    check_models(model)
     for source in text or ():
         check_text(source)
     if recover_tokens and not recover_text:

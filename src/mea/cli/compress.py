@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mea.arguments import check_budget, check_model, check_output, check_text, unfinished
+from mea.arguments import check_budget, check_models, check_output, check_text, unfinished
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
 from mea.names import (
@@ -83,7 +83,7 @@ def compress(
             f"method ({listed(WHOLE_HEAD_METHODS)}){'' if baseline else did_you_mean(method, METHODS)}"
         )
     check_budget(keep, budget, layout)
-    check_model(model)
+    check_models(model)
     check_text(calibration_text)
     if not dry_run:
         check_output(out)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mea.arguments import check_model
+from mea.arguments import check_models
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import CACHE_BITS, SUITES, listed
@@ -72,8 +72,7 @@ def evaluate(
     device: shared.Device = "auto",
 ) -> None:
     """Score a model on tasks or long contexts, alone or compared with another one item by item."""
-    for source in filter(None, (model, against)):
-        check_model(source)
+    check_models(model, against)
     from mea.evaluate.suites import LONG_CONTEXT
     from mea.ops.device import use_device
 

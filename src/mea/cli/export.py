@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mea.arguments import check_model, check_output
+from mea.arguments import check_models, check_output
 from mea.cli import options as shared
 from mea.cli.console import output
 
@@ -20,7 +20,7 @@ def export(
     out: Annotated[Path, typer.Argument(help="Folder for the result; must not exist, or be empty.")],
 ) -> None:
     """Write a model compressed to whole heads as a stock checkpoint, which any engine loads."""
-    check_model(model)
+    check_models(model)
     check_output(out)
     from mea.models.export import export as run
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mea.arguments import check_model
+from mea.arguments import check_models
 from mea.cli import options as shared
 from mea.cli.console import errors
 
@@ -41,8 +41,7 @@ def generate(
     cache_bits: shared.CacheBits = None,
 ) -> None:
     """Continue a prompt, and print the text token by token."""
-    for source in filter(None, (model, against)):
-        check_model(source)
+    check_models(model, against)
     from mea.evaluate.generation import continue_prompt
     from mea.evaluate.through_cache import check_cache_bits
     from mea.models.loading import dtype_name, load

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mea.arguments import check_model, check_text
+from mea.arguments import check_models, check_text
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, output, progress
 from mea.names import TEXTS
@@ -36,8 +36,7 @@ def perplexity(
     cache_bits: shared.CacheBits = None,
 ) -> None:
     """Measure a model's perplexity on a text, and its ratio to another model's."""
-    for name in filter(None, (model, against)):
-        check_model(name)
+    check_models(model, against)
     check_text(text)
     from mea.evaluate.perplexity_record import perplexity_record
     from mea.ops.device import use_device

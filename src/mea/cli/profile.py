@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mea.arguments import check_model, check_text
+from mea.arguments import check_models, check_text
 from mea.cli import options as shared
 from mea.cli.console import errors, output, progress
 from mea.names import BASELINES
@@ -45,7 +45,7 @@ def profile(
     device: shared.Device = "auto",
 ) -> None:
     """Compress one layer at a time, and show how much loss each layer's compression adds."""
-    check_model(model)
+    check_models(model)
     for source in filter(None, (calibration_text, text)):
         check_text(source)
     from mea.compression import Calibration, CompressOptions

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from mea.arguments import check_model, check_output, check_text
+from mea.arguments import check_models, check_output, check_text
 from mea.cli import options as shared
 from mea.cli.console import SPEAKS, errors, output, progress
 from mea.names import DEFAULT_STAGE, STAGES, TRAINED, listed
@@ -95,8 +95,7 @@ def recover(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the plan.")] = False,
 ) -> None:
     """Train a compressed model for a short time to regain quality; an interrupted run continues."""
-    for name in filter(None, (model, original)):
-        check_model(name)
+    check_models(model, original)
     for source in text:
         check_text(source)
     if not dry_run:

@@ -210,11 +210,9 @@ def _with_room(layout: CodedLayout, shape: CacheShape, what: str) -> CodedLayout
             f"cache ({layout.first} first and {layout.recent} newest tokens exact, {LEAST_BITS} bits per number for "
             "the others); allow more bytes or a longer context"
         )
-    n = shape.width
-    most = exact + tokens * max(
-        token_bytes((2 * n, 0, 0)), 2 * token_bytes((n, 0, 0))
-    )  # 8 bits, in one or two sections
-    return replace(layout, budget=min(layout.budget, most))
+    # 8 bits for every component, in one or two sections.
+    widest = max(token_bytes((2 * shape.width, 0, 0)), 2 * token_bytes((shape.width, 0, 0)))
+    return replace(layout, budget=min(layout.budget, exact + tokens * widest))
 
 
 @dataclass(frozen=True)

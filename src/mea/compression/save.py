@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mea.arguments import check_output, unfinished
 from mea.compression.api import run_plans
-from mea.compression.budget import FIRST, RECENT, CodedLayout
+from mea.compression.budget import CodedLayout
 from mea.compression.calibrate.layerwise import LayerWalk
 from mea.compression.calibrate.text import calibration_tokens
 from mea.compression.checkpoint import FactorStore
@@ -171,11 +171,11 @@ def preview(
 
 def _largest(config: Any, plan: Plan) -> Any:
     """The configuration of the result; of a packed cache with all components, while its bits are not known."""
-    if not plan.method.coded:
+    if not isinstance(plan.layout, CodedLayout):
         return latent_config(config, plan.layout, {}, plan.method.form, plan.method.groups)
     sections, numbers = CODES[plan.method.name].sections, 2 * plan.shape.width
     tiers = [pair and [[0, 0, numbers // sections]] * sections for pair in plan.layout.ranks]
-    code = {"reading": plan.method.name, "first": FIRST, "recent": RECENT, "tiers": tiers}
+    code = {"reading": plan.method.name, "first": plan.layout.first, "recent": plan.layout.recent, "tiers": tiers}
     return compressed_config(config, cache_code=code)
 
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -63,8 +64,9 @@ def perplexity_record(
     for name in names:
         load_config(name)
         tokenizer = load_tokenizer(name)
-        read_as.append((start_token(tokenizer), encode_source(tokenizer, text, tokens).tolist()))
-    if read_as[0] != read_as[-1]:
+        read_as.append((start_token(tokenizer), encode_source(tokenizer, text, tokens)))
+    (start, ids), (other_start, other_ids) = read_as[0], read_as[-1]
+    if start != other_start or not torch.equal(ids, other_ids):
         raise ValueError(
             f"{source} and {against} read the text as different tokens, so that their perplexities cannot be compared"
         )
@@ -72,7 +74,7 @@ def perplexity_record(
     for name in names:
         model, tokenizer = load(name, dtype, progress=progress)
         dtype = dtype_name(model)  # `against` has the same
-        ids, what = encode_source(tokenizer, text, tokens), f"perplexity of {Path(name).name}"
+        what = f"perplexity of {Path(name).name}"
         losses.append(text_losses(model, tokenizer, ids, window, what=what, read=read, progress=progress, shared=True))
         read = None  # `against` is read at once
         del model

@@ -20,7 +20,7 @@ from accelerate import infer_auto_device_map
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
 from transformers.utils import logging
 
-from mea.arguments import check_model
+from mea.arguments import check_models
 from mea.models.gate import check_folder, check_gguf, check_tokenizer, explain
 from mea.models.latent_attention import MODEL_TYPE_PREFIX, SUPPORTED
 from mea.names import DTYPES
@@ -256,7 +256,7 @@ def locate(source: str) -> tuple[str, str | None]:
     if path.is_dir():
         check_folder(path)
         return str(path), None
-    check_model(source)
+    check_models(source)
     return source, None
 
 
